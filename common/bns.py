@@ -1,0 +1,62 @@
+"""BatchNorm statistics of a synthetic batch against those the teacher stored while it was trained."""
+
+import torch
+from torch import nn
+
+from common import InputError
+
+
+class BatchNormStatistics:
+    """Hooks on every BatchNorm2d of `model` that keep mean and variance of what the latest forward pass sent in.
+
+    Each BNS loss compares, per layer, the batch's mean and biased variance over (N, H, W) with the running ones:
+
+    - "gdfq": mean over layers of MSE(mean) + MSE(variance), each a mean over channels (the released GDFQ, Qimera,
+      AutoReCon and AdaDFQ code).
+    - "sum": sum over layers of the squared L2 norms of both differences (Eq. 11 of AdaDFQ).
+    - "norm": sum over layers of the L2 norms, not squared (Eq. 2 of MixMix).
+
+    Args:
+        model: a network in eval mode with at least one BatchNorm2d.
+
+    Raises:
+        InputError: the model has no BatchNorm2d with running statistics.
+    """
+
+    forms = ("gdfq", "sum", "norm")
+
+    def __init__(self, model):
+        self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+        if not self.layers:
+            raise InputError(
+                f"model {type(model).__name__} has no BatchNorm2d with running statistics, from which the images are "
+                "made; give a model that was trained with BatchNorm and is not folded"
+            )
+        self.batch = {}
+        self.hooks = [layer.register_forward_pre_hook(self._record) for layer in self.layers]
+
+    def _record(self, layer, args):
+        with torch.autocast(args[0].device.type, enabled=False):
+            self.batch[layer] = torch.var_mean(args[0].float(), dim=(0, 2, 3), unbiased=False)
+
+    def loss(self, form="gdfq"):
+        """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch."""
+        terms = []
+        for layer in self.layers:
+            variance, mean = self.batch[layer]
+            differences = (mean - layer.running_mean, variance - layer.running_var)
+            if form == "gdfq":
+                terms.append(sum(d.square().mean() for d in differences))
+            elif form == "sum":
+                terms.append(sum(d.square().sum() for d in differences))
+            elif form == "norm":
+                terms.append(sum(d.norm() for d in differences))
+            else:
+                raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
+        total = torch.stack(terms).sum()
+        return total / len(terms) if form == "gdfq" else total
+
+    def remove(self):
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()

@@ -1,0 +1,217 @@
+"""Test sets, the normalisation each set of weights was trained with, and the evaluation loops."""
+
+import hashlib
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from common import InputError
+
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+IMAGE_SIZE = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
+# mean and standard deviation per channel, for images in 0 to 1
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2557, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "chenyaofo-cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "chenyaofo-cifar100": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
+}
+SLICE = Path(__file__).parent / "assets" / "cifar10_test_2000.png"
+SLICE_GRID = (40, 50)  # rows and columns; four rows a class
+DOWNLOAD_TIMEOUT = 5  # seconds without an answer
+
+
+def download(address, path, digest=None):
+    """Fetch a file once and check it.
+
+    Args:
+        address: http(s) address; a .zip with one member is unpacked.
+        path: where the file goes; if it is there already, nothing is fetched.
+        digest: "algorithm:hex", a prefix of the file's (the member's) digest in hexadecimal.
+
+    Returns:
+        path.
+
+    Raises:
+        InputError: no connection, or a file with another digest.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    if not path.exists():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT) as answer, partial.open("wb") as file:
+                size = int(answer.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while block := answer.read(1 << 16):
+                        file.write(block)
+                        bar.update(len(block))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            what = "unpack it and save its one file" if address.endswith(".zip") else "save it"
+            raise InputError(
+                f"{address} cannot be fetched ({getattr(error, 'reason', error)}); fetch it where there is a network and "
+                f"{what} as {path}"
+            ) from None
+        if address.endswith(".zip"):
+            with zipfile.ZipFile(partial) as archive:
+                content = archive.read(archive.namelist()[0])
+            partial.write_bytes(content)
+    fetched = path if path.exists() else partial
+    if digest:
+        algorithm, _, expected = digest.partition(":")
+        with fetched.open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if not found.startswith(expected):
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{path} has {algorithm} {found[:12]}, expected {expected[:12]}; remove it and fetch it again")
+    if fetched is partial:
+        partial.replace(path)
+    return path
+
+
+class TestSet:
+    """Normalised test images, batch by batch; can be iterated again and again.
+
+    Args:
+        batches: re-iterable over (uint8 images (B, C, H, W), int64 labels (B,)).
+        count: number of images.
+        name: for the record.
+        normalisation: (mean, std) per channel, for images in 0 to 1.
+        device: where the batches go.
+    """
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    def __init__(self, batches, count, name, normalisation, device):
+        self.batches, self.count, self.name, self.device = batches, count, name, device
+        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in normalisation)
+
+    def __iter__(self):
+        for images, labels in self.batches:
+            images = images.to(self.device, non_blocking=True).float() / 255
+            yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
+
+
+def load_test_set(dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=250):
+    """The test set that the flags and the disk determine, or None where there is none.
+
+    Args:
+        dataset: "cifar10", "cifar100", "imagenet" or "folder".
+        data_dir: a folder with one folder per class under val/ or test/, or with torchvision's own CIFAR files; None
+            looks for torchvision's files under ./data, then takes the bundled 2,000 CIFAR-10 images; CIFAR-100 is
+            fetched; ImageNet and own data have no test set then.
+        num_classes, image_size: what the network expects.
+        normalisation: (mean, std) the network was trained with.
+        fetch: download the full CIFAR test set if it is not on disk.
+
+    Raises:
+        InputError: a folder that does not fit, or a download that cannot start.
+    """
+    if dataset in ("cifar10", "cifar100"):
+        images, labels, name = _load_cifar(dataset, data_dir, image_size, fetch)
+    elif data_dir is None:
+        return None
+    else:
+        folder = _class_folder(data_dir, num_classes, image_size)
+        loader = DataLoader(
+            folder, batch_size, num_workers=min(8, torch.get_num_threads()), pin_memory=torch.device(device).type == "cuda"
+        )
+        return TestSet(loader, len(folder), str(folder.root), normalisation, device)
+    if (found := int(labels.max()) + 1) != num_classes:
+        raise InputError(f"{name} has {found} classes and the network {num_classes}; give another --data-dir or --num-classes")
+    batches = list(zip(images.split(batch_size), labels.split(batch_size)))
+    return TestSet(batches, len(labels), name, normalisation, device)
+
+
+def _load_cifar(dataset, data_dir, image_size, fetch):
+    """Test images (N, 3, 32, 32) uint8 in memory, labels, and where they come from."""
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    root = Path(data_dir or "data")
+    if data_dir is not None and not (root / kind.base_folder).is_dir() and not fetch:
+        return (*read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], image_size)), str(data_dir))
+    if not (root / kind.base_folder).is_dir():
+        if dataset == "cifar10" and not fetch:
+            return (*read_slice(), "the bundled CIFAR-10 slice")
+        archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
+        datasets.utils.extract_archive(str(archive), str(root))
+    try:
+        files = kind(root, train=False)
+    except RuntimeError:
+        raise InputError(
+            f"--data-dir '{root}' holds a damaged {kind.base_folder}; remove that folder and fetch it again"
+        ) from None
+    return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
+
+
+def _class_folder(data_dir, num_classes, image_size):
+    """ImageFolder of uint8 tensors over DIR/val or DIR/test, resized and cropped where the images are larger."""
+    root = next((Path(data_dir) / split for split in ("val", "test") if (Path(data_dir) / split).is_dir()), None)
+    if root is None:
+        raise InputError(
+            f"--data-dir '{data_dir}' has neither val/ nor test/; give a folder with one folder per class in either"
+        )
+
+    def transform(image):
+        if image.size != (image_size, image_size):
+            image = TF.center_crop(TF.resize(image, round(image_size / 0.875)), image_size)
+        return TF.pil_to_tensor(image)
+
+    try:
+        folder = datasets.ImageFolder(root, transforms.Lambda(transform))
+    except FileNotFoundError as error:
+        raise InputError(f"--data-dir: {root} has no class folders with images ({error}); give one folder per class") from None
+    if len(folder.classes) != num_classes:
+        raise InputError(
+            f"--data-dir: {root} has {len(folder.classes)} class folders and the network {num_classes} classes; give the data "
+            "the network was trained on, or --num-classes"
+        )
+    return folder
+
+
+def read_folder(folder):
+    """All images of an ImageFolder of equally large uint8 tensors: (N, C, H, W) and labels (N,)."""
+    loader = tqdm(DataLoader(folder, 500), desc=f"reading {folder.root}", leave=False)
+    images, labels = zip(*loader)
+    return torch.cat(images), torch.cat(labels)
+
+
+def read_slice():
+    """The bundled 2,000 CIFAR-10 test images (2000, 3, 32, 32) uint8, the first 200 of each class, and labels."""
+    rows, columns = SLICE_GRID
+    mosaic = torch.from_numpy(np.array(Image.open(SLICE)))
+    images = mosaic.view(rows, 32, columns, 32, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+    return images, torch.arange(10).repeat_interleave(len(images) // 10)
+
+
+@torch.no_grad()
+def accuracy(model, test_set):
+    """Top-1 accuracy of `model` in percent over a re-iterable of (images, labels); read from the device once."""
+    correct, count = 0, 0
+    for images, labels in test_set:
+        correct += (model(images).argmax(1) == labels).sum()
+        count += len(labels)
+    return 100 * float(correct) / count
+
+
+@torch.no_grad()
+def agreement(teacher, student, batches):
+    """Share, in percent, of the images in `batches` to which both networks give the same class.
+
+    Args:
+        batches: re-iterable over (images, anything).
+    """
+    same, count = 0, 0
+    for images, _ in batches:
+        same += (teacher(images).argmax(1) == student(images).argmax(1)).sum()
+        count += len(images)
+    return 100 * float(same) / count

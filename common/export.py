@@ -1,0 +1,155 @@
+"""`quantized.pt`: weights as packed integer codes, with all that is needed to run the network again, bit for bit."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import InputError
+from common.models import build
+from common.quant import (
+    affine_parameters,
+    channel_parameters,
+    decode,
+    encode,
+    quantize,
+    quantized_activations,
+    quantized_layers,
+)
+
+FORMAT = 1
+
+
+def pack(codes, bits):
+    """Codes 0 ... 2^bits - 1 as a bit stream, lowest bit first (two 4-bit codes to a byte, eight 3-bit codes to three).
+
+    Args:
+        codes: integer-valued tensor of any shape.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 tensor of ceil(numel * bits / 8) bytes.
+    """
+    flat = codes.reshape(-1, 1).cpu().numpy().astype(np.uint8)
+    stream = np.unpackbits(flat, axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream, bitorder="little"))
+
+
+def unpack(packed, bits, count):
+    """The first `count` codes of a stream that `pack` made, as a uint8 tensor (count,)."""
+    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0])
+
+
+def save_quantized(student, path, meta):
+    """Write a quantized network.
+
+    Args:
+        student: from `common.quant.quantize`, with frozen activation ranges.
+        path: file to write; replaced in one step.
+        meta: plain values; `load_quantized` needs arch, num_classes, image_size, shortcut, wbits, abits and
+            act_placement, `--eval` also dataset, mean and std.
+    """
+    layers, activations, weights = {}, {}, set()
+    for name, layer in quantized_layers(student):
+        scale, zero_point = (layer.scale, layer.zero_point) if layer.packed else channel_parameters(layer.weight, layer.bits)
+        codes = encode(layer.weight.detach().float(), scale, zero_point, layer.bits)
+        layers[name] = {
+            "bits": layer.bits,
+            "shape": list(layer.weight.shape),
+            "codes": pack(codes, layer.bits),
+            "scale": scale.flatten(),
+            "zero_point": zero_point.flatten().to(torch.int32),
+        }
+        weights.add(f"{name}.weight")
+    for name, act in quantized_activations(student):
+        scale, zero_point = affine_parameters(act.low, act.high, act.bits)
+        activations[name] = {"bits": act.bits, "low": act.low, "high": act.high, "scale": scale, "zero_point": zero_point}
+        weights |= {f"{name}.{buffer}" for buffer in ("low", "high", "seen")}
+    tensors = {
+        key: value
+        for key, value in student.state_dict().items()
+        if key not in weights and not key.endswith("num_batches_tracked")
+    }
+    _share_storage([*layers.values(), *activations.values(), tensors])
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    content = {"format": FORMAT, "meta": meta, "layers": layers, "activations": activations, "tensors": tensors}
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def _share_storage(dicts):
+    """Turn the tensors in `dicts` into views of one storage per dtype; a file then holds no padding between them."""
+    by_dtype = {}
+    for entry in dicts:
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                by_dtype.setdefault(value.dtype, []).append((entry, key, value.detach().cpu()))
+    for items in by_dtype.values():
+        flat, start = torch.cat([value.reshape(-1) for _, _, value in items]), 0
+        for entry, key, value in items:
+            entry[key] = flat[start : start + value.numel()].view(value.shape)
+            start += value.numel()
+
+
+def read_quantized(path):
+    """The contents of a quantized.pt.
+
+    Raises:
+        InputError: no such file, or not one that `save_quantized` wrote.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"'{path}' is not a file; give the quantized.pt of a run")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise InputError(f"'{path}' has format {content['format']}, expected {FORMAT}; make it again with this version")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"'{path}' is not a quantized network or is damaged; give the quantized.pt of a run") from None
+    return content
+
+
+def load_quantized(path, model=None):
+    """A quantized network from its file, with the outputs it had when it was saved, to the bit.
+
+    Args:
+        path: a quantized.pt.
+        model: an untrained instance of an own architecture; the bundled and torchvision's ones are built from the
+            file. A file never decides which code of yours is imported.
+
+    Returns:
+        The network in eval mode; its convolution and linear weights hold the exact dequantized values.
+
+    Raises:
+        InputError: a damaged file, or an own architecture without `model`.
+    """
+    content = read_quantized(path)
+    meta = content["meta"]
+    if model is None:
+        if meta["arch"] is None or ":" in meta["arch"]:
+            raise InputError(f"'{path}' is of an own architecture ({meta['arch']}); give --arch package.module:factory")
+        model = build(meta["arch"], meta["num_classes"], meta["image_size"], meta["shortcut"])
+    example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
+    student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
+    layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
+    state = dict(content["tensors"])
+    for name, stored in content["layers"].items():
+        shape = stored["shape"]
+        column = (-1,) + (1,) * (len(shape) - 1)
+        scale, zero_point = stored["scale"].view(column), stored["zero_point"].float().view(column)
+        codes = unpack(stored["codes"], stored["bits"], torch.Size(shape).numel()).view(shape).float()
+        state[f"{name}.weight"] = decode(codes, scale, zero_point)
+        if name in layers:
+            layers[name].packed, layers[name].scale, layers[name].zero_point = True, scale, zero_point
+    for name, stored in content["activations"].items():
+        state |= {f"{name}.low": stored["low"], f"{name}.high": stored["high"], f"{name}.seen": torch.tensor(True)}
+    expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}
+    if expected != set(state) or set(activations) != set(content["activations"]):
+        odd = sorted(expected ^ set(state))
+        raise InputError(f"'{path}' is of another architecture than the model given (they differ in '{odd[0]}'); give its own")
+    student.load_state_dict(state, strict=False)
+    return student

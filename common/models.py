@@ -1,0 +1,403 @@
+"""Architectures and their trained weights.
+
+The CIFAR-size ResNets live here; every other architecture is torchvision's, with a stem for small images where the
+data are small. Weights load as they were published: the layout is recognised from the keys.
+"""
+
+import difflib
+import importlib
+import inspect
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from common import InputError
+from common.data import NORMALISATION, download
+
+ASSETS = Path(__file__).parent / "assets"
+CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+SMALL_IMAGE = 64  # up to this side, torchvision's architectures get a stem that does not shrink the image
+
+# Where weights were published: source -> data set -> architecture -> (address, digest of the file or of its one member)
+GITHUB = "https://github.com"
+_PYTORCHCV = GITHUB + "/osmr/imgclsmob/releases/download/"
+_CHENYAOFO = GITHUB + "/chenyaofo/pytorch-cifar-models/releases/download/"
+
+
+def _chenyaofo(dataset, files):
+    def entry(family, name):
+        return f"{_CHENYAOFO}{family}/{dataset}_{name}.pt", "sha256:" + name.rpartition("-")[2]
+
+    return {arch: entry(*file.split("/")) for arch, file in files.items()}
+
+
+PUBLISHED = {
+    "pytorchcv": {
+        "cifar10": {
+            "resnet20": (
+                _PYTORCHCV + "v0.0.163/resnet20_cifar10-0597-9b0024ac.pth.zip",
+                "sha1:9b0024ac4c2f374cde2c5052e0d0344a75871cdb",
+            )
+        },
+        "cifar100": {
+            "resnet20": (
+                _PYTORCHCV + "v0.0.180/resnet20_cifar100-2964-a5322afe.pth.zip",
+                "sha1:a5322afed92fa96cb7b3453106f73cf38e316151",
+            )
+        },
+    },
+    "chenyaofo": {
+        "cifar10": _chenyaofo(
+            "cifar10",
+            {
+                "resnet20": "resnet/resnet20-4118986f",
+                "resnet32": "resnet/resnet32-ef93fc4d",
+                "resnet44": "resnet/resnet44-2a3cabcb",
+                "resnet56": "resnet/resnet56-187c023a",
+                "vgg11_bn": "vgg/vgg11_bn-eaeebf42",
+                "vgg13_bn": "vgg/vgg13_bn-c01e4a43",
+                "vgg16_bn": "vgg/vgg16_bn-6ee7ea24",
+                "vgg19_bn": "vgg/vgg19_bn-57191229",
+                "mobilenet_v2": "mobilenetv2/mobilenetv2_x1_0-fe6a5b48",
+                "shufflenet_v2_x0_5": "shufflenetv2/shufflenetv2_x0_5-1308b4e9",
+                "shufflenet_v2_x1_0": "shufflenetv2/shufflenetv2_x1_0-98807be3",
+                "shufflenet_v2_x1_5": "shufflenetv2/shufflenetv2_x1_5-296694dd",
+                "shufflenet_v2_x2_0": "shufflenetv2/shufflenetv2_x2_0-ec31611c",
+            },
+        ),
+        "cifar100": _chenyaofo(
+            "cifar100",
+            {
+                "resnet20": "resnet/resnet20-23dac2f1",
+                "resnet32": "resnet/resnet32-84213ce6",
+                "resnet44": "resnet/resnet44-ffe32858",
+                "resnet56": "resnet/resnet56-f2eff4c8",
+                "vgg11_bn": "vgg/vgg11_bn-57d0759e",
+                "vgg13_bn": "vgg/vgg13_bn-5ebe5778",
+                "vgg16_bn": "vgg/vgg16_bn-7d8c4031",
+                "vgg19_bn": "vgg/vgg19_bn-b98f7bd7",
+                "shufflenet_v2_x0_5": "shufflenetv2/shufflenetv2_x0_5-1977720f",
+                "shufflenet_v2_x1_0": "shufflenetv2/shufflenetv2_x1_0-9ae22beb",
+                "shufflenet_v2_x1_5": "shufflenetv2/shufflenetv2_x1_5-e2c85ad8",
+                "shufflenet_v2_x2_0": "shufflenetv2/shufflenetv2_x2_0-e7e584cd",
+            },
+        ),
+    },
+}
+
+
+class ZeroPadShortcut(nn.Module):
+    """Parameter-free shortcut: every second pixel, zero channels added on both sides (He et al. 2016, option A)."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.pad, self.stride = (out_channels - in_channels) // 2, stride
+
+    def forward(self, x):
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, in_channels, out_channels, stride, shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        if stride == 1 and in_channels == out_channels:
+            self.downsample = nn.Identity()
+        elif shortcut == "projection":
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+        else:
+            self.downsample = ZeroPadShortcut(in_channels, out_channels, stride)
+
+    def forward(self, x):
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet-(6n+2) for 32x32 images, widths 16, 32, 64 (He et al. 2016, section 4.2).
+
+    Args:
+        depth: 6n+2, for example 20, 32, 44 or 56.
+        num_classes: width of the last layer.
+        shortcut: "projection" (1x1 convolution and BatchNorm; 272,474 parameters at depth 20 with 10 classes)
+            or "pad" (no parameters; 269,722).
+    """
+
+    def __init__(self, depth, num_classes=10, shortcut="projection"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        in_channels = 16
+        for stage, channels in enumerate((16, 32, 64), start=1):
+            blocks = []
+            for unit in range((depth - 2) // 6):
+                stride = 2 if stage > 1 and unit == 0 else 1
+                blocks.append(BasicBlock(in_channels, channels, stride, shortcut))
+                in_channels = channels
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def build(arch, num_classes, image_size, shortcut="projection"):
+    """A network with random weights.
+
+    Args:
+        arch: resnet20|32|44|56|110 (CIFAR), a torchvision classifier, or "package.module:factory" for an own model; the
+            factory is called with num_classes if it takes that argument.
+        num_classes: width of the last layer.
+        image_size: side of the images in pixels; up to 64, torchvision's architectures get a CIFAR stem.
+        shortcut: of the CIFAR ResNets, "projection" or "pad".
+
+    Raises:
+        InputError: no such architecture; the nearest names are offered.
+    """
+    if ":" in arch:
+        return _build_own(arch, num_classes)
+    if arch in CIFAR_DEPTHS:
+        return CifarResNet(CIFAR_DEPTHS[arch], num_classes, shortcut)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if arch not in known:
+        nearest = difflib.get_close_matches(arch, [*CIFAR_DEPTHS, *known], n=3, cutoff=0.4)
+        raise InputError(
+            f"--arch '{arch}' is not known; nearest: {', '.join(nearest) or 'none'}; "
+            "give one of those, another torchvision classifier, or package.module:factory"
+        )
+    extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    if image_size > SMALL_IMAGE:
+        return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+    with torch.device("meta") if arch.startswith("vgg") else torch.device("cpu"):
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+    return _cifar_stem(model, num_classes)
+
+
+def _build_own(arch, num_classes):
+    module_name, _, factory_name = arch.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--arch '{arch}' cannot be imported ({error}); give package.module:factory") from None
+    takes_classes = "num_classes" in inspect.signature(factory).parameters
+    model = factory(num_classes=num_classes) if takes_classes else factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
+    return model
+
+
+def _cifar_stem(model, num_classes):
+    """Keep the resolution of a small image in the stem, as the published CIFAR versions of these networks do."""
+    name, conv = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    conv.stride = (1, 1)
+    if conv.kernel_size == (7, 7):
+        parent, _, child = name.rpartition(".")
+        stem = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None)
+        setattr(model.get_submodule(parent), child, stem)
+    if isinstance(model, torchvision.models.VGG):
+        model = model.to_empty(device="cpu")
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        for index, width in ((0, 512), (3, 512), (6, num_classes)):
+            model.classifier[index] = nn.Linear(512, width)
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.reset_parameters()
+    elif isinstance(model, torchvision.models.MobileNetV2):
+        model.features[2].conv[1][0].stride = (1, 1)
+    elif isinstance(model, torchvision.models.DenseNet):
+        model.features.pool0 = nn.Identity()
+    elif hasattr(model, "maxpool"):
+        model.maxpool = nn.Identity()
+    return model
+
+
+def input_channels(model):
+    """Image channels that `model` expects, read off its first convolution."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def load_teacher(arch, dataset, num_classes, image_size, weights=None):
+    """The trained network that is to be compressed.
+
+    Args:
+        arch, num_classes, image_size: see `build`.
+        dataset: "cifar10", "cifar100", "imagenet" or "folder".
+        weights: a file, an address, or "bundled", "pytorchcv", "chenyaofo", "torchvision"; by default "bundled" for
+            CIFAR-10 and "pytorchcv" for CIFAR-100 where they have the architecture, else "chenyaofo"; "torchvision"
+            for ImageNet; an own model's factory may return it trained.
+
+    Returns:
+        model: in eval mode, on the CPU, its parameters without gradient.
+        normalisation: (mean, std) the weights were trained with, per channel, for images in 0 to 1.
+        source: where the weights come from, for the record.
+
+    Raises:
+        InputError: weights that cannot be found, read, or fitted to the architecture.
+    """
+    normalisation = NORMALISATION["imagenet" if dataset == "folder" else dataset]
+    weights = weights or default_weights(arch, dataset)
+    if weights is None:
+        model, source = build(arch, num_classes, image_size), f"as {arch} returns it"
+    else:
+        path, source = locate_weights(weights, arch, dataset, image_size)
+        state = canonical(read_weights(path))
+        padded = arch in CIFAR_DEPTHS and not any("downsample" in key for key in state)
+        model = build(arch, num_classes, image_size, "pad" if padded else "projection")
+        fit(model, state, path)
+        if padded:
+            normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
+        elif source == "chenyaofo" or Path(path).name.startswith((f"{dataset}_resnet", f"{dataset}_vgg")):
+            normalisation = NORMALISATION.get(f"chenyaofo-{dataset}", normalisation)
+    return model.eval().requires_grad_(False), normalisation, source
+
+
+def bundled_weights(arch, dataset):
+    """Path of the weights in common/assets, which may not exist."""
+    return ASSETS / f"{arch}_{dataset}.pt"
+
+
+def default_weights(arch, dataset):
+    """Name of the source that `--weights` stands for when it is not given; None for an own model."""
+    if ":" in arch:
+        return None
+    if dataset == "cifar10" and bundled_weights(arch, dataset).exists():
+        return "bundled"
+    if dataset == "imagenet":
+        return "torchvision"
+    for source, published in PUBLISHED.items():
+        if arch in published.get(dataset, {}):
+            return source
+    build(arch, 10, 32)  # an unknown architecture is the likelier mistake, and says so
+    raise InputError(f"no weights of {arch} for {dataset} are known; give --weights FILE")
+
+
+def locate_weights(weights, arch, dataset, image_size):
+    """Path of a weights file, downloaded where necessary, and the name of its source."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if weights == "bundled":
+        path = bundled_weights(arch, dataset)
+        if not path.exists():
+            names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.pt")))
+            raise InputError(f"--weights bundled: there are none of {arch} for {dataset}; bundled are: {names}")
+        return path, weights
+    if weights in PUBLISHED:
+        known = PUBLISHED[weights].get(dataset, {})
+        if arch not in known:
+            names = ", ".join(known) or "none"
+            raise InputError(f"--weights {weights}: {arch} for {dataset} is not among them; known are: {names}")
+        address, digest = known[arch]
+        return download(address, cache / Path(address).name.removesuffix(".zip"), digest), weights
+    if weights == "torchvision":
+        if dataset != "imagenet":
+            raise InputError(f"--weights torchvision are for ImageNet, and --dataset is {dataset}; give --weights FILE")
+        build(arch, 1000, image_size)
+        address = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+        return download(address, cache / Path(address).name, "sha256:" + address[-12:-4]), weights
+    if re.match("https?://", weights):
+        return download(weights, cache / Path(weights).name.removesuffix(".zip")), weights
+    return Path(weights), weights
+
+
+def read_weights(path):
+    """The dict of tensors in a checkpoint file, read with weights_only=True.
+
+    Raises:
+        InputError: no such file, a damaged one, or one without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--weights '{path}' is not a file; give a checkpoint file, an address or a source by name")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        with path.open("rb") as file:
+            magic = file.read(2)
+        if magic in (b"PK", b"\x80\x02"):
+            first_line = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"--weights '{path}' is truncated or holds more than tensors ({first_line}); fetch it again, or save "
+                "model.state_dict() alone"
+            ) from None
+        raise InputError(f"--weights '{path}' is not a PyTorch checkpoint; give a file that torch.save wrote") from None
+    for key in ("state_dict", "model", "net"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"--weights '{path}' holds no dict of tensors; save model.state_dict() with torch.save")
+    return state
+
+
+_PYTORCHCV_KEYS = (
+    (r"^features\.init_block\.conv\.", "conv1."),
+    (r"^features\.init_block\.bn\.", "bn1."),
+    (r"\.body\.conv(\d)\.conv\.", r".conv\1."),
+    (r"\.body\.conv(\d)\.bn\.", r".bn\1."),
+    (r"\.identity_conv\.conv\.", ".downsample.0."),
+    (r"\.identity_conv\.bn\.", ".downsample.1."),
+    (r"^output\.", "fc."),
+)
+
+
+def canonical(state):
+    """A published state dict under the key names of this file's networks and torchvision's."""
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("features.init_block.") for key in state):  # pytorchcv
+        renamed = {}
+        for key, value in state.items():
+            key = re.sub(r"^features\.stage(\d)\.unit(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", key)
+            for pattern, replacement in _PYTORCHCV_KEYS:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = value
+        return renamed
+    if "layer1.0.conv1.weight" in state:  # akamaster: linear and, in its option B, shortcut
+        return {re.sub(r"^linear\.", "fc.", key).replace(".shortcut.", ".downsample."): v for key, v in state.items()}
+    return state
+
+
+def fit(model, state, path):
+    """Load `state` into `model`.
+
+    Raises:
+        InputError: another number of classes (both are named), or another architecture.
+    """
+    own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    different = [key for key in own if key in state and state[key].shape != own[key].shape]
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in model.state_dict()]
+    last = next((key.rpartition(".")[0] for key in reversed(own) if key.endswith(".weight") and own[key].ndim > 1), "")
+    if different and not missing and not unknown and all(key.rpartition(".")[0] == last for key in different):
+        found, expected = (len(s[last + ".weight"]) for s in (state, own))
+        if found != expected:
+            raise InputError(
+                f"--weights '{path}' are for {found} classes and the data set has {expected}; give weights for {expected} "
+                f"classes, or --num-classes {found}"
+            )
+    if missing or unknown or different:
+        what = (
+            f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}', which the model lacks" if unknown
+            else f"has {tuple(state[different[0]].shape)} for '{different[0]}' instead of {tuple(own[different[0]].shape)}"
+        )  # fmt: skip
+        raise InputError(f"--weights '{path}' are of another architecture ({what}); give the --arch they were made for")
+    model.load_state_dict(state, strict=False)

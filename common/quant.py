@@ -1,0 +1,327 @@
+"""Uniform affine fake quantization, and `quantize`, which turns a trained network into its quantized copy.
+
+Asymmetric, integer zero point, 2^bits codes 0 ... 2^bits - 1 (Jacob et al., CVPR 2018). Weights: one range per output
+channel, recomputed from the weights at each forward, never clipped. Activations: one range per tensor, followed by a
+moving average while the observer is on. The backward pass is straight-through.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from common import InputError
+
+ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
+ACTIVATION_FUNCTIONS = {
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.prelu, F.elu, F.silu, F.gelu, F.mish, F.hardswish, torch.relu, torch.relu_,
+}  # fmt: skip
+ACTIVATION_METHODS = {"relu", "relu_"}
+WEIGHT_FUNCTIONS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
+}  # fmt: skip
+OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
+INPUT_BITS = 8  # the network's own input, with act_placement="input": images are 8-bit integers already
+
+
+def affine_parameters(low, high, bits):
+    """Scale and zero point of the 2^bits codes that span [low, high].
+
+    A range too narrow for float32 to hold (a channel with a single weight, say) is widened to include zero.
+
+    Args:
+        low, high: float32 tensors of one shape, low <= high.
+        bits: 2 to 8.
+
+    Returns:
+        scale, zero_point: float32 tensors of that shape; zero_point holds integers, of any sign.
+    """
+    narrow = high - low < 1e-6 * torch.maximum(low.abs(), high.abs())
+    low, high = torch.where(narrow, low.clamp(max=0), low), torch.where(narrow, high.clamp(min=0), high)
+    scale = (high - low).clamp(min=1e-8) / (2**bits - 1)
+    return scale, torch.round(-low / scale)
+
+
+def encode(x, scale, zero_point, bits):
+    """Codes 0 ... 2^bits - 1 of `x`, as float32 integers; `scale` and `zero_point` broadcast against `x`."""
+    return (torch.round(x * (1 / scale)) + zero_point).clamp(0, 2**bits - 1)
+
+
+def decode(codes, scale, zero_point):
+    """The real values that `codes` stand for."""
+    return (codes - zero_point) * scale
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Round to the nearest code and back; the gradient passes unchanged (straight-through).
+
+    `clipped` stops the gradient of values outside the range of the codes, as LSQ and PACT do; the papers here do not.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, bits, clipped):
+        if clipped:
+            ctx.save_for_backward(x, scale, zero_point)
+        ctx.bits, ctx.clipped = bits, clipped
+        return decode(encode(x, scale, zero_point, bits), scale, zero_point)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.clipped:
+            x, scale, zero_point = ctx.saved_tensors
+            code = torch.round(x * (1 / scale)) + zero_point
+            grad = grad * ((code >= 0) & (code < 2**ctx.bits))
+        return grad, None, None, None, None
+
+
+def fake_quantize(x, scale, zero_point, bits, clipped=False):
+    """`x` as the quantized network sees it.
+
+    Args:
+        x: float tensor; computed in float32 whatever its dtype.
+        scale, zero_point: from `affine_parameters`, broadcastable against `x`.
+        bits: 2 to 8.
+        clipped: no gradient where `x` lies outside the range.
+
+    Returns:
+        float32 tensor of x's shape with at most 2^bits values per range.
+    """
+    return FakeQuantize.apply(x.float(), scale, zero_point, bits, clipped)
+
+
+def channel_parameters(weight, bits):
+    """Scale and zero point per output channel (dimension 0) of `weight`, shaped to broadcast against it."""
+    flat = weight.detach().float().flatten(1)
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    scale, zero_point = affine_parameters(flat.amin(1), flat.amax(1), bits)
+    return scale.view(shape), zero_point.view(shape)
+
+
+class _QuantWeight:
+    """Weights quantized at each forward. `packed` is set on a network read from a file, whose weights are exact."""
+
+    packed = False
+
+    @classmethod
+    def from_float(cls, module, bits):
+        """A quantized layer that shares the parameters of `module`."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(module.__dict__)
+        layer.bits = bits
+        return layer
+
+    def quantized_weight(self):
+        if self.packed:
+            return self.weight
+        return fake_quantize(self.weight, *channel_parameters(self.weight, self.bits), self.bits)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class QuantConv2d(_QuantWeight, nn.Conv2d):
+    """Conv2d with weights of `bits` bits, one range per output channel."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class QuantLinear(_QuantWeight, nn.Linear):
+    """Linear with weights of `bits` bits, one range per output row."""
+
+    def forward(self, x):
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+
+class QuantAct(nn.Module):
+    """Activations of `bits` bits with one range per tensor.
+
+    While `observing`, the range follows each batch's minimum and maximum: the first batch sets it, later ones move it
+    with an exponential average (the released GDFQ code feeds its bias correction back into its state and needs about
+    250 steps to settle; not reproduced). The state lives in buffers, so checkpoints carry it.
+    """
+
+    momentum = 0.9
+
+    def __init__(self, bits, clipped=False):
+        super().__init__()
+        self.bits, self.clipped, self.observing = bits, clipped, False
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, x):
+        """Move the range towards the smallest and largest value of `x`."""
+        for state, value in zip((self.low, self.high), torch.aminmax(x.float())):
+            state.copy_(torch.where(self.seen, torch.lerp(value, state, self.momentum), value))
+        self.seen.fill_(True)
+
+    def forward(self, x):
+        if self.observing:
+            self.observe(x.detach())
+        return fake_quantize(x, *affine_parameters(self.low, self.high, self.bits), self.bits, self.clipped)
+
+    def extra_repr(self):
+        return f"bits={self.bits}, low={self.low.item():.4g}, high={self.high.item():.4g}"
+
+
+def quantized_layers(model):
+    """Names and modules of all quantized convolutions and linear layers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _QuantWeight)]
+
+
+def quantized_activations(model):
+    """Names and modules of all activation quantizers."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantAct)]
+
+
+def observe(model, on):
+    """Let the activation ranges of `model` follow the data, or freeze them."""
+    for _, module in quantized_activations(model):
+        module.observing = on
+
+
+def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=None):
+    """The quantized copy of a trained network, in eval mode: BatchNorm statistics stay fixed while it is fine-tuned.
+
+    All Conv2d and Linear weights are quantized, first and last layer included. The traced graph tells where
+    activations are computed, as modules or as functions. A network that cannot be traced has its modules replaced
+    instead; since activations written as functions would be missed there, one forward pass looks for them.
+
+    Args:
+        model: the teacher; left as it is.
+        wbits, abits: bits of weights and activations, 2 to 8.
+        act_placement: "relu" quantizes what every activation function returns (the papers); "input" quantizes what
+            every convolution and linear layer receives, the network's own input with 8 bits (integer inference).
+        clipped: no gradient for activations outside their range.
+        example: a small input batch, needed only when the network cannot be traced.
+
+    Returns:
+        A network with the teacher's parameter names.
+
+    Raises:
+        InputError: bits out of range, or something that cannot be quantized; the message names it.
+    """
+    for flag, bits in (("--wbits", wbits), ("--abits", abits)):
+        if not 2 <= bits <= 8:
+            raise InputError(f"{flag} is {bits}; give a number of bits from 2 to 8")
+    if act_placement not in ("relu", "input"):
+        raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    for name, module in model.named_modules():
+        if isinstance(module, OTHER_WEIGHTED_MODULES) and not isinstance(module, nn.Conv2d):
+            raise InputError(
+                f"layer '{name}' is a {type(module).__name__}, and only Conv2d and Linear weights can be quantized; "
+                "replace it in the model"
+            )
+    try:
+        traced = fx.symbolic_trace(model)
+    except Exception as error:  # whatever the model's own forward raises when it is traced
+        student = _quantize_modules(model, abits, act_placement, clipped, example, error)
+    else:
+        student = _quantize_graph(traced, abits, act_placement, clipped)
+    for name, module in list(student.named_modules()):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            quantized = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
+            _replace(student, name, quantized.from_float(module, wbits))
+    if not quantized_activations(student):
+        raise InputError("the model computes no activation that could be quantized; use --act-placement input")
+    return student
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _quantize_graph(traced, abits, act_placement, clipped):
+    """Insert a QuantAct at every place of the traced graph that `act_placement` names."""
+    modules, graph = dict(traced.named_modules()), traced.graph
+
+    def is_activation(node):
+        if node.op == "call_module":
+            return isinstance(modules[node.target], ACTIVATION_MODULES)
+        return (node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS) or (
+            node.op == "call_method" and node.target in ACTIVATION_METHODS
+        )
+
+    def insert_after(node, users):
+        name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
+        traced.add_submodule(name, QuantAct(INPUT_BITS if node.op == "placeholder" else abits, clipped))
+        with graph.inserting_after(node):
+            quantized = graph.call_module(name, (node,))
+        for user in users:
+            user.replace_input_with(node, quantized)
+
+    weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
+            raise InputError(
+                f"'{node.target.__name__}' is called as a function in the model's forward (graph node '{node.name}'), where "
+                "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
+            )
+        if act_placement == "relu" and is_activation(node):
+            insert_after(node, list(node.users))
+        elif act_placement == "input" and any(user in weighted for user in node.users):
+            insert_after(node, [user for user in node.users if user in weighted])
+    graph.lint()
+    traced.recompile()
+    return traced
+
+
+class _FunctionFinder(TorchFunctionMode):
+    """Notes activations and weighted layers that a forward pass computes outside the modules made for them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.stack, self.found, self.first_layer = [], [], None
+        self.hooks = []
+        for name, module in model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: self.stack.append((name, m))))
+            self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, module = self.stack[-1]
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            self.first_layer = self.first_layer or module
+        elif function in WEIGHT_FUNCTIONS or (
+            not isinstance(module, ACTIVATION_MODULES)
+            and (function in ACTIVATION_FUNCTIONS or function in (torch.Tensor.relu, torch.Tensor.relu_))
+        ):
+            self.found.append(f"'{function.__name__}' in module '{name or type(module).__name__}'")
+        return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+
+def _quantize_output(module, args, output):
+    return module.output_quantizer(output)
+
+
+def _quantize_input(module, args):
+    return (module.input_quantizer(args[0]), *args[1:])
+
+
+def _quantize_modules(model, abits, act_placement, clipped, example, trace_error):
+    """Attach a QuantAct to every module that `act_placement` names; for networks that cannot be traced."""
+    reason = f"the model cannot be traced ({str(trace_error).strip().splitlines()[0]})"
+    if example is None:
+        raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
+    with torch.no_grad(), _FunctionFinder(model) as finder:
+        model(example)
+    if finder.found:
+        raise InputError(f"{reason} and calls {finder.found[0]} as a function; write it as a module, such as nn.ReLU()")
+    for module in list(model.modules()):
+        if act_placement == "relu" and isinstance(module, ACTIVATION_MODULES):
+            module.output_quantizer = QuantAct(abits, clipped)
+            module.register_forward_hook(_quantize_output)
+        elif act_placement == "input" and isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.input_quantizer = QuantAct(INPUT_BITS if module is finder.first_layer else abits, clipped)
+            module.register_forward_pre_hook(_quantize_input)
+    return model

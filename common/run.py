@@ -1,0 +1,545 @@
+"""What surrounds a method: shared flags, the run's folder, seeds, device and precision, resuming, progress, results."""
+
+import argparse
+import difflib
+import io
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import InputError
+from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
+from common.export import load_quantized, read_quantized, save_quantized
+from common.models import SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
+from common.quant import quantized_activations, quantized_layers
+
+DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
+NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default in (None, False) or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags that all scripts share; a script adds its own.
+
+    Args:
+        method: name of the script, as in the run folder.
+        description: first paragraph of --help.
+    """
+
+    def __init__(self, method, description):
+        super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
+        self.method, self.by_size = method, {}
+        add = self.add_argument_group("network and data").add_argument
+        add("--arch", default="resnet20", help="resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory")
+        add("--dataset", default="cifar10", type=_one_of(DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
+        test_images = "test images: a folder per class under val/ or test/, or torchvision's CIFAR files"
+        add("--data-dir", help=f"{test_images} (default: ./data, then the bundled slice of CIFAR-10)")
+        add("--download", action="store_true", help="fetch the full CIFAR test set")
+        add("--weights", help="file, address, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)")
+        add("--num-classes", type=int, help="of an own model (default: by data set)")
+        add("--image-size", type=int, help="side in pixels, of an own model (default: by data set)")
+        add("--mean", type=float, nargs="+", help="per channel, images in 0 to 1 (default: by weights)")
+        add("--std", type=float, nargs="+", help="per channel (default: by weights)")
+        add = self.add_argument_group("quantization").add_argument
+        add("--bits", type=int, default=4, help="of weights and activations, 2 to 8")
+        add("--wbits", type=int, help="of weights (default: --bits)")
+        add("--abits", type=int, help="of activations (default: --bits)")
+        placement = "quantize what activation functions return (relu, as the papers) or what layers receive (input)"
+        add("--act-placement", default="relu", type=_one_of(("relu", "input")), help=placement)
+        add("--clipped-ste", action="store_true", help="no gradient for activations outside their range; the papers pass it")
+        add = self.add_argument_group("run").add_argument
+        add("--seed", type=int, default=0, help="of every random number")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+        precision = "of convolutions; auto is bf16 where the hardware computes it"
+        add("--precision", default="auto", type=_one_of(("auto", "fp32", "bf16")), help=precision)
+        add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
+        add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
+        add("--eval-every", type=int, default=1, help="epochs between two evaluations; the last is always evaluated")
+        add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def add_by_size(self, group, flag, small, large, help, **kwargs):
+        """A flag whose default depends on the data: `small` for images up to 64 pixels (CIFAR), else `large`."""
+
+        def show(value):
+            return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+        action = group.add_argument(flag, help=f"{help} (default: CIFAR {show(small)}, ImageNet {show(large)})", **kwargs)
+        self.by_size[action.dest] = (small, large)
+
+    def parse(self, argv=None):
+        """Arguments with every default filled in.
+
+        Raises:
+            InputError: unusable arguments; the message names the flag.
+        """
+        args = self.parse_args(argv)
+        args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
+        for flag, bits in (("--wbits", args.wbits), ("--abits", args.abits)):
+            if not 2 <= bits <= 8:
+                given = flag if getattr(args, flag[2:]) != args.bits else "--bits"
+                raise InputError(f"{given} is {bits}; give a number of bits from 2 to 8")
+        for name, known in (("num_classes", NUM_CLASSES), ("image_size", IMAGE_SIZE)):
+            given, expected = getattr(args, name), known.get(args.dataset)
+            flag = "--" + name.replace("_", "-")
+            if given is None and expected is None:
+                raise InputError(f"--dataset {args.dataset} needs {flag}; give it")
+            if given is not None and expected is not None and given != expected and ":" not in args.arch:
+                raise InputError(
+                    f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for own data"
+                )
+            setattr(args, name, given if given is not None else expected)
+        for name, (small, large) in self.by_size.items():
+            if getattr(args, name) is None:
+                setattr(args, name, small if args.image_size <= SMALL_IMAGE else large)
+        for name in ("num_classes", "image_size", "epochs", "iters", "batch_size", "eval_every"):
+            if getattr(args, name, 1) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+        args.method = self.method
+        if args.out is None:
+            arch = re.sub(r"[^\w]+", "-", args.arch)
+            args.out = f"runs/{self.method}-{arch}-{args.dataset}-w{args.wbits}a{args.abits}-s{args.seed}"
+        return args
+
+    def config(self, **settings):
+        """The same arguments for a caller in Python: config(bits=4, epochs=10, no_bns=True)."""
+        argv = []
+        for name, value in settings.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                argv.append(flag)
+            elif value is not None and value is not False:
+                argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        return self.parse(argv)
+
+
+def _one_of(choices):
+    def check(text):
+        if text not in choices:
+            nearest = difflib.get_close_matches(text, choices, n=2, cutoff=0.5)
+            offer = f"did you mean {' or '.join(nearest)}" if nearest else f"give {', '.join(choices)}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not known; {offer}")
+        return text
+
+    return check
+
+
+@contextmanager
+def friendly_errors(program):
+    """Ends the program with one sentence and exit status 2 where the input cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; the same command with --resume goes on from the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------- device, precision, seed
+
+
+def pick_device(name):
+    """torch.device for --device.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device is '{name}'; give auto, cpu, cuda or cuda:i") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto")
+    return device
+
+
+def computes_bf16(device):
+    """Whether `device` multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+class Run:
+    """One run of a method: what its loop needs besides the method itself.
+
+    Without a folder (a call of `compress` from Python) nothing is written and nothing is shown.
+
+    Args:
+        cfg: from `Parser.parse` or `Parser.config`.
+        folder: where the run leaves its files, or None.
+        test_set: re-iterable over (images, labels), or None.
+    """
+
+    def __init__(self, cfg, folder=None, test_set=None):
+        self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), test_set
+        self.device = pick_device(cfg.device)
+        self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
+        self.results, self.history = {}, []
+        self.synthesize = None  # set by the method: labels (B,) -> images (B, C, H, W)
+        self.seconds, self.iterations = 0.0, 0
+        torch.manual_seed(cfg.seed)
+
+    def autocast(self):
+        """Convolutions in bf16 where --precision says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def epochs(self, count, student, evaluate_from=0, **stateful):
+        """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
+
+        Args:
+            count: epochs of the run.
+            student: the network to evaluate after each epoch.
+            evaluate_from: first epoch after which it is.
+            stateful: all else that changes from epoch to epoch: networks, optimizers.
+
+        Raises:
+            InputError: a folder that cannot be used, or a loss that is not finite.
+        """
+        stateful["student"] = student
+        start = self._open(stateful)
+        self.bar = tqdm(total=count * self.cfg.iters, initial=start * self.cfg.iters, disable=self.folder is None, unit="it")
+        for epoch in range(start, count):
+            self.epoch, self.losses = epoch, {}
+            before = self.seconds
+            self.bar.set_description(f"epoch {epoch + 1}/{count}")
+            yield epoch
+            line = {"epoch": epoch, **self._mean_losses(), "seconds": round(self.seconds - before, 2)}
+            due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
+            if self.test_set and due and epoch >= evaluate_from:
+                line["top1"] = self.measure("last_top1", student)
+                self.results["best_top1"] = max(self.results.get("best_top1", 0.0), line["top1"])
+            self.history.append(line)
+            shown = {key: f"{value:.4g}" for key, value in line.items() if key not in ("epoch", "seconds")}
+            self.bar.set_postfix(shown)
+            self._save_checkpoint(epoch + 1, stateful)
+        self.bar.close()
+
+    def steps(self):
+        """Step numbers of one epoch, timed, moving the progress bar."""
+        began = time.time()
+        for step in range(self.cfg.iters):
+            yield step
+            self.bar.update()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.time() - began
+        self.iterations += self.cfg.iters
+
+    def log(self, **losses):
+        """Note one step's losses (scalar tensors); they are read from the device once an epoch."""
+        for name, loss in losses.items():
+            self.losses.setdefault(name, []).append(loss.detach())
+
+    def announce(self, line):
+        """Say what the run is about to do, where it says anything."""
+        if self.folder is not None:
+            print(f"quantize  {line}", flush=True)
+
+    def measure(self, name, student):
+        """Record the student's accuracy on the test set under `name`; None where there is no test set."""
+        if self.test_set is None:
+            return None
+        self.results[name] = round(accuracy(student, self.test_set), 2)
+        return self.results[name]
+
+    def _mean_losses(self):
+        means = {}
+        for name, losses in self.losses.items():
+            values = torch.stack(losses).float()
+            finite = torch.isfinite(values)
+            if not finite.all():
+                step = int((~finite).int().argmax())
+                kept = "no epoch is saved yet"
+                if self.folder and self.epoch:
+                    kept = f"{self.folder / 'checkpoint.pt'} holds the first {self.epoch} epochs"
+                raise InputError(
+                    f"{name} became {values[step].item()} in epoch {self.epoch + 1}, step {step + 1}, and {kept}; "
+                    "lower --lr-g or --lr-q"
+                )
+            means[name] = round(values.mean().item(), 6)
+        return means
+
+    # ------------------------------------------------------------------------------------------------- the folder
+
+    def _arguments(self):
+        arguments = {k: v for k, v in vars(self.cfg).items() if k not in NOT_COMPARED}
+        return json.loads(json.dumps(arguments))
+
+    def _open(self, stateful):
+        """Create the folder, or load its checkpoint; returns the epoch to go on with."""
+        if self.folder is None:
+            return 0
+        config, checkpoint = self.folder / "config.json", self.folder / "checkpoint.pt"
+        if config.exists():
+            before, now = json.loads(config.read_text())["arguments"], self._arguments()
+            differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
+            if differ:
+                raise InputError(
+                    f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); give another --out"
+                )
+        if self.cfg.resume and checkpoint.exists():
+            return self._load_checkpoint(checkpoint, stateful)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+        content = {"arguments": self._arguments(), "versions": versions | {"numpy": np.__version__}}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(config, json.dumps(content, indent=1))
+        except OSError as error:
+            raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
+        for name in ("checkpoint.pt", "metrics.jsonl", "result.json", "quantized.pt", "samples.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        return 0
+
+    def _save_checkpoint(self, epoch, stateful):
+        if self.folder is None:
+            return
+        state = {
+            "epoch": epoch,
+            "stateful": {name: item.state_dict() for name, item in stateful.items()},
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "results": self.results,
+            "history": self.history,
+            "seconds": self.seconds,
+            "iterations": self.iterations,
+        }
+        partial = self.folder / "checkpoint.pt.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.folder / "checkpoint.pt")
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+
+    def _load_checkpoint(self, path, stateful):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError) as error:
+            raise InputError(f"--resume: {path} is damaged ({error}); remove it to start over") from None
+        for name, item in stateful.items():
+            item.load_state_dict(state["stateful"][name])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self.results, self.history = state["results"], state["history"]
+        self.seconds, self.iterations = state["seconds"], state["iterations"]
+        return state["epoch"]
+
+
+def write_atomically(path, text):
+    """Write a text file in one step, so that a killed run never leaves half of it."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------- start to finish
+
+
+def execute(cfg, compress):
+    """What every script's main does: load, compress, evaluate, write, print.
+
+    Args:
+        cfg: parsed arguments.
+        compress: the method, (teacher, cfg, run) -> quantized student.
+
+    Returns:
+        The contents of result.json.
+    """
+    if cfg.eval:
+        return evaluate_file(cfg)
+    device = pick_device(cfg.device)
+    teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
+    cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
+    test_set = load_test_set(
+        cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std), device, cfg.download
+    )
+    run = Run(cfg, cfg.out, test_set)
+    teacher.to(device)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    print(f"network   {cfg.arch}, {parameters:,} parameters, weights: {source}, on {device}, {'bf16' if run.bf16 else 'fp32'}")
+    if test_set is None:
+        print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
+    else:
+        print(f"test set  {test_set.count:,} images from {test_set.name}")
+        fp_top1 = round(accuracy(teacher, test_set), 2)
+        print(f"          full precision {fp_top1:.2f} %", flush=True)
+    student = compress(teacher, cfg, run)
+    run.results = {"fp_top1": fp_top1 if test_set else None} | run.results
+    return finish(run, teacher, student)
+
+
+def per_channel(cfg, normalisation, channels):
+    """(mean, std) from --mean and --std, else from the weights' own normalisation, one value per image channel."""
+    values = []
+    for flag, given, known in (("--mean", cfg.mean, normalisation[0]), ("--std", cfg.std, normalisation[1])):
+        value = list(given or (known if len(known) == channels else [0.5]))
+        if len(value) not in (1, channels):
+            raise InputError(f"{flag} has {len(value)} values and the model {channels} channels; give one value or {channels}")
+        values.append(value * (channels // len(value)))
+    return values
+
+
+def describe(student):
+    """One line on what of the network is quantized."""
+    weights, acts = quantized_layers(student), quantized_activations(student)
+    abits = sorted({act.bits for _, act in acts})
+    return (
+        f"{len(weights)} weight tensors to {weights[0][1].bits} bits, {len(acts)} activations to "
+        f"{' and '.join(map(str, abits))} bits"
+    )
+
+
+class SyntheticSet:
+    """Fresh synthetic images, 10 batches of 200, re-iterable; the run's own random numbers are left alone."""
+
+    count = 2000
+
+    def __init__(self, run):
+        self.run = run
+
+    def __iter__(self):
+        for labels in torch.arange(self.count).split(200):
+            yield draw(self.run, labels % self.run.cfg.num_classes, seed=int(labels[0])), labels
+
+
+@torch.no_grad()
+def draw(run, labels, seed):
+    """Synthetic images of `labels` (B,) with noise of their own seed."""
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return run.synthesize(labels.to(run.device))
+
+
+def save_samples(run, path, columns=8, most_rows=100):
+    """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
+    rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
+    labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
+    images = torch.cat([draw(run, part, seed=int(part[0])).cpu() for part in labels.split(200)])
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (run.cfg.mean, run.cfg.std))
+    images = (images.float() * std + mean).clamp(0, 1)
+    if images.shape[1] not in (1, 3):
+        images = images[:, :1]
+    partial = Path(path).with_name("partial.png")
+    save_image(images, partial, nrow=columns, padding=1)
+    os.replace(partial, path)
+
+
+def finish(run, teacher, student):
+    """Write samples.png, quantized.pt and result.json, and print the table."""
+    cfg, folder = run.cfg, run.folder
+    meta = {
+        **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
+        **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
+        "channels": input_channels(teacher),
+        "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
+    }
+    save_quantized(student, folder / "quantized.pt", meta)
+    save_samples(run, folder / "samples.png")
+    batches = run.test_set or SyntheticSet(run)
+    names = ("fp_top1", "calibrated_top1", "last_top1", "best_top1")
+    result = {name: run.results.get(name) for name in names}
+    result |= {
+        "agreement": round(agreement(teacher, student, batches), 2),
+        "images": batches.count,
+        "test_set": run.test_set.name if run.test_set else None,
+        "wbits": cfg.wbits,
+        "abits": cfg.abits,
+        "bytes_fp32": saved_bytes(teacher),
+        "bytes_quantized": (folder / "quantized.pt").stat().st_size,
+        "ms_per_iter": round(1000 * run.seconds / max(run.iterations, 1), 1),
+        "peak_mb": round(peak_memory(run.device) / 2**20),
+        "seconds": round(run.seconds, 1),
+        "method": cfg.method,
+        "arguments": run._arguments(),
+        "versions": json.loads((folder / "config.json").read_text())["versions"],
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    print_table(result, folder)
+    return result
+
+
+def saved_bytes(model):
+    """Size of the network's own checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def peak_memory(device):
+    """Peak memory in bytes: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_table(result, folder):
+    """The figures of result.json as a small table."""
+    on = f"of {result['images']:,} test images" if result["test_set"] else ""
+    rows = [
+        ("full precision", result["fp_top1"], "%"),
+        ("calibrated only", result["calibrated_top1"], "%"),
+        ("fine-tuned, last epoch", result["last_top1"], "%"),
+        ("fine-tuned, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
+        ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
+    ]
+    print(f"\n{result['method']}  w{result['wbits']}a{result['abits']}  top-1 accuracy {on}".rstrip())
+    for name, value, unit in rows:
+        if value is not None:
+            print(f"  {name:<30}{value:>8.2f} {unit}")
+    before, after = result["bytes_fp32"] / 1024, result["bytes_quantized"] / 1024
+    print(f"  {'file':<30}{after:>8.0f} KB  (full precision {before:.0f} KB, {before / after:.1f}x)")
+    print(f"  {'time':<30}{result['seconds']:>8.0f} s  ({result['ms_per_iter']} ms per iteration)")
+    print(f"  in {folder}/: quantized.pt, result.json, samples.png, metrics.jsonl", flush=True)
+
+
+def evaluate_file(cfg):
+    """--eval: accuracy of a quantized.pt on the test set that the flags determine."""
+    meta = read_quantized(cfg.eval)["meta"]
+    own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
+    device = pick_device(cfg.device)
+    student = load_quantized(cfg.eval, own).to(device)
+    test_set = load_test_set(
+        meta["dataset"],
+        cfg.data_dir,
+        meta["num_classes"],
+        meta["image_size"],
+        (meta["mean"], meta["std"]),
+        device,
+        cfg.download,
+    )
+    if test_set is None:
+        raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
+    top1 = round(accuracy(student, test_set), 2)
+    size = Path(cfg.eval).stat().st_size / 1024
+    print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
+    print(f"top-1 accuracy {top1:.2f} % of {test_set.count:,} test images from {test_set.name}")
+    return {"top1": top1, "images": test_set.count}

@@ -1,0 +1,317 @@
+"""GDFQ: Generative Low-bitwidth Data Free Quantization (Xu et al., ECCV 2020).
+
+A conditional generator is trained against the frozen full-precision network (the teacher): its images must be classified
+as the label they were drawn for, and must give every BatchNorm layer the statistics it saw in training. The quantized
+network (the student) is calibrated and then fine-tuned on these images, with labels and with the teacher's outputs.
+
+    python gdfq.py --arch resnet20 --dataset cifar100 --bits 4
+
+Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 11 of AdaDFQ):
+    Generator, ImageNetGenerator    G(z | y)
+    generator_loss                  L(G) = L_CE + alpha * L_BNS                          Eq. 1
+    BatchNormStatistics.loss        L_BNS                                               Eq. 11 of AdaDFQ
+    student_loss                    L(Q) = L_CE + delta * L_KD                          Eq. 3
+    kd_loss                         L_KD, Kullback-Leibler divergence at temperature T
+    common.quant                    the quantizer
+
+    what                     paper                      released code               here
+    L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
+    L_KD                     per sample                 also divided by C classes   --variant, --kd-reduction
+    generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         0.5
+    inner BatchNorms, eps    not given                  0.8 (CIFAR and ImageNet)    0.8
+    activation ranges        moving average             one that feeds its bias     plain moving average
+                                                        correction back
+    reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
+
+The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
+the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+from common.bns import BatchNormStatistics
+from common.models import SMALL_IMAGE, input_channels
+from common.quant import observe, quantize
+from common.run import Parser, Run, describe, execute, friendly_errors
+
+BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+
+
+class Generator(nn.Module):
+    """Generator for small images; the label enters as an embedding that multiplies the noise.
+
+    Args:
+        num_classes: number of labels.
+        image_size: side of the images, a multiple of 4.
+        channels: of the images.
+        latent_dim: length of the noise vector.
+    """
+
+    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
+        super().__init__()
+        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.embedding = nn.Embedding(num_classes, latent_dim)
+        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.bn0 = nn.BatchNorm2d(128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(128, eps=BN_EPS)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(64, eps=BN_EPS)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, y):
+        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
+        x = self.linear(self.embedding(y) * z).view(-1, 128, self.side, self.side)
+        x = F.interpolate(self.bn0(x), scale_factor=2)
+        x = F.interpolate(F.leaky_relu(self.bn1(self.conv1(x)), 0.2), scale_factor=2)
+        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
+        return self.bn3(torch.tanh(self.conv3(x)))
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose scale and shift are looked up by label."""
+
+    def __init__(self, num_classes, channels, eps=1e-5):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.gamma = nn.Embedding(num_classes, channels)
+        self.beta = nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.gamma.weight)
+        nn.init.zeros_(self.beta.weight)
+
+    def forward(self, x, y):
+        return self.gamma(y)[:, :, None, None] * self.bn(x) + self.beta(y)[:, :, None, None]
+
+
+class ImageNetGenerator(nn.Module):
+    """Generator for large images; the label enters through conditional BatchNorm only. Arguments as `Generator`."""
+
+    def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
+        super().__init__()
+        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.bn0 = ConditionalBatchNorm(num_classes, 128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn1 = ConditionalBatchNorm(num_classes, 128, BN_EPS)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.bn2 = ConditionalBatchNorm(num_classes, 64, BN_EPS)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, y):
+        """As `Generator.forward`."""
+        x = self.linear(z).view(-1, 128, self.side, self.side)
+        x = F.interpolate(self.bn0(x, y), scale_factor=2)
+        x = F.interpolate(F.leaky_relu(self.bn1(self.conv1(x), y), 0.2), scale_factor=2)
+        x = F.leaky_relu(self.bn2(self.conv2(x), y), 0.2)
+        return self.bn3(torch.tanh(self.conv3(x)))
+
+
+def generator_loss(teacher_logits, y, bns, bns_weight, use_ce=True, use_bns=True):
+    """L(G) = L_CE + alpha * L_BNS, Eq. 1: images of class y with the statistics the teacher knows.
+
+    Args:
+        teacher_logits: (B, C).
+        y: labels (B,).
+        bns: L_BNS of the same batch, a scalar.
+        bns_weight: alpha.
+        use_ce, use_bns: leave a term out.
+    """
+    loss = F.cross_entropy(teacher_logits, y) if use_ce else 0.0
+    return loss + bns_weight * bns if use_bns else loss
+
+
+def kd_loss(student_logits, teacher_logits, temperature, reduction):
+    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T.
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+        temperature: T.
+        reduction: "batchmean" divides by B, "mean" by B * C as the released code does.
+    """
+    teacher_log = F.log_softmax(teacher_logits / temperature, 1)
+    student_log = F.log_softmax(student_logits / temperature, 1)
+    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum()
+    count = teacher_logits.shape[0] if reduction == "batchmean" else teacher_logits.numel()
+    return temperature**2 * divergence / count
+
+
+def student_loss(student_logits, teacher_logits, target, cfg):
+    """L(Q) = L_CE + delta * L_KD, Eq. 3; `target` is (B,) labels or (B, C) probabilities."""
+    loss = 0.0 if cfg.no_student_ce else F.cross_entropy(student_logits, target)
+    if cfg.no_kd:
+        return loss
+    return loss + cfg.kd_weight * kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
+
+
+def mix_images(x, y, num_classes, how):
+    """Mixup or CutMix of synthetic images with a random partner, lambda ~ U(0, 1) per sample (Table 2 of Qimera).
+
+    Args:
+        x: (B, channels, H, W).
+        y: (B,) labels.
+        num_classes: C.
+        how: "mixup" (Zhang et al. 2018) or "cutmix" (Yun et al. 2019).
+
+    Returns:
+        Mixed images as x, and their soft labels (B, C).
+    """
+    batch, _, height, width = x.shape
+    partner = torch.randperm(batch, device=x.device)
+    share = torch.rand(batch, device=x.device)  # of the partner
+    if how == "mixup":
+        mask = share.view(-1, 1, 1, 1)
+    else:
+        half = share.sqrt() / 2  # half the box's side, relative to the image's
+        centre = torch.rand(2, batch, 1, device=x.device)
+        rows = ((torch.arange(height, device=x.device) + 0.5) / height - centre[0]).abs() < half[:, None]
+        columns = ((torch.arange(width, device=x.device) + 0.5) / width - centre[1]).abs() < half[:, None]
+        mask = (rows[:, :, None] & columns[:, None, :])[:, None].to(x.dtype)
+        share = mask.mean((1, 2, 3))  # what the border left of the box
+    labels = F.one_hot(y, num_classes).to(x.dtype)
+    return torch.lerp(x, x[partner], mask), torch.lerp(labels, labels[partner], share[:, None])
+
+
+def compress(teacher, cfg, run=None):
+    """Quantize a network without data.
+
+    Args:
+        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes).
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the loop; by default nothing is written or shown.
+
+    Returns:
+        The quantized network, in eval mode.
+
+    Raises:
+        InputError: a teacher without BatchNorm, or with something that cannot be quantized.
+    """
+    run = run or Run(cfg)
+    device, channels = run.device, input_channels(teacher)
+    if cfg.image_size % 4:
+        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    stats = BatchNormStatistics(teacher)
+    example = torch.zeros(2, channels, cfg.image_size, cfg.image_size, device=device)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
+    generator = Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim).to(device)
+    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999))
+    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+    train_generator = not (cfg.no_ce and cfg.no_bns)
+    finetune = not (cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd))
+
+    def synthesize(y):
+        with run.autocast():
+            return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
+
+    def generator_step():
+        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
+        x = synthesize(y)
+        with run.autocast():
+            logits = teacher(x).float()
+        bns = stats.loss(cfg.bns_form)
+        if train_generator:
+            loss = generator_loss(logits, y, bns, cfg.bns_weight, not cfg.no_ce, not cfg.no_bns)
+            optim_g.zero_grad()
+            loss.backward()
+            optim_g.step()
+            run.log(loss_g=loss, bns=bns)
+        return x.detach(), logits.detach(), y
+
+    def student_step(x, teacher_logits, y):
+        if cfg.mix != "none":
+            x, y = mix_images(x, y, cfg.num_classes, cfg.mix)
+            with torch.no_grad(), run.autocast():
+                teacher_logits = teacher(x).float()
+        with run.autocast():
+            logits = student(x).float()
+        loss = student_loss(logits, teacher_logits, y, cfg)
+        optim_q.zero_grad()
+        loss.backward()
+        optim_q.step()
+        run.log(loss_q=loss)
+
+    run.announce(describe(student))
+    run.synthesize = synthesize
+    calibrated_at = min(cfg.calibrate_epochs, cfg.warmup_epochs)
+    epochs = cfg.epochs if finetune else min(cfg.epochs, max(calibrated_at, 1))
+    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    for epoch in run.epochs(epochs, student, evaluate_from=cfg.warmup_epochs, **parts):
+        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
+        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        calibrating, tuning = epoch < cfg.calibrate_epochs, finetune and epoch >= cfg.warmup_epochs
+        observe(student, calibrating)
+        for _ in run.steps():
+            batch = generator_step()
+            if tuning:
+                student_step(*batch)
+            elif calibrating:
+                with torch.no_grad(), run.autocast():
+                    student(batch[0])
+        observe(student, False)
+        if epoch + 1 == calibrated_at:
+            run.measure("calibrated_top1", student)
+    stats.remove()
+    return student
+
+
+def parser():
+    p = Parser("gdfq", __doc__.split("\n\n")[0])
+    add = p.add_argument_group("GDFQ").add_argument
+    variant = "sets --bns-form and --kd-reduction, see the table at the top of gdfq.py"
+    add("--variant", choices=("released", "paper"), default="released", help=variant)
+    add("--epochs", type=int, default=400, help="epochs, warm-up included")
+    add("--iters", type=int, default=200, help="iterations per epoch")
+    group = p.add_argument_group("GDFQ, defaults by data set")
+    p.add_by_size(group, "--batch-size", 200, 16, "images per iteration", type=int)
+    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=int)
+    p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=float)
+    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator (Adam)")
+    add("--beta1", type=float, default=0.5, help="of the generator's Adam")
+    add("--weight-decay", type=float, default=1e-4, help="of the student")
+    decay = "epochs at which both learning rates fall to a tenth"
+    add("--decay-epochs", type=int, nargs="*", default=[100, 200, 300], help=decay)
+    add("--latent-dim", type=int, default=100, help="length of the noise vector")
+    add("--bns-weight", type=float, default=0.1, help="alpha of Eq. 1")
+    add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
+    add("--kd-weight", type=float, default=1.0, help="delta of Eq. 3")
+    add("--temperature", type=float, default=20.0, help="T of the distillation loss")
+    add("--kd-reduction", choices=("mean", "batchmean"), help="of L_KD (default: released mean, paper batchmean)")
+    add = p.add_argument_group("ablations").add_argument
+    add("--mix", choices=("none", "mixup", "cutmix"), default="none", help="mix the student's images (Table 2 of Qimera)")
+    add("--no-ce", action="store_true", help="generator without cross-entropy")
+    add("--no-bns", action="store_true", help="generator without BatchNorm statistics")
+    add("--no-student-ce", action="store_true", help="student without cross-entropy")
+    add("--no-kd", action="store_true", help="student without distillation")
+    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    return p
+
+
+def _by_variant(cfg):
+    forms = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
+    cfg.bns_form, cfg.kd_reduction = cfg.bns_form or forms[0], cfg.kd_reduction or forms[1]
+    return cfg
+
+
+def parse_args(argv=None):
+    return _by_variant(parser().parse(argv))
+
+
+def config(**settings):
+    """Settings for `compress` by flag name: config(dataset="folder", num_classes=5, image_size=32, bits=4)."""
+    return _by_variant(parser().config(**settings))
+
+
+def main(argv=None):
+    with friendly_errors("gdfq.py"):
+        return execute(parse_args(argv), compress)
+
+
+if __name__ == "__main__":
+    main()

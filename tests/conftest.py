@@ -1,0 +1,73 @@
+"""Networks and runs small enough for the tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+class FunctionalNet(nn.Module):
+    """Three convolutions with a shortcut; activations are functions and methods, not modules."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)) + self.bn3(self.conv3(x))).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+class ModuleNet(nn.Module):
+    """A convolution, an activation module and a branch on the data, which cannot be traced."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.fc(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
+
+
+def trained(model, size=16, steps=20):
+    """The model with BatchNorm statistics of random images, in eval mode."""
+    torch.manual_seed(0)
+    model.train()
+    with torch.no_grad():
+        for _ in range(steps):
+            model(torch.randn(32, 3, size, size))
+    return model.eval()
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(1)
+    return trained(FunctionalNet())
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a script's main with arguments that cannot be used; returns the one sentence it printed."""
+
+    def run(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in argv])
+        printed = capsys.readouterr().err.strip()
+        assert stop.value.code == 2
+        assert "Traceback" not in printed and len(printed.splitlines()) == 1
+        return printed
+
+    return run

@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torch import nn
+
+from common import InputError
+from common.bns import BatchNormStatistics
+
+
+@pytest.mark.parametrize("form", BatchNormStatistics.forms)
+def test_losses_equal_plain_loops(net, form):
+    x = torch.randn(6, 3, 16, 16, requires_grad=True)
+    stats = BatchNormStatistics(net)
+    net(x)
+    loss = stats.loss(form)
+    inputs = []
+    hooks = [m.register_forward_hook(lambda _, args, __: inputs.append(args[0])) for m in (net.bn1, net.bn2, net.bn3)]
+    net(x)
+    total = 0.0
+    for layer, value in zip((net.bn1, net.bn2, net.bn3), inputs):
+        mean_term = var_term = 0.0
+        for c in range(8):
+            channel = value[:, c].double()
+            mean = channel.mean()
+            mean_term = mean_term + (mean - layer.running_mean[c]) ** 2
+            var_term = var_term + (((channel - mean) ** 2).mean() - layer.running_var[c]) ** 2
+        if form == "gdfq":
+            total = total + (mean_term + var_term) / 8 / 3
+        else:
+            total = total + (mean_term + var_term if form == "sum" else mean_term.sqrt() + var_term.sqrt())
+    torch.testing.assert_close(loss.double(), total, atol=1e-6, rtol=1e-5)
+    expected = torch.autograd.grad(total, x, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected, atol=1e-7, rtol=1e-4)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_hooks_can_be_removed_and_a_model_without_batchnorm_is_refused(net):
+    stats = BatchNormStatistics(net)
+    stats.remove()
+    net(torch.randn(2, 3, 16, 16))
+    assert not stats.batch
+    with pytest.raises(InputError, match="Sequential has no BatchNorm2d"):
+        BatchNormStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))

@@ -1,0 +1,148 @@
+"""The command line end to end: what a run leaves, what it refuses, how it goes on after it was killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_data import make_cifar100, make_folder
+
+import gdfq
+from common.export import load_quantized
+from common.models import build
+
+TINY = "--arch tiny:net --dataset folder --num-classes 5 --image-size 16 --batch-size 8 --iters 3 --warmup-epochs 2".split()
+TINY += "--calibrate-epochs 2 --device cpu --precision fp32 --lr-q 0.01".split()
+
+
+def start(folder, *flags):
+    command = [sys.executable, str(ROOT / "gdfq.py"), *TINY, "--out", str(folder), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole = start(tmp_path / "whole", "--epochs", 40)
+    killed = start(tmp_path / "killed", "--epochs", 40)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while killed.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists()
+    resumed = start(tmp_path / "killed", "--epochs", 40, "--resume")
+    for process in (whole, resumed):
+        assert process.communicate()[1] is not None and process.returncode == 0
+    files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+    lines = [
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "killed")
+    ]
+    for whole_line, resumed_line in zip(*lines, strict=True):
+        assert whole_line | {"seconds": 0} == resumed_line | {"seconds": 0}
+    assert len(lines[0]) == 40
+
+
+def test_a_copy_of_the_script_and_common_works_alone(tmp_path):
+    shutil.copy(ROOT / "gdfq.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    shutil.copy(ROOT / "tests" / "tiny.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    command = [sys.executable, "gdfq.py", *TINY, "--epochs", "3", "--bits", "3"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "gdfq-tiny-net-folder-w3a3-s0"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "quantized.pt", "result.json",
+    }  # fmt: skip
+    result = json.loads((run / "result.json").read_text())
+    assert result["fp_top1"] is None and result["test_set"] is None and 0 <= result["agreement"] <= 100
+    assert result["bytes_quantized"] == (run / "quantized.pt").stat().st_size
+    assert "agreement with the full-precision network" in done.stdout and "synthetic images" in done.stdout
+
+
+def test_a_run_with_a_test_set_and_its_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    data, run = make_folder(tmp_path / "data", 5, images=4, size=16), tmp_path / "run"
+    arguments = [*TINY, "--epochs", "4", "--out", str(run), "--data-dir", str(data), "--eval-every", "2"]
+    result = gdfq.main(arguments)
+    assert result["images"] == 20 and result["best_top1"] >= result["last_top1"] >= 0 and result["calibrated_top1"] is not None
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["top1" in line for line in lines] == [False, False, False, True]
+    assert gdfq.main(["--eval", str(run / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)]) == {
+        "top1": result["last_top1"], "images": 20,
+    }  # fmt: skip
+    assert "fine-tuned, last epoch" in capsys.readouterr().out
+
+
+def test_cifar100_from_its_own_files(tmp_path, monkeypatch):
+    make_cifar100(tmp_path / "data", monkeypatch)
+    torch.save(build("resnet20", 100, 32).state_dict(), tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    small = "--epochs 1 --iters 1 --batch-size 4 --warmup-epochs 0 --device cpu".split()
+    result = gdfq.main(["--dataset", "cifar100", "--weights", "weights.pt", *small])
+    assert result["images"] == 20 and result["arguments"]["num_classes"] == 100
+    student = load_quantized("runs/gdfq-resnet20-cifar100-w4a4-s0/quantized.pt")
+    assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+
+
+def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    torch.save(build("resnet20", 100, 32).state_dict(), tmp_path / "hundred.pt")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "none").mkdir()
+    for arguments, words in [
+        (["--arch", "resnet21"], "nearest: resnet"),
+        (["--dataset", "cifar11"], "did you mean cifar10"),
+        (["--bits", 9], "--bits is 9; give a number of bits from 2 to 8"),
+        (["--abits", 1], "--abits is 1"),
+        (["--bits", "four"], "invalid int value"),
+        (["--bit", 4], "unrecognized arguments"),
+        (["--weights", "hundred.pt"], "100 classes and the data set has 10"),
+        (["--weights", "hundred.pt", "--num-classes", 100], "use --dataset folder"),
+        (["--dataset", "folder"], "needs --num-classes"),
+        (["--data-dir", "none"], "neither val/ nor test/"),
+        (["--device", "cuda:7"], "CUDA devices here"),
+        (["--device", "tpu"], "give auto, cpu"),
+        (["--iters", 0], "--iters is 0"),
+        (["--eval", "absent.pt"], "is not a file"),
+        ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
+        ([*TINY, "--out", "file/run"], "cannot be written"),
+    ]:
+        assert words in fails(gdfq.main, *arguments), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "hundred.pt", "none"]
+
+
+def test_a_missing_download_says_what_and_where(tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    sentence = fails(gdfq.main, "--dataset", "cifar100")
+    assert "resnet20_cifar100-2964-a5322afe.pth.zip cannot be fetched" in sentence
+    assert f"save its one file as {tmp_path}/hub/checkpoints/resnet20_cifar100-2964-a5322afe.pth" in sentence
+    torch.save(build("resnet20", 100, 32).state_dict(), tmp_path / "weights.pt")
+    assert "save it as data/cifar-100-python.tar.gz" in fails(gdfq.main, "--dataset", "cifar100", "--weights", "weights.pt")
+
+
+def test_resume_refuses_other_arguments(tmp_path, fails, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    arguments = [*TINY, "--out", tmp_path / "run", "--epochs", 1]
+    gdfq.main([str(argument) for argument in arguments])
+    before = (tmp_path / "run" / "quantized.pt").read_bytes()
+    assert "(epochs 1 there, 2 here)" in fails(gdfq.main, *arguments[:-1], 2, "--resume")
+    assert (tmp_path / "run" / "quantized.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_cuda(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    arguments = [argument if argument != "cpu" else "cuda" for argument in TINY]
+    result = gdfq.main([*arguments, "--out", str(tmp_path / "run"), "--epochs", "3"])
+    assert result["peak_mb"] > 0

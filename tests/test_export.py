@@ -1,0 +1,73 @@
+import pytest
+import torch
+from conftest import FunctionalNet, trained
+
+from common import InputError
+from common.export import load_quantized, pack, read_quantized, save_quantized, unpack
+from common.models import build
+from common.quant import observe, quantize, quantized_layers
+
+META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "shortcut": "projection", "act_placement": "relu"}
+
+
+def calibrated(model, bits, placement="relu", size=16):
+    student = quantize(model, bits, bits, placement)
+    observe(student, True)
+    torch.manual_seed(2)
+    student(torch.randn(16, 3, size, size))
+    observe(student, False)
+    return student
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_is_a_dense_bit_stream(bits):
+    codes = torch.randint(2**bits, (3, 7))
+    packed = pack(codes, bits)
+    assert packed.numel() == -(-21 * bits // 8)
+    stream = sum(int(code) << (bits * i) for i, code in enumerate(codes.flatten()))
+    assert bytes(packed.tolist()) == stream.to_bytes(packed.numel(), "little")
+    assert torch.equal(unpack(packed, bits, 21).view(3, 7), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize("bits, placement", [(2, "relu"), (3, "relu"), (4, "input"), (8, "relu")])
+def test_a_loaded_network_has_the_same_outputs_to_the_bit(tmp_path, bits, placement):
+    student, x = calibrated(trained(FunctionalNet()), bits, placement), torch.randn(5, 3, 16, 16)
+    path, meta = tmp_path / "quantized.pt", META | {"wbits": bits, "abits": bits, "act_placement": placement}
+    save_quantized(student, path, meta)
+    loaded = load_quantized(path, FunctionalNet())
+    assert torch.equal(loaded(x), student(x))
+    for (_, layer), (_, original) in zip(quantized_layers(loaded), quantized_layers(student)):
+        assert torch.equal(layer.weight, original.quantized_weight())
+    save_quantized(loaded, tmp_path / "again.pt", meta)
+    assert torch.equal(load_quantized(tmp_path / "again.pt", FunctionalNet())(x), student(x))
+
+
+def test_resnet20_file_is_small_and_complete(tmp_path):
+    torch.manual_seed(0)
+    model = trained(build("resnet20", 10, 32), size=32, steps=2)
+    student = calibrated(model, 4, size=32)
+    path = tmp_path / "quantized.pt"
+    save_quantized(student, path, META | {"arch": "resnet20", "num_classes": 10, "image_size": 32, "wbits": 4, "abits": 4})
+    weights = sum(layer.weight.numel() for _, layer in quantized_layers(student))
+    assert weights / 2 < path.stat().st_size < weights / 2 + 40_000
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_quantized(path)(x), student(x))
+    first = read_quantized(path)["layers"]["conv1"]
+    assert first["codes"].dtype == torch.uint8 and first["zero_point"].dtype == torch.int32
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    student = calibrated(trained(FunctionalNet()), 4)
+    path = tmp_path / "quantized.pt"
+    save_quantized(student, path, META | {"wbits": 4, "abits": 4})
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:3000])
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    for name, model, words in [
+        ("absent.pt", None, "is not a file"),
+        ("cut.pt", None, "damaged"),
+        ("other.pt", None, "not a quantized network"),
+        ("quantized.pt", None, "own architecture"),
+        ("quantized.pt", build("resnet20", 5, 16), "another architecture"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            load_quantized(tmp_path / name, model)

@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FunctionalNet, trained
+
+import gdfq
+from common import InputError
+from common.models import input_channels
+from common.quant import quantized_activations, quantized_layers
+from gdfq import Generator, ImageNetGenerator, compress, config, generator_loss, kd_loss, mix_images, student_loss
+
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
+TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
+
+
+def test_generators_have_the_papers_sizes():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    # embedding + linear + BatchNorm + three convolutions with bias + two BatchNorms
+    expected = 100 * 100 + 101 * 8192 + 256 + (128 * 9 + 1) * 128 + 256 + (128 * 9 + 1) * 64 + 128 + (64 * 9 + 1) * 3
+    assert count(Generator(100)) == expected
+    z, y = torch.randn(4, 100), torch.tensor([0, 1, 2, 2])
+    images = Generator(3)(z, y)
+    assert images.shape == (4, 3, 32, 32)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_large_generator_knows_the_label_by_conditional_batchnorm_only():
+    large, z = ImageNetGenerator(3, 32), torch.randn(4, 100)
+    with_one, without_one = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 2, 2])
+    before = large(z, with_one)
+    assert before.shape == (4, 3, 32, 32) and torch.equal(before, large(z, without_one))
+    with torch.no_grad():
+        large.bn1.gamma.weight[1] *= 2
+    assert torch.equal(before, large(z, without_one)) and not torch.equal(before, large(z, with_one))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_losses_against_double_precision_formulas(reduction):
+    q, t, y, T = torch.randn(6, 7), torch.randn(6, 7) * 3, torch.randint(7, (6,)), 20.0
+    log_p, log_q = (torch.log_softmax(v.double() / T, 1) for v in (t, q))
+    expected = T * T * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / (6 if reduction == "batchmean" else 42)
+    torch.testing.assert_close(kd_loss(q, t, T, reduction).double(), expected, atol=1e-5, rtol=1e-4)
+    ce = -torch.log_softmax(q.double(), 1)[range(6), y].mean()
+    cfg = config(**TINY, kd_reduction=reduction, kd_weight=0.5)
+    torch.testing.assert_close(student_loss(q, t, y, cfg).double(), ce + 0.5 * expected, atol=1e-5, rtol=1e-4)
+    bns = torch.tensor(3.0)
+    torch.testing.assert_close(generator_loss(q, y, bns, 0.1).double(), ce + 0.3, atol=1e-5, rtol=1e-4)
+    assert generator_loss(q, y, bns, 0.1, use_ce=False) == pytest.approx(0.3)
+    torch.testing.assert_close(generator_loss(q, y, bns, 0.1, use_bns=False).double(), ce, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_mixing_keeps_pixels_and_labels_in_step(how):
+    y = torch.arange(16) % 4
+    x = y.view(-1, 1, 1, 1).expand(16, 1, 20, 20).float()  # every pixel is its own label
+    torch.manual_seed(0)
+    mixed, soft = mix_images(x, y, 4, how)
+    torch.testing.assert_close(soft.sum(1), torch.ones(16))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), (soft * torch.arange(4.0)).sum(1), atol=1e-5, rtol=1e-5)
+    flat = [len(image.unique()) for image in mixed]
+    assert max(flat) == (1 if how == "mixup" else 2) and (soft.amax(1) < 0.99).any()
+
+
+def test_compress_quantizes_a_small_network_with_functional_activations(net):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    student = compress(net, config(**TINY, bits=3, lr_q=0.01))
+    assert len(quantized_layers(student)) == 4 and len(quantized_activations(student)) == 3
+    for _, layer in quantized_layers(student):
+        assert all(len(row.unique()) <= 8 for row in layer.quantized_weight().flatten(1))
+    assert all(act.seen and act.high > act.low for _, act in quantized_activations(student))
+    changed = [key for key, value in before.items() if not torch.equal(student.state_dict()[key], value)]
+    assert "fc.weight" in changed and "bn1.weight" in changed and not any("running" in key for key in changed)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_calibration_alone_leaves_the_weights(net):
+    student = compress(net, config(**TINY, no_finetune=True))
+    state = student.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+    assert all(act.seen for _, act in quantized_activations(student))
+
+
+def test_first_student_step_equals_one_computed_by_hand(net):
+    """One generator step, then one step of plain SGD on the stated loss, from the same random numbers."""
+    settings = TINY | {"epochs": 1, "iters": 1, "warmup_epochs": 0, "lr_q": 0.1, "seed": 5, "weight_decay": 0.0}
+    student = compress(net, config(**settings))
+    torch.manual_seed(5)
+    generator = Generator(5, 16)
+    y = torch.randint(5, (8,))
+    x = generator(torch.randn(8, 100), y).detach()
+    reference = gdfq.quantize(net, 4, 4)
+    gdfq.observe(reference, True)
+    logits, cfg = reference(x), config(**settings)
+    student_loss(logits, net(x).detach(), y, cfg).backward()
+    expected = net.fc.weight - 0.1 * 1.9 * reference.fc.weight.grad  # Nesterov: gradient + 0.9 * buffer
+    torch.testing.assert_close(student.fc.weight.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_ablations_and_variants_change_what_they_name(net):
+    assert (config(**TINY).bns_form, config(**TINY).kd_reduction) == ("gdfq", "mean")
+    paper = config(**TINY, variant="paper", kd_reduction="mean")
+    assert (paper.bns_form, paper.kd_reduction) == ("sum", "mean")
+    results = {}
+    for name in ("no_ce", "no_bns", "no_student_ce", "no_kd", "clipped_ste"):
+        results[name] = compress(net, config(**TINY, lr_q=0.05, **{name: True})).fc.weight
+    results["mixup"] = compress(net, config(**TINY, lr_q=0.05, mix="mixup")).fc.weight
+    results["none"] = compress(net, config(**TINY, lr_q=0.05)).fc.weight
+    weights = list(results.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_a_model_without_batchnorm_or_an_odd_size_is_refused():
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(5))
+    plain(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(InputError, match="no BatchNorm2d"):
+        compress(plain, config(**TINY))
+    with pytest.raises(InputError, match="multiple of 4"):
+        compress(trained(FunctionalNet(), 18), config(**TINY | {"image_size": 18}))
+    assert input_channels(FunctionalNet()) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(net):
+    with pytest.raises(InputError, match=r"loss_q became (nan|inf) in epoch 2, step \d+"):
+        compress(net, config(**TINY, lr_q=1e30))
+    assert math.isfinite(net.fc.weight.sum())

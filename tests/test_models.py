@@ -1,0 +1,124 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from common import InputError
+from common.data import NORMALISATION
+from common.models import BasicBlock, ZeroPadShortcut, build, load_teacher
+from common.quant import quantized_activations
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def logits(model):
+    return model.eval()(torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32).sin())
+
+
+def randomised(model):
+    """Weights and statistics that make every key matter."""
+    torch.manual_seed(3)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = torch.rand_like(tensor) + 0.5 if tensor.ndim < 2 else torch.randn_like(tensor) * 0.1
+    return model
+
+
+def test_sizes_of_the_cifar_resnets():
+    assert [count(build("resnet20", classes, 32)) for classes in (10, 100)] == [272_474, 278_324]
+    assert count(build("resnet20", 10, 32, "pad")) == 269_722
+    assert count(build("resnet56", 10, 32)) == 855_770
+
+
+def test_zero_padding_shortcut():
+    x = torch.randn(1, 4, 6, 6)
+    out = ZeroPadShortcut(4, 8, 2)(x)
+    assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2]) and out.shape == (1, 8, 3, 3)
+    assert out[:, [0, 1, 6, 7]].abs().sum() == 0
+
+
+def to_pytorchcv(key):
+    key = re.sub(r"^layer(\d)\.(\d)\.", lambda m: f"features.stage{m[1]}.unit{int(m[2]) + 1}.", key)
+    key = re.sub(r"unit(\d)\.(conv|bn)(\d)\.", lambda m: f"unit{m[1]}.body.conv{m[3]}.{m[2]}.", key)
+    key = key.replace("downsample.0.", "identity_conv.conv.").replace("downsample.1.", "identity_conv.bn.")
+    key = re.sub(r"^conv1\.", "features.init_block.conv.", key)
+    return re.sub(r"^bn1\.", "features.init_block.bn.", key).replace("fc.", "output.")
+
+
+@pytest.mark.parametrize("layout", ["own", "pytorchcv", "chenyaofo", "akamaster"])
+def test_published_layouts_load_as_they_are(tmp_path, layout):
+    model = randomised(build("resnet20", 10, 32, "pad" if layout == "akamaster" else "projection"))
+    state, path, normalisation = model.state_dict(), tmp_path / "resnet20.pt", NORMALISATION["cifar10"]
+    if layout == "pytorchcv":
+        state = {to_pytorchcv(key): value for key, value in state.items()}
+        assert {"features.stage2.unit1.identity_conv.bn.weight", "features.stage1.unit3.body.conv2.conv.weight"} <= set(state)
+    elif layout == "chenyaofo":
+        path, normalisation = tmp_path / "cifar10_resnet20-4118986f.pt", NORMALISATION["chenyaofo-cifar10"]
+    elif layout == "akamaster":
+        keys = (key for key in state if "num_batches_tracked" not in key)
+        state = {"state_dict": {"module." + key.replace("fc.", "linear."): state[key] for key in keys}, "best_prec1": 91.73}
+        normalisation = NORMALISATION["imagenet"]
+    torch.save(state, path)
+    loaded, found, _ = load_teacher("resnet20", "cifar10", 10, 32, str(path))
+    assert torch.equal(logits(loaded), logits(model)) and found == normalisation
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    shortcut = nn.Sequential if layout != "akamaster" else ZeroPadShortcut
+    assert [type(m.downsample) for m in loaded.modules() if isinstance(m, BasicBlock)][3] is shortcut
+
+
+@pytest.mark.parametrize("arch, side", [("resnet18", 4), ("mobilenet_v2", 4), ("vgg11_bn", 1), ("shufflenet_v2_x0_5", 4)])
+def test_torchvision_networks_get_a_cifar_stem(arch, side):
+    model, sizes = build(arch, 10, 32), []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, __, output: sizes.append(output.shape[-1]))
+    assert logits(model).shape == (2, 10) and logits(model).isfinite().all()
+    assert sizes[0] == 32 and sizes[-1] == (2 if arch == "vgg11_bn" else side)
+    if arch == "vgg11_bn":
+        assert model.classifier[0].weight.shape == (512, 512)
+    assert not quantized_activations(model)
+
+
+def test_imagenet_architectures_are_torchvisions_own():
+    assert build("resnet18", 1000, 224).conv1.kernel_size == (7, 7)
+    assert count(build("mobilenet_v2", 1000, 224)) == 3_504_872
+
+
+def test_own_factory(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\ndef make(num_classes):\n    return nn.Linear(3, num_classes)\ndef bad():\n    return 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert build("own_net:make", 7, 32).out_features == 7
+    with pytest.raises(InputError, match="returned a int"):
+        build("own_net:bad", 7, 32)
+    with pytest.raises(InputError, match="cannot be imported"):
+        build("own_net:absent", 7, 32)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    good = tmp_path / "good.pt"
+    torch.save(build("resnet20", 10, 32).state_dict(), good)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:50_000])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"module": nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    for arch, classes, weights, words in [
+        ("resnet20", 10, tmp_path / "absent.pt", "is not a file"),
+        ("resnet20", 10, tmp_path / "cut.pt", "truncated"),
+        ("resnet20", 10, tmp_path / "text.pt", "not a PyTorch checkpoint"),
+        ("resnet20", 10, tmp_path / "list.pt", "no dict of tensors"),
+        ("resnet20", 10, tmp_path / "pickled.pt", "more than tensors"),
+        ("resnet20", 100, good, "are for 10 classes and the data set has 100"),
+        ("resnet32", 10, good, "another architecture"),
+        ("resnet18", 10, good, "another architecture"),
+        ("resnet2o", 10, good, "nearest: .*resnet20"),
+        ("resnet32", 10, "bundled", "bundled are"),
+        ("resnet18", 10, "pytorchcv", "known are: resnet20"),
+        ("resnet18", 10, "torchvision", "are for ImageNet"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            load_teacher(arch, "cifar10", classes, 32, str(weights))

@@ -34,6 +34,7 @@ from torch import nn
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.models import SMALL_IMAGE, input_channels
+from common.ops import upsample_conv
 from common.quant import observe, quantize
 from common.run import Parser, Run, describe, execute, friendly_errors
 
@@ -66,9 +67,8 @@ class Generator(nn.Module):
     def forward(self, z, y):
         """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
         x = self.linear(self.embedding(y) * z).view(-1, 128, self.side, self.side)
-        x = F.interpolate(self.bn0(x), scale_factor=2)
-        x = F.interpolate(F.leaky_relu(self.bn1(self.conv1(x)), 0.2), scale_factor=2)
-        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
+        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
@@ -105,9 +105,8 @@ class ImageNetGenerator(nn.Module):
     def forward(self, z, y):
         """As `Generator.forward`."""
         x = self.linear(z).view(-1, 128, self.side, self.side)
-        x = F.interpolate(self.bn0(x, y), scale_factor=2)
-        x = F.interpolate(F.leaky_relu(self.bn1(self.conv1(x), y), 0.2), scale_factor=2)
-        x = F.leaky_relu(self.bn2(self.conv2(x), y), 0.2)
+        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, y), self.conv1), y), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), y), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
 
 

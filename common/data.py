@@ -102,7 +102,9 @@ class TestSet:
             yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
 
 
-def load_test_set(dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=250):
+def load_test_set(
+    dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=250, channels=3
+):
     """The test set that the flags and the disk determine, or None where there is none.
 
     Args:
@@ -112,7 +114,10 @@ def load_test_set(dataset, data_dir, num_classes, image_size, normalisation, dev
             fetched; ImageNet and own data have no test set then.
         num_classes, image_size: what the network expects.
         normalisation: (mean, std) the network was trained with.
+        device: where the batches go.
         fetch: download the full CIFAR test set if it is not on disk.
+        batch_size: images per batch.
+        channels: of the network's images; class folders are read as RGB (3) or as grey values (1).
 
     Raises:
         InputError: a folder that does not fit, or a download that cannot start.
@@ -122,13 +127,10 @@ def load_test_set(dataset, data_dir, num_classes, image_size, normalisation, dev
     elif data_dir is None:
         return None
     else:
-        folder = _class_folder(data_dir, num_classes, image_size)
-        loader = DataLoader(
-            folder, batch_size, num_workers=min(8, torch.get_num_threads()), pin_memory=torch.device(device).type == "cuda"
-        )
+        folder = _class_folder(data_dir, num_classes, image_size, channels)
+        on_gpu = torch.device(device).type == "cuda"
+        loader = DataLoader(folder, batch_size, num_workers=min(8, torch.get_num_threads()), pin_memory=on_gpu)
         return TestSet(loader, len(folder), str(folder.root), normalisation, device)
-    if (found := int(labels.max()) + 1) != num_classes:
-        raise InputError(f"{name} has {found} classes and the network {num_classes}; give another --data-dir or --num-classes")
     batches = list(zip(images.split(batch_size), labels.split(batch_size)))
     return TestSet(batches, len(labels), name, normalisation, device)
 
@@ -153,7 +155,7 @@ def _load_cifar(dataset, data_dir, image_size, fetch):
     return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
 
 
-def _class_folder(data_dir, num_classes, image_size):
+def _class_folder(data_dir, num_classes, image_size, channels=3):
     """ImageFolder of uint8 tensors over DIR/val or DIR/test, resized and cropped where the images are larger."""
     root = next((Path(data_dir) / split for split in ("val", "test") if (Path(data_dir) / split).is_dir()), None)
     if root is None:
@@ -161,7 +163,11 @@ def _class_folder(data_dir, num_classes, image_size):
             f"--data-dir '{data_dir}' has neither val/ nor test/; give a folder with one folder per class in either"
         )
 
+    if channels not in (1, 3):
+        raise InputError(f"--data-dir: the model takes {channels} channels and image files give 1 or 3; leave --data-dir out")
+
     def transform(image):
+        image = image.convert("L") if channels == 1 else image
         if image.size != (image_size, image_size):
             image = TF.center_crop(TF.resize(image, round(image_size / 0.875)), image_size)
         return TF.pil_to_tensor(image)

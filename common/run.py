@@ -96,17 +96,17 @@ class Parser(argparse.ArgumentParser):
             InputError: unusable arguments; the message names the flag.
         """
         args = self.parse_args(argv)
-        args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
-        for flag, bits in (("--wbits", args.wbits), ("--abits", args.abits)):
-            if not 2 <= bits <= 8:
-                given = flag if getattr(args, flag[2:]) != args.bits else "--bits"
-                raise InputError(f"{given} is {bits}; give a number of bits from 2 to 8")
+        for name in ("bits", "wbits", "abits"):
+            if getattr(args, name) is None:
+                setattr(args, name, args.bits)
+            if not 2 <= getattr(args, name) <= 8:
+                raise InputError(f"--{name} is {getattr(args, name)}; give a number of bits from 2 to 8")
         for name, known in (("num_classes", NUM_CLASSES), ("image_size", IMAGE_SIZE)):
             given, expected = getattr(args, name), known.get(args.dataset)
             flag = "--" + name.replace("_", "-")
             if given is None and expected is None:
                 raise InputError(f"--dataset {args.dataset} needs {flag}; give it")
-            if given is not None and expected is not None and given != expected and ":" not in args.arch:
+            if given is not None and expected is not None and given != expected:
                 raise InputError(
                     f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for own data"
                 )
@@ -220,7 +220,7 @@ class Run:
         Args:
             count: epochs of the run.
             student: the network to evaluate after each epoch.
-            evaluate_from: first epoch after which it is.
+            evaluate_from: first epoch after which it is, but for the last epoch, which always counts.
             stateful: all else that changes from epoch to epoch: networks, optimizers.
 
         Raises:
@@ -235,8 +235,8 @@ class Run:
             self.bar.set_description(f"epoch {epoch + 1}/{count}")
             yield epoch
             line = {"epoch": epoch, **self._mean_losses(), "seconds": round(self.seconds - before, 2)}
-            due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
-            if self.test_set and due and epoch >= evaluate_from:
+            due = (epoch + 1) % self.cfg.eval_every == 0 and epoch >= evaluate_from
+            if self.test_set and (due or epoch + 1 == count):
                 line["top1"] = self.measure("last_top1", student)
                 self.results["best_top1"] = max(self.results.get("best_top1", 0.0), line["top1"])
             self.history.append(line)
@@ -379,9 +379,8 @@ def execute(cfg, compress):
     device = pick_device(cfg.device)
     teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
-    test_set = load_test_set(
-        cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std), device, cfg.download
-    )
+    what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
+    test_set = load_test_set(*what, device, cfg.download, channels=input_channels(teacher))
     run = Run(cfg, cfg.out, test_set)
     teacher.to(device)
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -527,15 +526,8 @@ def evaluate_file(cfg):
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)
     student = load_quantized(cfg.eval, own).to(device)
-    test_set = load_test_set(
-        meta["dataset"],
-        cfg.data_dir,
-        meta["num_classes"],
-        meta["image_size"],
-        (meta["mean"], meta["std"]),
-        device,
-        cfg.download,
-    )
+    what = (meta["dataset"], cfg.data_dir, meta["num_classes"], meta["image_size"], (meta["mean"], meta["std"]))
+    test_set = load_test_set(*what, device, cfg.download, channels=meta["channels"])
     if test_set is None:
         raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
     top1 = round(accuracy(student, test_set), 2)

@@ -27,13 +27,15 @@ The published figures were made with the released code, so `--variant released` 
 the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.models import SMALL_IMAGE, input_channels
+from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import upsample_conv
 from common.quant import observe, quantize
 from common.run import Parser, Run, describe, execute, friendly_errors
@@ -179,7 +181,8 @@ def compress(teacher, cfg, run=None):
     """Quantize a network without data.
 
     Args:
-        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes).
+        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
+            copied and left as it is.
         cfg: from `config(...)`, or the command line.
         run: what surrounds the loop; by default nothing is written or shown.
 
@@ -187,16 +190,16 @@ def compress(teacher, cfg, run=None):
         The quantized network, in eval mode.
 
     Raises:
-        InputError: a teacher without BatchNorm, or with something that cannot be quantized.
+        InputError: a teacher without BatchNorm, of another shape, or with something that cannot be quantized.
     """
     run = run or Run(cfg)
     device, channels = run.device, input_channels(teacher)
     if cfg.image_size % 4:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    stats = BatchNormStatistics(teacher)
-    example = torch.zeros(2, channels, cfg.image_size, cfg.image_size, device=device)
+    teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    example = probe(teacher, cfg.num_classes, cfg.image_size)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
     generator = Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim).to(device)
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999))
@@ -236,14 +239,14 @@ def compress(teacher, cfg, run=None):
         run.log(loss_q=loss)
 
     run.announce(describe(student))
-    run.synthesize = synthesize
-    calibrated_at = min(cfg.calibrate_epochs, cfg.warmup_epochs)
-    epochs = cfg.epochs if finetune else min(cfg.epochs, max(calibrated_at, 1))
+    tuned_from = cfg.warmup_epochs if finetune else cfg.calibrate_epochs  # no student step before this epoch
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from)
+    epochs = cfg.epochs if finetune else min(cfg.epochs, cfg.calibrate_epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    for epoch in run.epochs(epochs, student, evaluate_from=cfg.warmup_epochs, **parts):
+    for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
-        calibrating, tuning = epoch < cfg.calibrate_epochs, finetune and epoch >= cfg.warmup_epochs
+        calibrating, tuning = epoch < cfg.calibrate_epochs, finetune and epoch >= tuned_from
         observe(student, calibrating)
         for _ in run.steps():
             batch = generator_step()
@@ -255,7 +258,6 @@ def compress(teacher, cfg, run=None):
         observe(student, False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
-    stats.remove()
     return student
 
 
@@ -292,19 +294,26 @@ def parser():
     return p
 
 
-def _by_variant(cfg):
+def _complete(cfg):
     forms = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
     cfg.bns_form, cfg.kd_reduction = cfg.bns_form or forms[0], cfg.kd_reduction or forms[1]
+    if cfg.calibrate_epochs < 1:
+        raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
+    if cfg.epochs <= cfg.warmup_epochs and not cfg.no_finetune:
+        raise InputError(
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
+            "lower --warmup-epochs, or give --no-finetune"
+        )
     return cfg
 
 
 def parse_args(argv=None):
-    return _by_variant(parser().parse(argv))
+    return _complete(parser().parse(argv))
 
 
 def config(**settings):
     """Settings for `compress` by flag name: config(dataset="folder", num_classes=5, image_size=32, bits=4)."""
-    return _by_variant(parser().config(**settings))
+    return _complete(parser().config(**settings))
 
 
 def main(argv=None):

@@ -16,6 +16,8 @@ class BatchNormStatistics:
     - "sum": sum over layers of the squared L2 norms of both differences (Eq. 11 of AdaDFQ).
     - "norm": sum over layers of the L2 norms, not squared (Eq. 2 of MixMix).
 
+    Layers that a forward pass does not use take no part. The hooks stay: hand over a copy, not the caller's network.
+
     Args:
         model: a network in eval mode with at least one BatchNorm2d.
 
@@ -26,14 +28,15 @@ class BatchNormStatistics:
     forms = ("gdfq", "sum", "norm")
 
     def __init__(self, model):
-        self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-        if not self.layers:
+        layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.track_running_stats]
+        if not layers:
             raise InputError(
                 f"model {type(model).__name__} has no BatchNorm2d with running statistics, from which the images are "
                 "made; give a model that was trained with BatchNorm and is not folded"
             )
         self.batch = {}
-        self.hooks = [layer.register_forward_pre_hook(self._record) for layer in self.layers]
+        for layer in layers:
+            layer.register_forward_pre_hook(self._record)
 
     def _record(self, layer, args):
         with torch.autocast(args[0].device.type, enabled=False):
@@ -42,8 +45,7 @@ class BatchNormStatistics:
     def loss(self, form="gdfq"):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch."""
         terms = []
-        for layer in self.layers:
-            variance, mean = self.batch[layer]
+        for layer, (variance, mean) in self.batch.items():
             differences = (mean - layer.running_mean, variance - layer.running_var)
             if form == "gdfq":
                 terms.append(sum(d.square().mean() for d in differences))
@@ -55,8 +57,3 @@ class BatchNormStatistics:
                 raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
         total = torch.stack(terms).sum()
         return total / len(terms) if form == "gdfq" else total
-
-    def remove(self):
-        """Take the hooks off the model."""
-        for hook in self.hooks:
-            hook.remove()

@@ -1,6 +1,7 @@
 """Test sets, the normalisation each set of weights was trained with, and the evaluation loops."""
 
 import hashlib
+import http.client
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
+from torchvision import datasets
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ NORMALISATION = {
 }
 SLICE = Path(__file__).parent / "assets" / "cifar10_test_2000.png"
 SLICE_GRID = (40, 50)  # rows and columns; four rows a class
+SPLITS = ("val", "test")  # folders that hold test images
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 
 
@@ -47,30 +49,31 @@ def download(address, path, digest=None):
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     if not path.exists():
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT) as answer, partial.open("wb") as file:
                 size = int(answer.headers.get("Content-Length") or 0)
                 with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
                     while block := answer.read(1 << 16):
                         file.write(block)
                         bar.update(len(block))
-        except OSError as error:
+            if size and partial.stat().st_size != size:
+                raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
+            if address.endswith(".zip"):
+                with zipfile.ZipFile(partial) as archive:
+                    content = archive.read(archive.namelist()[0])
+                partial.write_bytes(content)
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
             partial.unlink(missing_ok=True)
             what = "unpack it and save its one file" if address.endswith(".zip") else "save it"
             raise InputError(
                 f"{address} cannot be fetched ({getattr(error, 'reason', error)}); fetch it where there is a network and "
                 f"{what} as {path}"
             ) from None
-        if address.endswith(".zip"):
-            with zipfile.ZipFile(partial) as archive:
-                content = archive.read(archive.namelist()[0])
-            partial.write_bytes(content)
     fetched = path if path.exists() else partial
     if digest:
         algorithm, _, expected = digest.partition(":")
-        with fetched.open("rb") as file:
-            found = hashlib.file_digest(file, algorithm).hexdigest()
+        found = hashlib.new(algorithm, fetched.read_bytes()).hexdigest()
         if not found.startswith(expected):
             partial.unlink(missing_ok=True)
             raise InputError(f"{path} has {algorithm} {found[:12]}, expected {expected[:12]}; remove it and fetch it again")
@@ -129,7 +132,9 @@ def load_test_set(
     else:
         folder = _class_folder(data_dir, num_classes, image_size, channels)
         on_gpu = torch.device(device).type == "cuda"
-        loader = DataLoader(folder, batch_size, num_workers=min(8, torch.get_num_threads()), pin_memory=on_gpu)
+        workers = min(8, torch.get_num_threads())
+        own_generator = torch.Generator()  # else each pass would draw from the run's random numbers
+        loader = DataLoader(folder, batch_size, num_workers=workers, pin_memory=on_gpu, generator=own_generator)
         return TestSet(loader, len(folder), str(folder.root), normalisation, device)
     batches = list(zip(images.split(batch_size), labels.split(batch_size)))
     return TestSet(batches, len(labels), name, normalisation, device)
@@ -139,9 +144,11 @@ def _load_cifar(dataset, data_dir, image_size, fetch):
     """Test images (N, 3, 32, 32) uint8 in memory, labels, and where they come from."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     root = Path(data_dir or "data")
-    if data_dir is not None and not (root / kind.base_folder).is_dir() and not fetch:
+    has_files = (root / kind.base_folder).is_dir()
+    has_folders = any((root / split).is_dir() for split in SPLITS)
+    if data_dir is not None and not has_files and (has_folders or not fetch):
         return (*read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], image_size)), str(data_dir))
-    if not (root / kind.base_folder).is_dir():
+    if not has_files:
         if dataset == "cifar10" and not fetch:
             return (*read_slice(), "the bundled CIFAR-10 slice")
         archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
@@ -155,9 +162,22 @@ def _load_cifar(dataset, data_dir, image_size, fetch):
     return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
 
 
+class _Fit:
+    """PIL image -> uint8 tensor of the network's size, as ImageNet's test images are cut: 256 of which 224 remain."""
+
+    def __init__(self, image_size, channels):
+        self.image_size, self.channels = image_size, channels
+
+    def __call__(self, image):
+        image = image.convert("L") if self.channels == 1 else image
+        if image.size != (self.image_size, self.image_size):
+            image = TF.center_crop(TF.resize(image, round(self.image_size / 0.875)), self.image_size)
+        return TF.pil_to_tensor(image)
+
+
 def _class_folder(data_dir, num_classes, image_size, channels=3):
-    """ImageFolder of uint8 tensors over DIR/val or DIR/test, resized and cropped where the images are larger."""
-    root = next((Path(data_dir) / split for split in ("val", "test") if (Path(data_dir) / split).is_dir()), None)
+    """ImageFolder of uint8 tensors over DIR/val or DIR/test, resized and cropped where they have another size."""
+    root = next((Path(data_dir) / split for split in SPLITS if (Path(data_dir) / split).is_dir()), None)
     if root is None:
         raise InputError(
             f"--data-dir '{data_dir}' has neither val/ nor test/; give a folder with one folder per class in either"
@@ -166,14 +186,8 @@ def _class_folder(data_dir, num_classes, image_size, channels=3):
     if channels not in (1, 3):
         raise InputError(f"--data-dir: the model takes {channels} channels and image files give 1 or 3; leave --data-dir out")
 
-    def transform(image):
-        image = image.convert("L") if channels == 1 else image
-        if image.size != (image_size, image_size):
-            image = TF.center_crop(TF.resize(image, round(image_size / 0.875)), image_size)
-        return TF.pil_to_tensor(image)
-
     try:
-        folder = datasets.ImageFolder(root, transforms.Lambda(transform))
+        folder = datasets.ImageFolder(root, _Fit(image_size, channels))
     except FileNotFoundError as error:
         raise InputError(f"--data-dir: {root} has no class folders with images ({error}); give one folder per class") from None
     if len(folder.classes) != num_classes:
@@ -186,7 +200,7 @@ def _class_folder(data_dir, num_classes, image_size, channels=3):
 
 def read_folder(folder):
     """All images of an ImageFolder of equally large uint8 tensors: (N, C, H, W) and labels (N,)."""
-    loader = tqdm(DataLoader(folder, 500), desc=f"reading {folder.root}", leave=False)
+    loader = tqdm(DataLoader(folder, 500, generator=torch.Generator()), desc=f"reading {folder.root}", leave=False)
     images, labels = zip(*loader)
     return torch.cat(images), torch.cat(labels)
 

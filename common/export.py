@@ -1,6 +1,5 @@
 """`quantized.pt`: weights as packed integer codes, with all that is needed to run the network again, bit for bit."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,8 @@ def save_quantized(student, path, meta):
     Args:
         student: from `common.quant.quantize`, with frozen activation ranges.
         path: file to write; replaced in one step.
-        meta: plain values; `load_quantized` needs arch, num_classes, image_size, shortcut, wbits, abits and
-            act_placement, `--eval` also dataset, mean and std.
+        meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, shortcut, wbits, abits and
+            act_placement, `--eval` also method, dataset, mean and std.
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student):
@@ -104,12 +103,11 @@ def read_quantized(path):
         raise InputError(f"'{path}' is not a file; give the quantized.pt of a run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise InputError(f"'{path}' has format {content['format']}, expected {FORMAT}; make it again with this version")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        if isinstance(error, InputError):
-            raise
+        version = content["format"]
+    except Exception:  # the unpickler raises whatever the damaged bytes make of it
         raise InputError(f"'{path}' is not a quantized network or is damaged; give the quantized.pt of a run") from None
+    if version != FORMAT:
+        raise InputError(f"'{path}' has format {version}, expected {FORMAT}; make it again with this version")
     return content
 
 
@@ -144,7 +142,9 @@ def load_quantized(path, model=None):
         codes = unpack(stored["codes"], stored["bits"], torch.Size(shape).numel()).view(shape).float()
         state[f"{name}.weight"] = decode(codes, scale, zero_point)
         if name in layers:
-            layers[name].packed, layers[name].scale, layers[name].zero_point = True, scale, zero_point
+            layers[name].packed = True
+            layers[name].register_buffer("scale", scale, persistent=False)
+            layers[name].register_buffer("zero_point", zero_point, persistent=False)
     for name, stored in content["activations"].items():
         state |= {f"{name}.low": stored["low"], f"{name}.high": stored["high"], f"{name}.seen": torch.tensor(True)}
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}

@@ -5,9 +5,9 @@ data are small. Weights load as they were published: the layout is recognised fr
 """
 
 import difflib
+import hashlib
 import importlib
 import inspect
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common import InputError
+from common import InputError, first_line
 from common.data import NORMALISATION, download
 
 ASSETS = Path(__file__).parent / "assets"
@@ -186,7 +186,9 @@ def build(arch, num_classes, image_size, shortcut="projection"):
             f"--arch '{arch}' is not known; nearest: {', '.join(nearest) or 'none'}; "
             "give one of those, another torchvision classifier, or package.module:factory"
         )
-    extra = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    extra = {}
+    if arch in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False, "init_weights": False, "transform_input": image_size > SMALL_IMAGE}
     if image_size > SMALL_IMAGE:
         return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
     with torch.device("meta") if arch.startswith("vgg") else torch.device("cpu"):
@@ -200,7 +202,7 @@ def _build_own(arch, num_classes):
         sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"--arch '{arch}' cannot be imported ({error}); give package.module:factory") from None
     takes_classes = "num_classes" in inspect.signature(factory).parameters
     try:
@@ -242,6 +244,27 @@ def input_channels(model):
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
+def probe(model, num_classes, image_size):
+    """A small batch of zeros that `model` turns into logits.
+
+    Raises:
+        InputError: the model fails on it, or returns anything but (2, num_classes) logits.
+    """
+    device = next(model.parameters()).device
+    example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
+    try:
+        with torch.no_grad():
+            logits = model(example)
+    except Exception as error:  # whatever the model's own code raises
+        raise InputError(
+            f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and --arch"
+        ) from error
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (2, num_classes):
+        raise InputError(f"the model returns {shape} for 2 images, expected (2, {num_classes}); check --num-classes and --arch")
+    return example
+
+
 def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     """The trained network that is to be compressed.
 
@@ -265,15 +288,18 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     if weights is None:
         model, source = build(arch, num_classes, image_size), f"as {arch} returns it"
     else:
-        path, source = locate_weights(weights, arch, dataset, image_size)
-        state = canonical(read_weights(path))
-        padded = arch in CIFAR_DEPTHS and not any("downsample" in key for key in state)
-        model = build(arch, num_classes, image_size, "pad" if padded else "projection")
-        fit(model, state, path)
-        if padded:
-            normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
-        elif source == "chenyaofo" or Path(path).name.startswith((f"{dataset}_resnet", f"{dataset}_vgg")):
-            normalisation = NORMALISATION.get(f"chenyaofo-{dataset}", normalisation)
+        path, source = locate_weights(weights, arch, dataset)
+        if source == "torchvision":
+            model = torchvision.models.get_model(arch, weights=torchvision_weights(arch))  # finds the file just checked
+        else:
+            state = canonical(read_weights(path), arch)
+            padded = arch in CIFAR_DEPTHS and not any("downsample" in key for key in state)
+            model = build(arch, num_classes, image_size, "pad" if padded else "projection")
+            fit(model, state, path)
+            if padded:
+                normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
+            elif Path(path).name in {Path(address).name for address, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()}:
+                normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
     return model.eval().requires_grad_(False), normalisation, source
 
 
@@ -297,7 +323,17 @@ def default_weights(arch, dataset):
     raise InputError(f"no weights of {arch} for {dataset} are known; give --weights FILE")
 
 
-def locate_weights(weights, arch, dataset, image_size):
+def torchvision_weights(arch):
+    """torchvision's first ImageNet weights of `arch`: the classic recipe, which the papers' networks share."""
+    try:
+        return next(iter(torchvision.models.get_model_weights(arch)))
+    except ValueError:
+        raise InputError(
+            f"--arch {arch} has no ImageNet weights in torchvision; give one that has, or --weights FILE"
+        ) from None
+
+
+def locate_weights(weights, arch, dataset):
     """Path of a weights file, downloaded where necessary, and the name of its source."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if weights == "bundled":
@@ -316,11 +352,11 @@ def locate_weights(weights, arch, dataset, image_size):
     if weights == "torchvision":
         if dataset != "imagenet":
             raise InputError(f"--weights torchvision are for ImageNet, and --dataset is {dataset}; give --weights FILE")
-        build(arch, 1000, image_size)
-        address = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+        address = torchvision_weights(arch).url
         return download(address, cache / Path(address).name, "sha256:" + address[-12:-4]), weights
     if re.match("https?://", weights):
-        return download(weights, cache / Path(weights).name.removesuffix(".zip")), weights
+        unique = hashlib.sha256(weights.encode()).hexdigest()[:8]  # two addresses may end in the same name
+        return download(weights, cache / f"{unique}-{Path(weights).name.removesuffix('.zip')}"), weights
     return Path(weights), weights
 
 
@@ -335,20 +371,20 @@ def read_weights(path):
         raise InputError(f"--weights '{path}' is not a file; give a checkpoint file, an address or a source by name")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
         with path.open("rb") as file:
             magic = file.read(2)
         if magic in (b"PK", b"\x80\x02"):
-            first_line = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"--weights '{path}' is truncated or holds more than tensors ({first_line}); fetch it again, or save "
+                f"--weights '{path}' is truncated or holds more than tensors ({first_line(error)}); fetch it again, or save "
                 "model.state_dict() alone"
             ) from None
         raise InputError(f"--weights '{path}' is not a PyTorch checkpoint; give a file that torch.save wrote") from None
-    for key in ("state_dict", "model", "net"):
+    for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items())
+    if not tensors or not state:
         raise InputError(f"--weights '{path}' holds no dict of tensors; save model.state_dict() with torch.save")
     return state
 
@@ -364,9 +400,11 @@ _PYTORCHCV_KEYS = (
 )
 
 
-def canonical(state):
-    """A published state dict under the key names of this file's networks and torchvision's."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+def canonical(state, arch):
+    """A published state dict under the key names of this file's networks and torchvision's; own models keep theirs."""
+    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    if ":" in arch:
+        return state
     if any(key.startswith("features.init_block.") for key in state):  # pytorchcv
         renamed = {}
         for key, value in state.items():
@@ -395,7 +433,7 @@ def fit(model, state, path):
         if found != expected:
             raise InputError(
                 f"--weights '{path}' are for {found} classes and the data set has {expected}; give weights for {expected} "
-                f"classes, or --num-classes {found}"
+                f"classes, or --dataset folder --num-classes {found}"
             )
     if missing or unknown or different:
         what = (

@@ -1,10 +1,15 @@
 """Batched tensor operations with static shapes: the arithmetic that the methods share, in as few operations as it takes."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
-# Row taps of a 3-tap kernel on a nearest-upsampled signal, folded to 2 taps: (phase, folded tap, tap)
-_FOLD = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+
+@cache
+def _fold(device, dtype):
+    """Taps of a 3-tap kernel on a nearest-upsampled signal, folded to 2 taps: (phase, folded tap, tap)."""
+    return torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=device, dtype=dtype)
 
 
 def upsample_conv(x, conv):
@@ -21,7 +26,7 @@ def upsample_conv(x, conv):
         (B, conv.out_channels, 2H, 2W), equal to the plain form up to rounding.
     """
     batch, _, height, width = x.shape
-    fold = _FOLD.to(x.device, conv.weight.dtype)
+    fold = _fold(x.device, conv.weight.dtype)
     kernels = torch.einsum("aik,bjl,ockl->abocij", fold, fold, conv.weight).flatten(0, 2)
     bias = conv.bias.repeat(4) if conv.bias is not None else None
     y = F.conv2d(x, kernels, bias, padding=1).view(batch, 2, 2, conv.out_channels, height + 1, width + 1)

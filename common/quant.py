@@ -10,9 +10,10 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from common import InputError
+from common import InputError, first_line
 
 ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 ACTIVATION_FUNCTIONS = {
@@ -22,7 +23,7 @@ ACTIVATION_METHODS = {"relu", "relu_"}
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
 }  # fmt: skip
-OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
+OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
 INPUT_BITS = 8  # the network's own input, with act_placement="input": images are 8-bit integers already
 
 
@@ -189,7 +190,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
 
     All Conv2d and Linear weights are quantized, first and last layer included. The traced graph tells where
     activations are computed, as modules or as functions. A network that cannot be traced has its modules replaced
-    instead; since activations written as functions would be missed there, one forward pass looks for them.
+    instead; since activations written as functions would be missed there, one forward pass looks for them, and a module
+    that is called at several places has one range for all of them.
 
     Args:
         model: the teacher; left as it is.
@@ -200,7 +202,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         example: a small input batch, needed only when the network cannot be traced.
 
     Returns:
-        A network with the teacher's parameter names.
+        A network with the teacher's parameter names, all parameters with gradient.
 
     Raises:
         InputError: bits out of range, or something that cannot be quantized; the message names it.
@@ -212,10 +214,11 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
     model = copy.deepcopy(model).eval().requires_grad_(True)
     for name, module in model.named_modules():
-        if isinstance(module, OTHER_WEIGHTED_MODULES) and not isinstance(module, nn.Conv2d):
+        plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward) and not is_parametrized(module)
+        if isinstance(module, OTHER_WEIGHTED_MODULES) and not plain:
             raise InputError(
-                f"layer '{name}' is a {type(module).__name__}, and only Conv2d and Linear weights can be quantized; "
-                "replace it in the model"
+                f"layer '{name}' is a {type(module).__name__}, and only the weights of plain Conv2d and Linear layers can be "
+                "quantized; replace it in the model"
             )
     try:
         traced = fx.symbolic_trace(model)
@@ -223,7 +226,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         student = _quantize_modules(model, abits, act_placement, clipped, example, error)
     else:
         student = _quantize_graph(traced, abits, act_placement, clipped)
-    for name, module in list(student.named_modules()):
+    for name, module in list(student.named_modules(remove_duplicate=False)):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             quantized = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
             _replace(student, name, quantized.from_float(module, wbits))
@@ -264,6 +267,11 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
         if act_placement == "relu" and is_activation(node):
+            if not node.users:
+                raise InputError(
+                    f"the result of activation '{node.name}' is not used in the model's forward, so its output cannot be "
+                    "quantized; assign it, as in x = F.relu(x)"
+                )
             insert_after(node, list(node.users))
         elif act_placement == "input" and any(user in weighted for user in node.users):
             insert_after(node, [user for user in node.users if user in weighted])
@@ -310,7 +318,7 @@ def _quantize_input(module, args):
 
 def _quantize_modules(model, abits, act_placement, clipped, example, trace_error):
     """Attach a QuantAct to every module that `act_placement` names; for networks that cannot be traced."""
-    reason = f"the model cannot be traced ({str(trace_error).strip().splitlines()[0]})"
+    reason = f"the model cannot be traced ({first_line(trace_error)})"
     if example is None:
         raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
     with torch.no_grad(), _FunctionFinder(model) as finder:

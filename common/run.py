@@ -1,6 +1,7 @@
 """What surrounds a method: shared flags, the run's folder, seeds, device and precision, resuming, progress, results."""
 
 import argparse
+import copy
 import difflib
 import io
 import json
@@ -19,13 +20,14 @@ import torchvision
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, first_line
 from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized
-from common.models import SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
+from common.models import CIFAR_DEPTHS, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
 from common.quant import quantized_activations, quantized_layers
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
+SHARED_GROUPS = 3  # of flags, before a method's own
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -50,7 +52,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
         self.method, self.by_size = method, {}
         add = self.add_argument_group("network and data").add_argument
-        add("--arch", default="resnet20", help="resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory")
+        names = "resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory"
+        add("--arch", help=f"{names} (default: resnet20, for ImageNet resnet18)")
         add("--dataset", default="cifar10", type=_one_of(DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
         test_images = "test images: a folder per class under val/ or test/, or torchvision's CIFAR files"
         add("--data-dir", help=f"{test_images} (default: ./data, then the bundled slice of CIFAR-10)")
@@ -82,11 +85,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_by_size(self, group, flag, small, large, help, **kwargs):
         """A flag whose default depends on the data: `small` for images up to 64 pixels (CIFAR), else `large`."""
-
-        def show(value):
-            return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-
-        action = group.add_argument(flag, help=f"{help} (default: CIFAR {show(small)}, ImageNet {show(large)})", **kwargs)
+        action = group.add_argument(flag, help=f"{help} (default: CIFAR {small}, ImageNet {large})", **kwargs)
         self.by_size[action.dest] = (small, large)
 
     def parse(self, argv=None):
@@ -96,6 +95,8 @@ class Parser(argparse.ArgumentParser):
             InputError: unusable arguments; the message names the flag.
         """
         args = self.parse_args(argv)
+        changed = self._changed(args)
+        args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
         for name in ("bits", "wbits", "abits"):
             if getattr(args, name) is None:
                 setattr(args, name, args.bits)
@@ -120,8 +121,21 @@ class Parser(argparse.ArgumentParser):
         args.method = self.method
         if args.out is None:
             arch = re.sub(r"[^\w]+", "-", args.arch)
-            args.out = f"runs/{self.method}-{arch}-{args.dataset}-w{args.wbits}a{args.abits}-s{args.seed}"
+            args.out = f"runs/{self.method}-{arch}-{args.dataset}-w{args.wbits}a{args.abits}-s{args.seed}{changed}"
+        if not args.out:
+            raise InputError("--out is empty; give a folder")
         return args
+
+    def _changed(self, args):
+        """The method's own flags that were given, for the folder's name, so that ablations do not share a folder."""
+        parts = []
+        for group in self._action_groups[2 + SHARED_GROUPS :]:
+            for action in group._group_actions:
+                value = getattr(args, action.dest)
+                if value != action.default:
+                    text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))
+                    parts.append(f"-{action.dest.replace('_', '-')}{text}")
+        return "".join(parts)
 
     def config(self, **settings):
         """The same arguments for a caller in Python: config(bits=4, epochs=10, no_bns=True)."""
@@ -205,29 +219,32 @@ class Run:
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), test_set
         self.device = pick_device(cfg.device)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
+        cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
         self.results, self.history = {}, []
-        self.synthesize = None  # set by the method: labels (B,) -> images (B, C, H, W)
-        self.seconds, self.iterations = 0.0, 0
+        self.seconds, self.iterations, self.peak = 0.0, 0, 0
+        if self.folder:
+            self._claim_folder()
         torch.manual_seed(cfg.seed)
 
     def autocast(self):
         """Convolutions in bf16 where --precision says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def epochs(self, count, student, evaluate_from=0, **stateful):
+    def epochs(self, count, student, synthesize, evaluate_from=0, **stateful):
         """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
 
         Args:
             count: epochs of the run.
-            student: the network to evaluate after each epoch.
-            evaluate_from: first epoch after which it is, but for the last epoch, which always counts.
+            student: the network to evaluate.
+            synthesize: labels (B,) -> images (B, C, H, W), for samples and agreement when the run is over.
+            evaluate_from: first epoch after which the student is evaluated.
             stateful: all else that changes from epoch to epoch: networks, optimizers.
 
         Raises:
             InputError: a folder that cannot be used, or a loss that is not finite.
         """
-        stateful["student"] = student
-        start = self._open(stateful)
+        stateful["student"], self.synthesize = student, synthesize
+        start = self._begin(stateful)
         self.bar = tqdm(total=count * self.cfg.iters, initial=start * self.cfg.iters, disable=self.folder is None, unit="it")
         for epoch in range(start, count):
             self.epoch, self.losses = epoch, {}
@@ -235,8 +252,9 @@ class Run:
             self.bar.set_description(f"epoch {epoch + 1}/{count}")
             yield epoch
             line = {"epoch": epoch, **self._mean_losses(), "seconds": round(self.seconds - before, 2)}
-            due = (epoch + 1) % self.cfg.eval_every == 0 and epoch >= evaluate_from
-            if self.test_set and (due or epoch + 1 == count):
+            self._check_weights(student)
+            due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
+            if self.test_set and due and epoch >= evaluate_from:
                 line["top1"] = self.measure("last_top1", student)
                 self.results["best_top1"] = max(self.results.get("best_top1", 0.0), line["top1"])
             self.history.append(line)
@@ -244,6 +262,7 @@ class Run:
             self.bar.set_postfix(shown)
             self._save_checkpoint(epoch + 1, stateful)
         self.bar.close()
+        self.peak = peak_memory(self.device)
 
     def steps(self):
         """Step numbers of one epoch, timed, moving the progress bar."""
@@ -274,21 +293,29 @@ class Run:
         return self.results[name]
 
     def _mean_losses(self):
-        means = {}
+        means, bad = {}, []
         for name, losses in self.losses.items():
             values = torch.stack(losses).float()
             finite = torch.isfinite(values)
             if not finite.all():
                 step = int((~finite).int().argmax())
-                kept = "no epoch is saved yet"
-                if self.folder and self.epoch:
-                    kept = f"{self.folder / 'checkpoint.pt'} holds the first {self.epoch} epochs"
-                raise InputError(
-                    f"{name} became {values[step].item()} in epoch {self.epoch + 1}, step {step + 1}, and {kept}; "
-                    "lower --lr-g or --lr-q"
-                )
+                bad.append((step, name, values[step].item()))
             means[name] = round(values.mean().item(), 6)
+        if bad:
+            step, name, value = min(bad)
+            self._stop(f"{name} became {value} in epoch {self.epoch + 1}, step {step + 1}")
         return means
+
+    def _check_weights(self, student):
+        sums = torch.stack([p.detach().float().sum() for p in student.parameters()])
+        if not torch.isfinite(sums).all():
+            self._stop(f"the student's weights stopped being finite in the last step of epoch {self.epoch + 1}")
+
+    def _stop(self, what):
+        kept = "no epoch is saved yet"
+        if self.folder and self.epoch:
+            kept = f"{self.folder / 'checkpoint.pt'} holds the first {self.epoch} epochs"
+        raise InputError(f"{what}, and {kept}; lower --lr-g or --lr-q")
 
     # ------------------------------------------------------------------------------------------------- the folder
 
@@ -296,25 +323,34 @@ class Run:
         arguments = {k: v for k, v in vars(self.cfg).items() if k not in NOT_COMPARED}
         return json.loads(json.dumps(arguments))
 
-    def _open(self, stateful):
-        """Create the folder, or load its checkpoint; returns the epoch to go on with."""
+    def _claim_folder(self):
+        """Whether the folder can take this run, before anything is computed; nothing is written yet."""
+        existing = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"--out {self.folder} cannot be written ({existing} forbids it); give another folder")
+        config = self.folder / "config.json"
+        if not config.exists():
+            return
+        try:
+            before, now = json.loads(config.read_text())["arguments"], self._arguments()
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"--out {self.folder} has a damaged config.json; remove the folder or give another") from None
+        differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
+        if differ:
+            raise InputError(f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); give another --out")
+
+    def _begin(self, stateful):
+        """Start the folder, or load its checkpoint; returns the epoch to go on with."""
         if self.folder is None:
             return 0
-        config, checkpoint = self.folder / "config.json", self.folder / "checkpoint.pt"
-        if config.exists():
-            before, now = json.loads(config.read_text())["arguments"], self._arguments()
-            differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
-            if differ:
-                raise InputError(
-                    f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); give another --out"
-                )
+        checkpoint = self.folder / "checkpoint.pt"
         if self.cfg.resume and checkpoint.exists():
             return self._load_checkpoint(checkpoint, stateful)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
         content = {"arguments": self._arguments(), "versions": versions | {"numpy": np.__version__}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(config, json.dumps(content, indent=1))
+            write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
         for name in ("checkpoint.pt", "metrics.jsonl", "result.json", "quantized.pt", "samples.png"):
@@ -337,13 +373,16 @@ class Run:
         partial = self.folder / "checkpoint.pt.partial"
         torch.save(state, partial)
         os.replace(partial, self.folder / "checkpoint.pt")
+        self._write_metrics()
+
+    def _write_metrics(self):
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
     def _load_checkpoint(self, path, stateful):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise InputError(f"--resume: {path} is damaged ({error}); remove it to start over") from None
+        except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
+            raise InputError(f"--resume: {path} is damaged ({first_line(error)}); remove it to start over") from None
         for name, item in stateful.items():
             item.load_state_dict(state["stateful"][name])
         torch.set_rng_state(state["random"])
@@ -351,6 +390,7 @@ class Run:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.results, self.history = state["results"], state["history"]
         self.seconds, self.iterations = state["seconds"], state["iterations"]
+        self._write_metrics()
         return state["epoch"]
 
 
@@ -379,12 +419,15 @@ def execute(cfg, compress):
     device = pick_device(cfg.device)
     teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
+    run = Run(cfg, cfg.out)
     what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
     test_set = load_test_set(*what, device, cfg.download, channels=input_channels(teacher))
-    run = Run(cfg, cfg.out, test_set)
+    run.test_set = test_set
     teacher.to(device)
     parameters = sum(p.numel() for p in teacher.parameters())
-    print(f"network   {cfg.arch}, {parameters:,} parameters, weights: {source}, on {device}, {'bf16' if run.bf16 else 'fp32'}")
+    stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in CIFAR_DEPTHS else ""
+    print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}, on {cfg.device} in {cfg.precision}")
+    print(f"          images normalised by mean {cfg.mean}, std {cfg.std}")
     if test_set is None:
         print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
     else:
@@ -418,7 +461,7 @@ def describe(student):
 
 
 class SyntheticSet:
-    """Fresh synthetic images, 10 batches of 200, re-iterable; the run's own random numbers are left alone."""
+    """2,000 fresh synthetic images, re-iterable; the run's own random numbers are left alone."""
 
     count = 2000
 
@@ -426,23 +469,27 @@ class SyntheticSet:
         self.run = run
 
     def __iter__(self):
-        for labels in torch.arange(self.count).split(200):
-            yield draw(self.run, labels % self.run.cfg.num_classes, seed=int(labels[0])), labels
+        labels = torch.arange(self.count) % self.run.cfg.num_classes
+        for part in labels.split(self.run.cfg.batch_size):
+            yield draw(self.run, part, seed=int(part[0])), part
 
 
 @torch.no_grad()
 def draw(run, labels, seed):
-    """Synthetic images of `labels` (B,) with noise of their own seed."""
+    """Synthetic images of `labels` (B,) with noise of their own seed, in batches of the size the generator learned with."""
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return run.synthesize(labels.to(run.device))
+        order = torch.randperm(len(labels))  # a batch of one class would have other statistics
+        parts = labels[order].to(run.device).split(run.cfg.batch_size)
+        images = torch.cat([run.synthesize(part) for part in parts])
+        return images[torch.argsort(order).to(run.device)]
 
 
 def save_samples(run, path, columns=8, most_rows=100):
     """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
     rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
     labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
-    images = torch.cat([draw(run, part, seed=int(part[0])).cpu() for part in labels.split(200)])
+    images = draw(run, labels, seed=0).cpu()
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (run.cfg.mean, run.cfg.std))
     images = (images.float() * std + mean).clamp(0, 1)
     if images.shape[1] not in (1, 3):
@@ -462,12 +509,13 @@ def finish(run, teacher, student):
         "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
     }
     save_quantized(student, folder / "quantized.pt", meta)
+    saved = load_quantized(folder / "quantized.pt", copy.deepcopy(teacher).cpu()).to(run.device)
     save_samples(run, folder / "samples.png")
     batches = run.test_set or SyntheticSet(run)
     names = ("fp_top1", "calibrated_top1", "last_top1", "best_top1")
     result = {name: run.results.get(name) for name in names}
     result |= {
-        "agreement": round(agreement(teacher, student, batches), 2),
+        "agreement": round(agreement(teacher, saved, batches), 2),
         "images": batches.count,
         "test_set": run.test_set.name if run.test_set else None,
         "wbits": cfg.wbits,
@@ -475,7 +523,7 @@ def finish(run, teacher, student):
         "bytes_fp32": saved_bytes(teacher),
         "bytes_quantized": (folder / "quantized.pt").stat().st_size,
         "ms_per_iter": round(1000 * run.seconds / max(run.iterations, 1), 1),
-        "peak_mb": round(peak_memory(run.device) / 2**20),
+        "peak_mb": round(run.peak / 2**20),
         "seconds": round(run.seconds, 1),
         "method": cfg.method,
         "arguments": run._arguments(),
@@ -521,7 +569,7 @@ def print_table(result, folder):
 
 
 def evaluate_file(cfg):
-    """--eval: accuracy of a quantized.pt on the test set that the flags determine."""
+    """--eval: accuracy of a quantized.pt; data set, normalisation and sizes are the file's, the images --data-dir's."""
     meta = read_quantized(cfg.eval)["meta"]
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)

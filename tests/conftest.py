@@ -41,13 +41,13 @@ class ModuleNet(nn.Module):
         return self.fc(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
 
 
-def trained(model, size=16, steps=20):
+def trained(model, size=16, steps=20, channels=3):
     """The model with BatchNorm statistics of random images, in eval mode."""
     torch.manual_seed(0)
     model.train()
     with torch.no_grad():
         for _ in range(steps):
-            model(torch.randn(32, 3, size, size))
+            model(torch.randn(32, channels, size, size))
     return model.eval()
 
 

@@ -34,10 +34,10 @@ def test_losses_equal_plain_loops(net, form):
         hook.remove()
 
 
-def test_hooks_can_be_removed_and_a_model_without_batchnorm_is_refused(net):
+def test_unused_layers_take_no_part_and_a_model_without_batchnorm_is_refused(net):
+    net.auxiliary = nn.BatchNorm2d(4)
     stats = BatchNormStatistics(net)
-    stats.remove()
     net(torch.randn(2, 3, 16, 16))
-    assert not stats.batch
+    assert len(stats.batch) == 3 and stats.loss().isfinite()
     with pytest.raises(InputError, match="Sequential has no BatchNorm2d"):
         BatchNormStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,25 +28,26 @@ def start(folder, *flags):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def read_metrics(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     whole = start(tmp_path / "whole", "--epochs", 40)
-    killed = start(tmp_path / "killed", "--epochs", 40)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while killed.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists()
+    for epochs in (1, 5):  # killed while it calibrates, and while it fine-tunes
+        killed = start(tmp_path / "killed", "--epochs", 40, "--resume")
+        while killed.poll() is None and len(read_metrics(tmp_path / "killed")) < epochs:
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "result.json").exists()
     resumed = start(tmp_path / "killed", "--epochs", 40, "--resume")
     for process in (whole, resumed):
-        assert process.communicate()[1] is not None and process.returncode == 0
+        assert process.communicate() and process.returncode == 0
     files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "killed")]
     assert files[0] == files[1]
-    lines = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "killed")
-    ]
-    for whole_line, resumed_line in zip(*lines, strict=True):
-        assert whole_line | {"seconds": 0} == resumed_line | {"seconds": 0}
-    assert len(lines[0]) == 40
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "killed")
+    assert len(read_metrics(tmp_path / "whole")) == 40
 
 
 def test_a_copy_of_the_script_and_common_works_alone(tmp_path):
@@ -56,7 +58,7 @@ def test_a_copy_of_the_script_and_common_works_alone(tmp_path):
     command = [sys.executable, "gdfq.py", *TINY, "--epochs", "3", "--bits", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "gdfq-tiny-net-folder-w3a3-s0"
+    (run,) = (tmp_path / "runs").glob("gdfq-tiny-net-folder-w3a3-s0-epochs3-*")
     assert {p.name for p in run.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "quantized.pt", "result.json",
     }  # fmt: skip
@@ -72,8 +74,9 @@ def test_a_run_with_a_test_set_and_its_evaluation(tmp_path, monkeypatch, capsys)
     arguments = [*TINY, "--epochs", "4", "--out", str(run), "--data-dir", str(data), "--eval-every", "2"]
     result = gdfq.main(arguments)
     assert result["images"] == 20 and result["best_top1"] >= result["last_top1"] >= 0 and result["calibrated_top1"] is not None
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert ["top1" in line for line in lines] == [False, False, False, True]
+    assert ["top1" in line for line in read_metrics(run)] == [False, False, False, True]
+    gdfq.main([*arguments[:-1], "1", "--out", str(tmp_path / "other")])  # evaluating more often changes nothing
+    assert (run / "quantized.pt").read_bytes() == (tmp_path / "other" / "quantized.pt").read_bytes()
     assert gdfq.main(["--eval", str(run / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)]) == {
         "top1": result["last_top1"], "images": 20,
     }  # fmt: skip
@@ -84,11 +87,27 @@ def test_cifar100_from_its_own_files(tmp_path, monkeypatch):
     make_cifar100(tmp_path / "data", monkeypatch)
     torch.save(build("resnet20", 100, 32).state_dict(), tmp_path / "weights.pt")
     monkeypatch.chdir(tmp_path)
-    small = "--epochs 1 --iters 1 --batch-size 4 --warmup-epochs 0 --device cpu".split()
+    small = "--epochs 2 --iters 1 --batch-size 4 --warmup-epochs 0 --device cpu".split()
     result = gdfq.main(["--dataset", "cifar100", "--weights", "weights.pt", *small])
     assert result["images"] == 20 and result["arguments"]["num_classes"] == 100
-    student = load_quantized("runs/gdfq-resnet20-cifar100-w4a4-s0/quantized.pt")
+    (path,) = tmp_path.glob("runs/gdfq-resnet20-cifar100-w4a4-s0*/quantized.pt")
+    student = load_quantized(path)
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+
+
+def test_grey_images_and_a_convolution_as_classifier(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    arguments = ["tiny:grey" if argument == "tiny:net" else argument for argument in TINY]
+    result = gdfq.main([*arguments, "--epochs", "3", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
+    assert result["images"] == 20 and result["arguments"]["mean"] == [0.5]
+
+
+def test_the_readmes_commands_do_not_collide():
+    lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if "python gdfq.py" in line]
+    argv = [shlex.split(line.split("gdfq.py", 1)[1]) for line in lines if not line.startswith("|")]
+    runs = [gdfq.parse_args(arguments) for arguments in argv]
+    assert len(runs) >= 6 and len({run.out for run in runs}) == len(runs)
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
@@ -114,6 +133,9 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--eval", "absent.pt"], "is not a file"),
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
         ([*TINY, "--out", "file/run"], "cannot be written"),
+        ([*TINY, "--out", ""], "--out is empty"),
+        (["--arch", "./nets:make"], "cannot be imported"),
+        (["--dataset", "imagenet", "--arch", "resnet20"], "no ImageNet weights in torchvision"),
     ]:
         assert words in fails(gdfq.main, *arguments), arguments
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "hundred.pt", "none"]
@@ -133,11 +155,23 @@ def test_a_missing_download_says_what_and_where(tmp_path, fails, monkeypatch):
 
 def test_resume_refuses_other_arguments(tmp_path, fails, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
-    arguments = [*TINY, "--out", tmp_path / "run", "--epochs", 1]
+    arguments = [*TINY, "--out", tmp_path / "run", "--epochs", 3]
     gdfq.main([str(argument) for argument in arguments])
     before = (tmp_path / "run" / "quantized.pt").read_bytes()
-    assert "(epochs 1 there, 2 here)" in fails(gdfq.main, *arguments[:-1], 2, "--resume")
+    assert "(epochs 3 there, 4 here)" in fails(gdfq.main, *arguments[:-1], 4, "--resume")
     assert (tmp_path / "run" / "quantized.pt").read_bytes() == before
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
+    assert "checkpoint.pt is damaged" in fails(gdfq.main, *arguments, "--resume")
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert "damaged config.json" in fails(gdfq.main, *arguments)
+
+
+def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    with pytest.raises(SystemExit) as stop:
+        gdfq.main([*TINY[:-1], "1e30", "--out", str(tmp_path / "run"), "--epochs", "9"])
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "loss_q became" in sentence and "checkpoint.pt holds the first 2 epochs" in sentence
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

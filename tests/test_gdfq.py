@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,7 +74,9 @@ def test_compress_quantizes_a_small_network_with_functional_activations(net):
     changed = [key for key, value in before.items() if not torch.equal(student.state_dict()[key], value)]
     assert "fc.weight" in changed and "bn1.weight" in changed and not any("running" in key for key in changed)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    for model in (net, student):
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
 
 
 def test_calibration_alone_leaves_the_weights(net):
@@ -102,6 +102,35 @@ def test_first_student_step_equals_one_computed_by_hand(net):
     torch.testing.assert_close(student.fc.weight.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_ranges_freeze_after_calibration_and_rates_decay(net):
+    def ranges(**settings):
+        return [act.high for _, act in quantized_activations(compress(net, config(**TINY | settings)))]
+
+    short, longer = ranges(epochs=2), ranges(epochs=4)
+    assert torch.equal(torch.stack(short), torch.stack(longer))
+    assert not torch.equal(torch.stack(longer), torch.stack(ranges(epochs=4, calibrate_epochs=2)))
+    settings = TINY | {"epochs": 2, "iters": 1}
+    decayed = compress(net, config(**settings, lr_q=0.1, decay_epochs=[1]))
+    lower = compress(net, config(**settings, lr_q=0.01))
+    torch.testing.assert_close(decayed.fc.weight, lower.fc.weight, atol=1e-7, rtol=1e-6)
+    assert not torch.equal(lower.fc.weight, compress(net, config(**settings, lr_q=0.1)).fc.weight)
+
+
+def test_defaults_are_the_papers():
+    def defaults(*argv):
+        cfg = gdfq.parse_args(argv)
+        return cfg.arch, cfg.batch_size, cfg.warmup_epochs, cfg.lr_q, cfg.epochs, cfg.iters
+
+    assert defaults("--dataset", "cifar100") == ("resnet20", 200, 4, 1e-4, 400, 200)
+    assert defaults("--dataset", "imagenet") == ("resnet18", 16, 50, 1e-6, 400, 200)
+
+
+def test_large_images_use_the_large_generator():
+    settings = TINY | {"image_size": 68, "iters": 1, "batch_size": 2}
+    student = compress(trained(FunctionalNet()), config(**settings))
+    assert all(act.high > 0 for _, act in quantized_activations(student))
+
+
 def test_ablations_and_variants_change_what_they_name(net):
     assert (config(**TINY).bns_form, config(**TINY).kd_reduction) == ("gdfq", "mean")
     paper = config(**TINY, variant="paper", kd_reduction="mean")
@@ -115,17 +144,25 @@ def test_ablations_and_variants_change_what_they_name(net):
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
-def test_a_model_without_batchnorm_or_an_odd_size_is_refused():
+def test_a_model_that_does_not_fit_is_refused(net):
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(5))
     plain(torch.zeros(1, 3, 16, 16))
     with pytest.raises(InputError, match="no BatchNorm2d"):
         compress(plain, config(**TINY))
     with pytest.raises(InputError, match="multiple of 4"):
-        compress(trained(FunctionalNet(), 18), config(**TINY | {"image_size": 18}))
+        compress(net, config(**TINY | {"image_size": 18}))
+    with pytest.raises(InputError, match=r"returns \(2, 5\) for 2 images, expected \(2, 7\)"):
+        compress(net, config(**TINY | {"num_classes": 7}))
+    with pytest.raises(InputError, match="before any fine-tuning"):
+        config(**TINY | {"epochs": 1})
+    with pytest.raises(InputError, match="--calibrate-epochs is 0"):
+        config(**TINY | {"calibrate_epochs": 0})
     assert input_channels(FunctionalNet()) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(net):
-    with pytest.raises(InputError, match=r"loss_q became (nan|inf) in epoch 2, step \d+"):
+    with pytest.raises(InputError, match=r"loss_q became (nan|inf) in epoch 2, step \d+, and no epoch is saved yet"):
         compress(net, config(**TINY, lr_q=1e30))
-    assert math.isfinite(net.fc.weight.sum())
+    with pytest.raises(InputError, match="weights stopped being finite in the last step of epoch 2"):
+        compress(net, config(**TINY | {"iters": 1}, lr_q=1e30, weight_decay=1e10))
+    compress(net, config(**TINY))  # the caller's network is as good as before

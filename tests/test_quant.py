@@ -149,5 +149,14 @@ def test_what_cannot_be_quantized_is_named():
 
     with pytest.raises(InputError, match="conv2d"):
         quantize(FunctionalConv(), 4, 4)
+
+    class InPlaceStatement(FunctionalNet):
+        def forward(self, x):
+            x = self.bn1(self.conv1(x))
+            F.relu(x, inplace=True)
+            return self.fc(F.relu(self.conv2(x)).mean((2, 3)))
+
+    with pytest.raises(InputError, match="'relu' is not used"):
+        quantize(InPlaceStatement(), 4, 4)
     with pytest.raises(InputError, match="2 to 8"):
         quantize(FunctionalNet(), 9, 4)

@@ -17,8 +17,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from common.data import NORMALISATION, read_folder
+from common import InputError
+from common.data import NORMALISATION, TestSet, accuracy, read_folder
 from common.models import build
+from common.run import friendly_errors, pick_device
 
 
 class Muon(torch.optim.Optimizer):
@@ -97,11 +99,17 @@ def parse_args():
 
 
 def main():
-    args = parse_args()
+    with friendly_errors("python -m common.pretrain"):
+        train(parse_args())
+
+
+def train(args):
+    """Train, report the accuracy on the test images once, and write the weights."""
+    device = pick_device("auto")
     torch.manual_seed(args.seed)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION["cifar10"])
     images, labels = load_split(args.data_dir, "train")
-    model = build(args.arch, 10, 32).to(memory_format=torch.channels_last)
+    model = build(args.arch, 10, 32).to(device, memory_format=torch.channels_last)
     kernels, matrices, vectors = ([p for p in model.parameters() if p.ndim in dims] for dims in ((4,), (2,), (1,)))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [Muon(kernels, args.lr_kernels), torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)]
@@ -115,7 +123,9 @@ def main():
     stateful = [model, *optimizers, *schedules]
     checkpoint, start = Path(args.out).with_suffix(".checkpoint"), 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if state["arguments"] != vars(args):
+            raise InputError(f"{checkpoint} was made with other arguments ({state['arguments']}); remove it or repeat those")
         for item, saved in zip(stateful, state["stateful"]):
             item.load_state_dict(saved)
         start = state["epoch"]
@@ -132,29 +142,29 @@ def main():
         for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             x = (images[index].float() / 255 - mean) / std
-            x = augment(x, flips[index], size, args.pad, random).contiguous(memory_format=torch.channels_last)
+            x = augment(x, flips[index], size, args.pad, random).to(device, memory_format=torch.channels_last)
+            y = labels[index].to(device)
             logits = model(x)
-            loss = F.cross_entropy(logits, labels[index])
+            loss = F.cross_entropy(logits, y)
             model.zero_grad()
             loss.backward()
             for item in (*optimizers, *schedules):
                 item.step()
             total_loss += loss.item()
-            correct += (logits.argmax(1) == labels[index]).sum().item()
+            correct += (logits.argmax(1) == y).sum().item()
         print(
             f"epoch {epoch + 1:3d}  size {size}  loss {total_loss / steps:.4f}  "
             f"train {100 * correct / (steps * args.batch_size):.2f} %  {time.time() - began:.0f} s",
             flush=True,
         )
-        state = {"epoch": epoch + 1, "stateful": [item.state_dict() for item in stateful]}
+        state = {"epoch": epoch + 1, "arguments": vars(args), "stateful": [item.state_dict() for item in stateful]}
         torch.save(state, str(checkpoint) + ".tmp")
         Path(str(checkpoint) + ".tmp").replace(checkpoint)
 
     model.eval()
     images, labels = load_split(args.data_dir, "test")
-    with torch.no_grad():
-        predicted = torch.cat([model(((x.float() / 255) - mean) / std).argmax(1) for x in images.split(500)])
-    top1 = 100 * (predicted == labels).float().mean().item()
+    batches = list(zip(images.split(500), labels.split(500)))
+    top1 = accuracy(model, TestSet(batches, len(labels), args.data_dir, NORMALISATION["cifar10"], device))
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)
     torch.save(model.state_dict(), args.out)
     checkpoint.unlink()

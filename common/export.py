@@ -10,7 +10,7 @@ from common.models import build
 from common.quant import (
     affine_parameters,
     channel_parameters,
-    decode,
+    decode_,
     encode,
     quantize,
     quantized_activations,
@@ -140,7 +140,7 @@ def load_quantized(path, model=None):
         column = (-1,) + (1,) * (len(shape) - 1)
         scale, zero_point = stored["scale"].view(column), stored["zero_point"].float().view(column)
         codes = unpack(stored["codes"], stored["bits"], torch.Size(shape).numel()).view(shape).float()
-        state[f"{name}.weight"] = decode(codes, scale, zero_point)
+        state[f"{name}.weight"] = decode_(codes, scale, zero_point)
         if name in layers:
             layers[name].packed = True
             layers[name].register_buffer("scale", scale, persistent=False)

@@ -27,7 +27,6 @@ from common.models import CIFAR_DEPTHS, SMALL_IMAGE, ZeroPadShortcut, build, inp
 from common.quant import quantized_activations, quantized_layers
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
-SHARED_GROUPS = 3  # of flags, before a method's own
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -79,6 +78,7 @@ class Parser(argparse.ArgumentParser):
         add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
         add("--eval-every", type=int, default=1, help="epochs between two evaluations; the last is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
+        self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
@@ -128,13 +128,11 @@ class Parser(argparse.ArgumentParser):
 
     def _changed(self, args):
         """The method's own flags that were given, for the folder's name, so that ablations do not share a folder."""
-        parts = []
-        for group in self._action_groups[2 + SHARED_GROUPS :]:
-            for action in group._group_actions:
-                value = getattr(args, action.dest)
-                if value != action.default:
-                    text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))
-                    parts.append(f"-{action.dest.replace('_', '-')}{text}")
+        defaults, parts = vars(self.parse_args([])), []
+        for name, value in vars(args).items():
+            if name not in self.shared and value != defaults[name]:
+                text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))
+                parts.append(f"-{name.replace('_', '-')}{text}")
         return "".join(parts)
 
     def config(self, **settings):

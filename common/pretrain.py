@@ -166,7 +166,7 @@ def train(args):
     batches = list(zip(images.split(500), labels.split(500)))
     top1 = accuracy(model, TestSet(batches, len(labels), args.data_dir, NORMALISATION["cifar10"], device))
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)
-    torch.save(model.state_dict(), args.out)
+    torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, args.out)
     checkpoint.unlink()
 
 

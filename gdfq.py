@@ -240,8 +240,8 @@ def compress(teacher, cfg, run=None):
 
     run.announce(describe(student))
     tuned_from = cfg.warmup_epochs if finetune else cfg.calibrate_epochs  # no student step before this epoch
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from)
     epochs = cfg.epochs if finetune else min(cfg.epochs, cfg.calibrate_epochs)
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
     for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)

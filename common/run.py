@@ -468,8 +468,8 @@ class SyntheticSet:
 
     def __iter__(self):
         labels = torch.arange(self.count) % self.run.cfg.num_classes
-        for part in labels.split(self.run.cfg.batch_size):
-            yield draw(self.run, part, seed=int(part[0])), part
+        for seed, part in enumerate(labels.split(self.run.cfg.batch_size)):
+            yield draw(self.run, part, seed), part
 
 
 @torch.no_grad()

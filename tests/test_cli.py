@@ -17,6 +17,7 @@ from test_data import make_cifar100, make_folder
 import gdfq
 from common.export import load_quantized
 from common.models import build
+from common.run import Run, SyntheticSet
 
 TINY = "--arch tiny:net --dataset folder --num-classes 5 --image-size 16 --batch-size 8 --iters 3 --warmup-epochs 2".split()
 TINY += "--calibrate-epochs 2 --device cpu --precision fp32 --lr-q 0.01".split()
@@ -93,6 +94,21 @@ def test_cifar100_from_its_own_files(tmp_path, monkeypatch):
     (path,) = tmp_path.glob("runs/gdfq-resnet20-cifar100-w4a4-s0*/quantized.pt")
     student = load_quantized(path)
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+
+
+def test_synthetic_images_for_agreement_are_all_different():
+    run = Run(gdfq.config(dataset="folder", num_classes=5, image_size=16, batch_size=20, device="cpu"))
+    run.synthesize = lambda labels: torch.rand(len(labels), 1) + labels[:, None]
+    images, labels = (torch.cat(parts) for parts in zip(*SyntheticSet(run)))
+    assert len(images.unique()) == len(images) == SyntheticSet.count
+    assert torch.equal(images[:, 0].long(), labels) and labels.bincount().tolist() == [400] * 5
+
+
+def test_calibration_shorter_than_its_epochs_is_still_measured(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    result = gdfq.main([*TINY, "--no-finetune", "--epochs", "1", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
+    assert result["calibrated_top1"] is not None and result["last_top1"] is None
 
 
 def test_grey_images_and_a_convolution_as_classifier(tmp_path, monkeypatch):

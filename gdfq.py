@@ -246,7 +246,7 @@ def compress(teacher, cfg, run=None):
     for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
-        calibrating, tuning = epoch < cfg.calibrate_epochs, finetune and epoch >= tuned_from
+        calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         observe(student, calibrating)
         for _ in run.steps():
             batch = generator_step()

@@ -1,10 +1,10 @@
 """Train a bundled CIFAR-10 teacher from scratch:  python -m common.pretrain --arch resnet20 --data-dir DIR --out FILE
 
-DIR holds train/ and test/, each with one folder per class. Kernels are trained by Muon (after three epochs its loss
-was a fifth below SGD's), everything else by SGD with Nesterov momentum; half an epoch of linear warm-up, then a linear decay to
+DIR holds train/ and test/, each with one folder per class. Kernels are trained by Muon (after three epochs its loss was a
+fifth below SGD's), everything else by SGD with Nesterov momentum; half an epoch of linear warm-up, then a linear decay to
 zero; random translations and alternating flips. The first `--small-epochs` epochs see crops of `--small-size` pixels,
-which cost half as much; the rest see the full image. The test images are looked at after the last epoch only, so
-nothing is selected on them. A run that is killed goes on from its last epoch when the same command is given again.
+which cost half as much; the rest see the full image. The test images are looked at after the last epoch only, so a run
+selects nothing on them. A run that is killed goes on from its last epoch when the same command is given again.
 """
 
 import argparse

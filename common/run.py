@@ -210,11 +210,12 @@ class Run:
     Args:
         cfg: from `Parser.parse` or `Parser.config`.
         folder: where the run leaves its files, or None.
-        test_set: re-iterable over (images, labels), or None.
+
+    `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
     """
 
-    def __init__(self, cfg, folder=None, test_set=None):
-        self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), test_set
+    def __init__(self, cfg, folder=None):
+        self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
         self.device = pick_device(cfg.device)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
@@ -414,14 +415,12 @@ def execute(cfg, compress):
     """
     if cfg.eval:
         return evaluate_file(cfg)
-    device = pick_device(cfg.device)
     teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
     run = Run(cfg, cfg.out)
     what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
-    test_set = load_test_set(*what, device, cfg.download, channels=input_channels(teacher))
-    run.test_set = test_set
-    teacher.to(device)
+    run.test_set = test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
+    teacher.to(run.device)
     parameters = sum(p.numel() for p in teacher.parameters())
     stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in CIFAR_DEPTHS else ""
     print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}, on {cfg.device} in {cfg.precision}")

@@ -162,7 +162,7 @@ def mix_images(x, y, num_classes, how):
         Mixed images as x, and their soft labels (B, C).
     """
     batch, _, height, width = x.shape
-    partner = torch.randperm(batch, device=x.device)
+    partner = torch.rand(batch, device=x.device).argsort()  # a permutation that a CUDA graph can hold
     share = torch.rand(batch, device=x.device)  # of the partner
     if how == "mixup":
         mask = share.view(-1, 1, 1, 1)
@@ -196,14 +196,15 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     if cfg.image_size % 4:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
-    teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
     example = probe(teacher, cfg.num_classes, cfg.image_size)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
-    generator = Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim).to(device)
-    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999))
-    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay)
+    generator = run.place(Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim))
+    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
+    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
     train_generator = not (cfg.no_ce and cfg.no_bns)
     finetune = not (cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd))
 
@@ -219,9 +220,7 @@ def compress(teacher, cfg, run=None):
         bns = stats.loss(cfg.bns_form)
         if train_generator:
             loss = generator_loss(logits, y, bns, cfg.bns_weight, not cfg.no_ce, not cfg.no_bns)
-            optim_g.zero_grad()
-            loss.backward()
-            optim_g.step()
+            run.update(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y
 
@@ -233,12 +232,19 @@ def compress(teacher, cfg, run=None):
         with run.autocast():
             logits = student(x).float()
         loss = student_loss(logits, teacher_logits, y, cfg)
-        optim_q.zero_grad()
-        loss.backward()
-        optim_q.step()
+        run.update(optim_q, loss)
         run.log(loss_q=loss)
 
+    def iteration(calibrating, tuning):
+        batch = generator_step()
+        if tuning:
+            student_step(*batch)
+        elif calibrating:
+            with torch.no_grad(), run.autocast():
+                student(batch[0])
+
     run.announce(describe(student))
+    step = run.capture(iteration, optim_g, optim_q)
     tuned_from = cfg.warmup_epochs if finetune else cfg.calibrate_epochs  # no student step before this epoch
     epochs = cfg.epochs if finetune else min(cfg.epochs, cfg.calibrate_epochs)
     calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
@@ -249,12 +255,7 @@ def compress(teacher, cfg, run=None):
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         observe(student, calibrating)
         for _ in run.steps():
-            batch = generator_step()
-            if tuning:
-                student_step(*batch)
-            elif calibrating:
-                with torch.no_grad(), run.autocast():
-                    student(batch[0])
+            step(calibrating, tuning)
         observe(student, False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)

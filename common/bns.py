@@ -34,7 +34,7 @@ class BatchNormStatistics:
                 f"model {type(model).__name__} has no BatchNorm2d with running statistics, from which the images are "
                 "made; give a model that was trained with BatchNorm and is not folded"
             )
-        self.batch = {}
+        self.batch = dict.fromkeys(layers)
         for layer in layers:
             layer.register_forward_pre_hook(self._record)
 
@@ -50,7 +50,7 @@ class BatchNormStatistics:
     def loss(self, form="gdfq"):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch."""
         terms = []
-        for layer, (mean, variance) in self.batch.items():
+        for layer, (mean, variance) in ((layer, batch) for layer, batch in self.batch.items() if batch):
             differences = (mean - layer.running_mean, variance - layer.running_var)
             if form == "gdfq":
                 terms.append(sum(d.square().mean() for d in differences))

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import os
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -105,8 +106,19 @@ class TestSet:
             yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
 
 
+def evaluation_batch(device, image_size):
+    """Images per batch that an eighth of the free memory holds, at 256 float32 values per pixel; no more than help."""
+    if device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(device)[0], 2000
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 250
+    else:
+        free, most = 2**32, 250
+    return max(1, min(most, free // 8 // (4 * 256 * image_size**2)))
+
+
 def load_test_set(
-    dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=250, channels=3
+    dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=None, channels=3
 ):
     """The test set that the flags and the disk determine, or None where there is none.
 
@@ -119,19 +131,21 @@ def load_test_set(
         normalisation: (mean, std) the network was trained with.
         device: where the batches go.
         fetch: download the full CIFAR test set if it is not on disk.
-        batch_size: images per batch.
+        batch_size: images per batch (default: by memory).
         channels: of the network's images; class folders are read as RGB (3) or as grey values (1).
 
     Raises:
         InputError: a folder that does not fit, or a download that cannot start.
     """
+    device = torch.device(device)
+    batch_size = batch_size or evaluation_batch(device, image_size)
     if dataset in ("cifar10", "cifar100"):
         images, labels, name = _load_cifar(dataset, data_dir, image_size, fetch)
     elif data_dir is None:
         return None
     else:
         folder = _class_folder(data_dir, num_classes, image_size, channels)
-        on_gpu = torch.device(device).type == "cuda"
+        on_gpu = device.type == "cuda"
         workers = min(8, torch.get_num_threads())
         own_generator = torch.Generator()  # else each pass would draw from the run's random numbers
         loader = DataLoader(folder, batch_size, num_workers=workers, pin_memory=on_gpu, generator=own_generator)

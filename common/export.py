@@ -8,7 +8,6 @@ import torch
 from common import InputError
 from common.models import build
 from common.quant import (
-    affine_parameters,
     channel_parameters,
     decode_,
     encode,
@@ -63,9 +62,9 @@ def save_quantized(student, path, meta):
         }
         weights.add(f"{name}.weight")
     for name, act in quantized_activations(student):
-        scale, zero_point = affine_parameters(act.low, act.high, act.bits)
-        activations[name] = {"bits": act.bits, "low": act.low, "high": act.high, "scale": scale, "zero_point": zero_point}
-        weights |= {f"{name}.{buffer}" for buffer in ("low", "high", "seen")}
+        ranges = {key: getattr(act, key) for key in ("low", "high", "scale", "zero_point")}
+        activations[name] = {"bits": act.bits, **ranges}
+        weights |= {f"{name}.{buffer}" for buffer in (*ranges, "seen")}
     tensors = {
         key: value
         for key, value in student.state_dict().items()
@@ -146,7 +145,8 @@ def load_quantized(path, model=None):
             layers[name].register_buffer("scale", scale, persistent=False)
             layers[name].register_buffer("zero_point", zero_point, persistent=False)
     for name, stored in content["activations"].items():
-        state |= {f"{name}.low": stored["low"], f"{name}.high": stored["high"], f"{name}.seen": torch.tensor(True)}
+        state |= {f"{name}.{key}": stored[key] for key in ("low", "high", "scale", "zero_point")}
+        state[f"{name}.seen"] = torch.tensor(True)
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}
     if expected != set(state) or set(activations) != set(content["activations"]):
         odd = sorted(expected ^ set(state))

@@ -149,8 +149,8 @@ class QuantAct(nn.Module):
     def __init__(self, bits, clipped=False):
         super().__init__()
         self.bits, self.clipped, self.observing = bits, clipped, False
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
+        for name in ("low", "high", "scale", "zero_point"):
+            self.register_buffer(name, torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
@@ -158,12 +158,14 @@ class QuantAct(nn.Module):
         """Move the range towards the smallest and largest value of `x`."""
         for state, value in zip((self.low, self.high), torch.aminmax(x.float())):
             state.copy_(torch.where(self.seen, torch.lerp(value, state, self.momentum), value))
+        for state, value in zip((self.scale, self.zero_point), affine_parameters(self.low, self.high, self.bits)):
+            state.copy_(value)
         self.seen.fill_(True)
 
     def forward(self, x):
         if self.observing:
             self.observe(x.detach())
-        return fake_quantize(x, *affine_parameters(self.low, self.high, self.bits), self.bits, self.clipped)
+        return fake_quantize(x, self.scale, self.zero_point, self.bits, self.clipped)
 
     def extra_repr(self):
         return f"bits={self.bits}, low={self.low.item():.4g}, high={self.high.item():.4g}"

@@ -21,6 +21,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import InputError, first_line
+from common.capture import CHOICES, GraphedStep, compiled, pick_capture
 from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized
 from common.models import CIFAR_DEPTHS, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
@@ -74,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", help="auto, cpu, cuda or cuda:i")
         precision = "of convolutions; auto is bf16 where the hardware computes it"
         add("--precision", default="auto", type=_one_of(("auto", "fp32", "bf16")), help=precision)
+        capture = "of the training step; auto is a CUDA graph, on a CPU torch.compile where the run is long"
+        add("--capture", default="auto", type=_one_of(CHOICES), help=capture)
         add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
         add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
         add("--eval-every", type=int, default=1, help="epochs between two evaluations; the last is always evaluated")
@@ -214,12 +217,16 @@ class Run:
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
     """
 
+    layout = torch.channels_last
+    fused = True  # optimizers in one kernel
+
     def __init__(self, cfg, folder=None):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
         self.device = pick_device(cfg.device)
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
-        self.results, self.history = {}, []
+        cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters * cfg.batch_size * cfg.image_size**2)
+        self.results, self.history, self.latest = {}, [], {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
         if self.folder:
             self._claim_folder()
@@ -228,6 +235,31 @@ class Run:
     def autocast(self):
         """Convolutions in bf16 where --precision says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def place(self, module):
+        """`module` on the run's device, in the memory layout that its convolutions are fastest in."""
+        return module.to(self.device, memory_format=self.layout)
+
+    def capture(self, step, *optimizers):
+        """`step` as --capture says: its arguments name the phase of the run, and it returns nothing.
+
+        Args:
+            step: function of hashable arguments, one training iteration.
+            optimizers: all that it moves.
+        """
+        if self.cfg.capture == "cudagraph":
+            return GraphedStep(step, optimizers, self.latest)
+        if self.cfg.capture == "compile":
+            self.announce("compiling the step: the first iterations take a minute or two")
+            self.update, self.log = torch.compiler.disable(self.update), torch.compiler.disable(self.log)
+            return compiled(step)
+        return step
+
+    def update(self, optimizer, loss):
+        """One step of `optimizer` down the gradient of `loss`."""
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     def epochs(self, count, student, synthesize, evaluate_from=0, **stateful):
         """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
@@ -268,6 +300,9 @@ class Run:
         began = time.time()
         for step in range(self.cfg.iters):
             yield step
+            for name, loss in self.latest.items():
+                self.losses.setdefault(name, []).append(loss)
+            self.latest.clear()
             self.bar.update()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -276,13 +311,12 @@ class Run:
 
     def log(self, **losses):
         """Note one step's losses (scalar tensors); they are read from the device once an epoch."""
-        for name, loss in losses.items():
-            self.losses.setdefault(name, []).append(loss.detach())
+        self.latest.update((name, loss.detach()) for name, loss in losses.items())
 
     def announce(self, line):
         """Say what the run is about to do, where it says anything."""
         if self.folder is not None:
-            print(f"quantize  {line}", flush=True)
+            tqdm.write(f"quantize  {line}")
 
     def measure(self, name, student):
         """Record the student's accuracy on the test set under `name`; None where there is no test set."""
@@ -420,10 +454,12 @@ def execute(cfg, compress):
     run = Run(cfg, cfg.out)
     what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
     run.test_set = test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
-    teacher.to(run.device)
+    run.place(teacher)
     parameters = sum(p.numel() for p in teacher.parameters())
     stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in CIFAR_DEPTHS else ""
-    print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}, on {cfg.device} in {cfg.precision}")
+    print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}")
+    fast = {"none": "step by step", "compile": "compiled", "cudagraph": "as a CUDA graph"}[cfg.capture]
+    print(f"          on {cfg.device} in {cfg.precision}, {fast}; evaluated in fp32")
     print(f"          images normalised by mean {cfg.mean}, std {cfg.std}")
     if test_set is None:
         print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")

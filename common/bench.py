@@ -1,0 +1,199 @@
+"""Milliseconds per iteration of a method, plain against fast, and the arithmetic floor: `python -m common.bench`.
+
+plain   fp32, eager, NCHW, every operation as its formula is written, optimizers as PyTorch picks them
+fast    what the script does by default on this machine, or as --precision and --capture say
+floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
+
+Both steps live in one process and take turns; figures are medians. --json FILE writes the table as a list of rows.
+"""
+
+import argparse
+import importlib
+import json
+import resource
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common import InputError
+from common.capture import CHOICES
+from common.models import load_teacher
+from common.ops import plain_forms
+from common.run import Run, friendly_errors, write_atomically
+
+METHODS = ("gdfq",)
+COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
+WARMUP = 3  # steps before a step is timed; the first compiles or captures
+
+
+class Finished(Exception):
+    """Raised inside a method's loop to leave it."""
+
+
+class _FastRun(Run):
+    """A run that calibrates for one step, tunes for one step, and leaves that step behind to be repeated."""
+
+    forms = nullcontext
+
+    def start(self, method, teacher):
+        """Bring `method` to its full step and past its compilation or capture."""
+        try:
+            with self.forms():
+                method.compress(teacher, self.cfg, self)
+        except Finished:
+            self.seconds_per_step(WARMUP)
+        return self
+
+    def capture(self, step, *optimizers):
+        fast = super().capture(step, *optimizers)
+
+        def noted(*args):
+            self.step = partial(fast, *args)
+            self.step()
+
+        return noted
+
+    def steps(self):
+        yield 0
+        if self.epoch:
+            raise Finished
+
+    def seconds_per_step(self, count):
+        """Mean over `count` further steps."""
+        self._synchronise()
+        began = time.perf_counter()
+        with self.forms():
+            for _ in range(count):
+                self.step()
+        self._synchronise()
+        return (time.perf_counter() - began) / count
+
+    def _synchronise(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _PlainRun(_FastRun):
+    forms, layout, fused = staticmethod(plain_forms), torch.contiguous_format, None
+
+
+def convolution_rate(device, dtype):
+    """FLOPs per second of a large 3x3 convolution (128 to 128 channels, 64 images of 32x32), best layout, median of nine."""
+    rates = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        conv = nn.Conv2d(128, 128, 3, padding=1, bias=False).to(device, dtype, memory_format=layout)
+        x = torch.randn(64, 128, 32, 32, device=device, dtype=dtype).contiguous(memory_format=layout)
+        seconds = []
+        with torch.no_grad():
+            for _ in range(12):
+                began = time.perf_counter()
+                conv(x)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - began)
+        rates.append(2 * x.numel() * 128 * 9 / median(seconds[3:]))
+    return max(rates)
+
+
+def step_flops(run):
+    """FLOPs of the convolutions and matrix products of one eager iteration, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        run.step()
+    return counter.get_total_flops()
+
+
+def reset_peak(device):
+    """Start the measurement of peak memory anew; on a CPU where the system allows it (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device):
+    """Peak memory since `reset_peak`: allocated on the GPU, or resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compare(name, batch_size, args):
+    """One row of the table."""
+    method = importlib.import_module(name)
+
+    def settings(**kw):
+        common = {"arch": args.arch, "dataset": args.dataset, "weights": args.weights, "bits": args.bits}
+        epochs = {"epochs": 2, "warmup_epochs": 1, "calibrate_epochs": 1, "iters": 1, "batch_size": batch_size}
+        return method.config(**common, **epochs, device=args.device, **kw)
+
+    cfg = settings()
+    teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
+    flops = step_flops(_FastRun(settings(precision="fp32", capture="none")).start(method, teacher))
+    capture = "compile" if args.capture == "auto" and Run(settings()).device.type == "cpu" else args.capture
+    fast = _FastRun(settings(precision=args.precision, capture=capture))
+    plain = _PlainRun(settings(precision="fp32", capture="none"))
+    reset_peak(fast.device)
+    steps = max(1, round(args.seconds / fast.start(method, teacher).seconds_per_step(WARMUP)))
+    peak = peak_bytes(fast.device)
+    plain.start(method, teacher)
+    times = {"plain": [], "fast": []}
+    for _ in tqdm(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
+        times["plain"].append(plain.seconds_per_step(steps))
+        times["fast"].append(fast.seconds_per_step(steps))
+    plain_ms, fast_ms = (1000 * median(times[path]) for path in ("plain", "fast"))
+    floor_ms = 1000 * flops / convolution_rate(fast.device, torch.bfloat16 if fast.bf16 else torch.float32)
+    row = (name, cfg.dataset, batch_size, fast.cfg.device, plain_ms, fast_ms, plain_ms / fast_ms, floor_ms, peak / 2**20)
+    return {column: round(value, 2) if isinstance(value, float) else value for column, value in zip(COLUMNS, row)}
+
+
+def main(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--method", nargs="+", default=["gdfq"], choices=METHODS, help="scripts (default: gdfq)")
+    add("--arch", default="resnet20", help="network (default: resnet20)")
+    add("--dataset", default="cifar10", help="data set (default: cifar10)")
+    add("--weights", help="of the network (default: by data set)")
+    add("--bits", type=int, default=4, help="of weights and activations (default: 4)")
+    add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the fast path (default: auto)")
+    add("--capture", default="auto", choices=CHOICES, help="of the fast path (default: cudagraph on CUDA, compile on a CPU)")
+    add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
+    add("--seconds", type=float, default=2.0, help="of a turn, about (default: 2)")
+    add("--json", metavar="FILE", help="write the rows to this file")
+    args = parser.parse_args(argv)
+    with friendly_errors("common.bench"):
+        if args.repeats < 5:
+            raise InputError(f"--repeats is {args.repeats}; medians need at least 5")
+        rows = []
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        print(
+            f"{'method':<10}{'batch':>6}{'plain ms':>10}{'fast ms':>10}{'speedup':>9}{'images/s':>10}{'floor ms':>10}{'peak MB':>9}"
+        )
+        for name in args.method:
+            for batch_size in args.batch_size:
+                row = compare(name, batch_size, args)
+                rows.append(row)
+                print(
+                    f"{name:<10}{batch_size:>6}{row['plain_ms']:>10.1f}{row['fast_ms']:>10.1f}{row['speedup']:>9.2f}x"
+                    f"{1000 * batch_size / row['fast_ms']:>10.0f}{row['floor_ms']:>10.1f}{row['peak_mb']:>10.0f}",
+                    flush=True,
+                )
+        if args.json:
+            write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gdfq
+from common import bench
+from common.models import build
+from common.ops import plain_forms
+
+
+def forward_flops(model, *inputs, plain=False):
+    """2 x multiplications of each convolution and linear layer, from the shapes that pass through; and the first layer's."""
+    flops = []
+
+    def count(layer, args, output):
+        per_output = layer.weight[0].numel()
+        flops.append(2 * output.numel() * per_output)
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad(), plain_forms():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(flops), flops[0]
+
+
+def test_the_floor_counts_the_arithmetic_of_the_step():
+    batch, teacher = 2, build("resnet20", 10, 32).eval()
+    settings = {"epochs": 2, "warmup_epochs": 1, "calibrate_epochs": 1, "iters": 1, "batch_size": batch}
+    cfg = gdfq.config(**settings, device="cpu", precision="fp32", capture="none")
+    network, first = forward_flops(teacher, torch.randn(batch, 3, 32, 32))
+    generator, _ = forward_flops(gdfq.Generator(10), torch.randn(batch, 100), torch.tensor([0, 1]))
+    for size, inputs, outputs in ((8, 128, 128), (16, 128, 64)):  # 3x3 at the high resolution, 2x2 at the low one
+        generator -= 2 * batch * inputs * outputs * (9 * 4 * size**2 - 4 * 4 * (size + 1) ** 2)
+    # generator: forward, both gradients; teacher: forward, inputs' gradient; student: no gradient of its input
+    expected = 3 * generator + 2 * network + 3 * network - first
+    measured = bench.step_flops(bench._FastRun(cfg).start(gdfq, teacher))
+    assert measured == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_table_and_its_file(tmp_path, capsys, fails):
+    command = ["--batch-size", "2", "--repeats", "5", "--seconds", "0", "--capture", "none", "--device", "cpu"]
+    bench.main([*command, "--precision", "fp32", "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert tuple(row) == bench.COLUMNS and (row["method"], row["batch_size"], row["device"]) == ("gdfq", 2, "cpu")
+    assert row["speedup"] == pytest.approx(row["plain_ms"] / row["fast_ms"], rel=0.01)
+    assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
+    assert "images/s" in capsys.readouterr().out
+    assert "--repeats is 4" in fails(bench.main, "--repeats", 4)

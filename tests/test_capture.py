@@ -1,0 +1,91 @@
+import pytest
+import torch
+from conftest import FunctionalNet, trained
+
+from common import InputError, capture
+from common.capture import WARMUP_STEPS, GraphedStep, pick_capture
+from common.run import Run
+from gdfq import compress, config
+
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 4, "iters": 4, "lr_q": 0.01}
+TINY |= {"warmup_epochs": 2, "calibrate_epochs": 1, "precision": "fp32", "decay_epochs": [3]}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class SecondStepRun(Run):
+    """Refuses to compile anything from the third step of each phase on (calibrating, warming up, tuning)."""
+
+    def steps(self):
+        for step in super().steps():
+            torch._dynamo.config.error_on_recompile = step >= 2 or self.epoch == 3  # the rate decays in epoch 3
+            yield step
+            torch._dynamo.config.error_on_recompile = False
+
+
+def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeypatch):
+    """Traced and differentiated as for the C++ compiler, which alone is left out for its time."""
+    monkeypatch.setattr(capture, "COMPILER", {"backend": "aot_eager"})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runs, states = [], []
+    for name, kind in (("compile", SecondStepRun), ("none", Run)):
+        runs.append(kind(config(**TINY, capture=name, device="cpu")))
+        states.append(compress(net, runs[-1].cfg, runs[-1]).state_dict())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value, atol=1e-6, rtol=1e-5)
+    assert [list(line) for line in runs[0].history] == [list(line) for line in runs[1].history]
+    for key in ("loss_g", "bns"):
+        assert runs[0].history[-1][key] == pytest.approx(runs[1].history[-1][key], rel=1e-4)
+
+
+def test_capture_is_decided_by_flags_device_and_length(monkeypatch):
+    monkeypatch.setattr(capture, "compiler", lambda: "g++")
+    assert pick_capture("auto", CUDA, 1) == "cudagraph"
+    assert pick_capture("auto", CPU, 1e7) == "none" and pick_capture("auto", CPU, 1e10) == "compile"
+    assert pick_capture("none", CUDA, 1e10) == "none" and pick_capture("compile", CPU, 1) == "compile"
+    monkeypatch.setattr(capture, "compiler", lambda: None)
+    assert pick_capture("auto", CPU, 1e10) == "none"
+    with pytest.raises(InputError, match="--capture compile needs a C.. compiler"):
+        pick_capture("compile", CPU, 1)
+    with pytest.raises(InputError, match="--capture cudagraph needs a CUDA device and this run is on cpu"):
+        pick_capture("cudagraph", CPU, 1)
+    paper = config(dataset="cifar100", device="cpu")
+    assert paper.epochs * paper.iters * paper.batch_size * paper.image_size**2 > capture.WORTH_COMPILING
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graphed_run_equals_the_eager_one():
+    """Same random numbers, same phases, learning rates that decay, losses of every step."""
+    net, histories, states = trained(FunctionalNet()), [], []
+    for name in ("cudagraph", "none"):
+        cfg = config(**TINY | {"iters": 3 * WARMUP_STEPS}, capture=name, device="cuda")
+        run = Run(cfg)
+        states.append(compress(net, cfg, run).state_dict())
+        histories.append(run.history)
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value, atol=1e-4, rtol=1e-3)
+    for graphed, eager in zip(*histories):
+        assert graphed.keys() == eager.keys() and graphed["loss_g"] == pytest.approx(eager["loss_g"], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_is_captured_anew_for_a_phase_and_a_learning_rate():
+    weight = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    optimizer, losses = torch.optim.SGD([weight], lr=1.0), {}
+
+    def step(sign):
+        optimizer.zero_grad()
+        loss = sign * weight.sum()
+        loss.backward()
+        optimizer.step()
+        losses["loss"] = loss.detach()
+
+    graphed, expected = GraphedStep(step, [optimizer], losses), 0.0
+    for sign, lr in ((1, 1.0), (-1, 1.0), (-1, 0.5)):
+        optimizer.param_groups[0]["lr"] = lr
+        for _ in range(WARMUP_STEPS + 3):
+            graphed(sign)
+            assert losses["loss"].item() == pytest.approx(4 * sign * expected)
+            expected -= sign * lr
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))

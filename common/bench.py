@@ -25,10 +25,10 @@ from tqdm import tqdm
 from common import InputError
 from common.capture import CHOICES
 from common.models import load_teacher
-from common.ops import plain_forms
-from common.run import Run, friendly_errors, write_atomically
+from common.ops import plain_forms, superpose, superposed_labels
+from common.run import Run, friendly_errors, pick_device, write_atomically
 
-METHODS = ("gdfq",)
+METHODS = ("gdfq", "qimera")
 COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
 WARMUP = 3  # steps before a step is timed; the first compiles or captures
 
@@ -156,6 +156,40 @@ def compare(name, batch_size, args):
     return {column: round(value, 2) if isinstance(value, float) else value for column, value in zip(COLUMNS, row)}
 
 
+def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=15):
+    """Forward and backward of a superposition of K embeddings: one matrix product against a gather of K rows a sample.
+
+    Returns:
+        Milliseconds of each form (medians, in turns) and the peak of its memory over what was there before, in MB.
+    """
+    table = torch.randn(num_classes, width, device=device, requires_grad=True)
+    classes = torch.randint(num_classes, (batch, k), device=device)
+    shares = torch.randn(batch, k, device=device).softmax(1)
+
+    def product():
+        superpose(superposed_labels(classes, shares, num_classes), table).sum().backward()
+
+    def gather():
+        (shares[:, :, None] * table[classes]).sum(1).sum().backward()
+
+    result = {"product": {"ms": []}, "gather": {"ms": []}}
+    for form in (product, gather):
+        reset_peak(device)
+        before = peak_bytes(device)
+        form()
+        result[form.__name__]["mb"] = (peak_bytes(device) - before) / 2**20
+    for _ in range(repeats):
+        for form in (product, gather):
+            began = time.perf_counter()
+            form()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            result[form.__name__]["ms"].append(1000 * (time.perf_counter() - began))
+    for figures in result.values():
+        figures["ms"] = median(figures["ms"])
+    return result
+
+
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__, formatter_class=formatter)
@@ -171,16 +205,21 @@ def main(argv=None):
     add("--capture", default="auto", choices=CHOICES, help="of the fast path (default: cudagraph on CUDA, compile on a CPU)")
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="of a turn, about (default: 2)")
+    add("--superposition", action="store_true", help="only Qimera's superposition, batch 16, 1000 classes, K = 500")
     add("--json", metavar="FILE", help="write the rows to this file")
     args = parser.parse_args(argv)
     with friendly_errors("common.bench"):
         if args.repeats < 5:
             raise InputError(f"--repeats is {args.repeats}; medians need at least 5")
+        if args.superposition:
+            figures = superposition(pick_device(args.device))
+            for form, figure in figures.items():
+                print(f"{form:<10}{figure['ms']:>8.2f} ms{figure['mb']:>8.1f} MB")
+            return figures
         rows = []
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        print(
-            f"{'method':<10}{'batch':>6}{'plain ms':>10}{'fast ms':>10}{'speedup':>9}{'images/s':>10}{'floor ms':>10}{'peak MB':>9}"
-        )
+        heads = ("plain ms", "fast ms", "speedup", "images/s", "floor ms", "peak MB")
+        print(f"{'method':<10}{'batch':>6}" + "".join(f"{head:>10}" for head in heads))
         for name in args.method:
             for batch_size in args.batch_size:
                 row = compare(name, batch_size, args)

@@ -25,6 +25,26 @@ def _fold(taps):
     return torch.stack([left, middle + right, left + middle, right]).unflatten(0, (2, 2))
 
 
+class _Interleave(torch.autograd.Function):
+    """Pixels of the four phases (B, H + 1, W + 1, 2, 2, C) side by side: (B, H, 2, W, 2, C). One copy in each direction."""
+
+    @staticmethod
+    def forward(ctx, phases):
+        batch, height, width, _, _, channels = phases.shape
+        pixels = phases.new_empty(batch, height - 1, 2, width - 1, 2, channels)
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            pixels[:, :, a, :, b] = phases[:, a : a + height - 1, b : b + width - 1, a, b]
+        return pixels
+
+    @staticmethod
+    def backward(ctx, grad):
+        batch, height, _, width, _, channels = grad.shape
+        phases = grad.new_zeros(batch, height + 1, width + 1, 2, 2, channels)  # a border pixel of each phase is not used
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            phases[:, a : a + height, b : b + width, a, b] = grad[:, :, a, :, b]
+        return phases
+
+
 def upsample_conv(x, conv):
     """`conv(F.interpolate(x, scale_factor=2))` for a 3x3 convolution with padding 1, at the low resolution.
 
@@ -40,12 +60,37 @@ def upsample_conv(x, conv):
     """
     if _plain:
         return conv(F.interpolate(x, scale_factor=2))
-    height, width = x.shape[2:]
     rows = _fold(conv.weight.movedim(2, 0))  # (row phase, row tap, out, in, 3)
     columns = _fold(rows.movedim(4, 0))  # (column phase, column tap, row phase, row tap, out, in)
     kernels = columns.permute(2, 0, 4, 5, 3, 1).flatten(0, 2).contiguous(memory_format=torch.channels_last)
     bias = conv.bias.repeat(4) if conv.bias is not None else None
     y = F.conv2d(x.contiguous(memory_format=torch.channels_last), kernels, bias, padding=1)
-    y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, conv.out_channels))  # (B, H + 1, W + 1, row phase, column phase, out)
-    rows = [torch.stack([y[:, a : a + height, b : b + width, a, b] for b in (0, 1)], 3) for a in (0, 1)]
-    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    phases = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, conv.out_channels))
+    return _Interleave.apply(phases).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def superposed_labels(classes, shares, num_classes):
+    """Soft labels of superposed samples, sum_k lambda_k y_k (Eq. 8 of Qimera).
+
+    Args:
+        classes: (B, K) int64, the classes a sample is made of; a class may come twice.
+        shares: (B, K), lambda of each, a sum of 1 per sample.
+        num_classes: C.
+
+    Returns:
+        (B, C), a sum of 1 per sample.
+    """
+    return shares.new_zeros(len(classes), num_classes).scatter_add(1, classes, shares)
+
+
+def superpose(soft_labels, table):
+    """Superposed rows of a table, sum_k lambda_k e_k (Eq. 8 of Qimera), as one matrix product: no row is gathered.
+
+    Args:
+        soft_labels: (B, C) from `superposed_labels`, or one-hot.
+        table: (C, D), one row per class.
+
+    Returns:
+        (B, D). Time and memory do not depend on K.
+    """
+    return soft_labels @ table

@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
             if getattr(args, name) is None:
                 setattr(args, name, small if args.image_size <= SMALL_IMAGE else large)
         for name in ("num_classes", "image_size", "epochs", "iters", "batch_size", "eval_every"):
-            if getattr(args, name, 1) < 1:
+            if getattr(args, name, 1) is not None and getattr(args, name, 1) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
         args.method = self.method
         if args.out is None:

@@ -49,3 +49,8 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
     assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
     assert "images/s" in capsys.readouterr().out
     assert "--repeats is 4" in fails(bench.main, "--repeats", 4)
+
+
+def test_superposition_by_product_needs_less_memory_than_by_gathering():
+    figures = bench.superposition(torch.device("cpu"), repeats=5)
+    assert figures["product"]["mb"] < figures["gather"]["mb"] > 16 * 500 * 512 * 4 / 2**20

@@ -1,0 +1,214 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, FunctionalNet
+from test_data import make_cifar100, make_folder
+from torch import nn
+
+import qimera
+from common.models import build
+from common.ops import superpose, superposed_labels
+from common.quant import quantized_activations
+from qimera import Latent, classifier, compress, config, draw_classes, path_metrics, single, zaq_losses
+
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
+TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
+
+
+def make_superposition(batch=6, k=4, num_classes=9, width=5):
+    classes, shares = torch.randint(num_classes, (batch, k)), torch.randn(batch, k).softmax(1).double()
+    classes[0, 1] = classes[0, 0]  # a class may come twice
+    return classes, shares, torch.randn(num_classes, width, dtype=torch.double, requires_grad=True)
+
+
+def test_superposition_equals_a_loop_over_samples_and_classes():
+    classes, shares, table = make_superposition()
+    soft = superposed_labels(classes, shares, len(table))
+    mixed = superpose(soft, table)
+    labels, rows = torch.zeros_like(soft), []
+    for i, (row, weights) in enumerate(zip(classes.tolist(), shares)):
+        rows.append(sum(weight * table[c] for c, weight in zip(row, weights)))  # Eq. 8
+        for c, weight in zip(row, weights):
+            labels[i, c] += weight
+    torch.testing.assert_close(soft, labels)
+    torch.testing.assert_close(mixed, torch.stack(rows))
+    upstream = torch.randn_like(mixed)
+    gradients = [torch.autograd.grad(x, table, upstream)[0] for x in (mixed, torch.stack(rows))]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("noise, normalise", [("sample", False), ("slot", False), ("slot", True), ("sample", True)])
+def test_one_embedding_is_the_single_class_generator(noise, normalise):
+    """K = 1, and K = 3 with all of the share on the first."""
+    latent = Latent(7, 6, mapped=4, noise=noise, normalise=normalise).double()
+    y, no = torch.randint(7, (5,)), torch.tensor(False)
+    z = latent.draw(5, 1).double()
+    one = latent(y[:, None], torch.ones(5, 1).double(), no, z)
+    slots = torch.cat([y[:, None], torch.randint(7, (5, 2))], 1)
+    torch.testing.assert_close(one, latent(slots, single(5, 3, "cpu").double(), no, z))
+    if noise == "sample" and not normalise:
+        expected = latent.mapping(latent.embedding.weight[y]) + z  # Eq. 5 with the mapping
+    else:
+        x = latent.embedding.weight[y] + z[:, 0]
+        if normalise:
+            x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        expected = latent.mapping(x)
+    torch.testing.assert_close(one, expected)
+
+
+def test_the_released_form_standardises_slot_by_slot():
+    latent = Latent(7, 6, noise="slot", normalise=True).double()
+    classes, shares, _ = make_superposition(4, 3, 7)
+    z = latent.draw(4, 3).double()
+    slots = latent.embedding.weight[classes] + z
+    for k in range(3):
+        slots[:, k] = F.batch_norm(slots[:, k].reshape(1, 1, -1), None, None, training=True).view(4, 6)
+    expected = torch.stack([sum(shares[i, k] * slots[i, k] for k in range(3)) for i in range(4)])
+    torch.testing.assert_close(latent(classes, shares, torch.tensor(True), z), expected)
+
+
+def test_draws_follow_p_and_equation_9():
+    cfg = config(**TINY, k=3, p=0.3)
+    torch.manual_seed(0)
+    draws = [draw_classes(4000, cfg, "cpu") for _ in range(200)]
+    assert 0.2 < sum(bool(superposed) for _, _, superposed in draws) / 200 < 0.4
+    for _, shares, superposed in draws[:20]:
+        torch.testing.assert_close(shares.sum(1), torch.ones(4000))
+        assert (shares[:, 1:] == 0).all() != superposed
+    shares = next(shares for _, shares, superposed in draws if superposed)
+    log_odds = (shares[:, 0] / shares[:, 1]).log()  # a difference of two standard normals
+    assert abs(log_odds.mean()) < 0.1 and abs(log_odds.std() - math.sqrt(2)) < 0.1
+
+
+def test_conditional_batchnorm_sums_or_averages_the_superposed_rows():
+    classes, shares, _ = make_superposition(4, 4, 5)
+    shares, z, images = shares.float(), torch.zeros(()), {}
+    for cbn in ("sum", "mean"):
+        torch.manual_seed(1)
+        generator = qimera.make_generator(FunctionalNet(), config(**TINY | {"image_size": 68}, k=4, cbn=cbn), 3).eval()
+        images[cbn] = [generator(classes, shares, torch.tensor(flag), z) for flag in (False, True)]
+    assert torch.equal(images["sum"][0], images["sum"][1]) and torch.equal(images["sum"][0], images["mean"][0])
+    soft = superposed_labels(classes, shares, 5)
+    latent = generator.latent(classes, shares, torch.tensor(True), z)
+    assert torch.equal(images["mean"][1], generator.body(latent, soft / 4))
+    assert not torch.allclose(images["mean"][1], images["sum"][1])
+    layer, x = qimera.ConditionalBatchNorm(5, 3), torch.randn(4, 3, 6, 6)
+    nn.init.normal_(layer.gamma.weight)
+    gamma = torch.stack([sum(s * layer.gamma.weight[c] for c, s in zip(*row)) for row in zip(classes, shares)])
+    expected = F.batch_norm(x, None, None, training=True) * gamma[:, :, None, None]
+    torch.testing.assert_close(layer(x, soft), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_are_extracted_from_the_last_layer_of_the_graph(net):
+    name, weight = classifier(net)
+    assert name == "fc" and torch.equal(weight, net.fc.weight)
+    wide = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.Conv2d(6, 5, 1))
+    wide.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    assert classifier(wide)[0] == "4" and torch.equal(classifier(wide)[1], wide[4].weight[:, :, 0, 0])
+    generator = qimera.make_generator(net, config(**TINY), 3)
+    assert torch.equal(generator.latent.embedding.weight, net.fc.weight) and generator.latent.out_features == 64
+    random = qimera.make_generator(net, config(**TINY, no_eei=True, no_dm=True), 3).latent
+    assert random.embedding.weight.shape == net.fc.weight.shape and random.out_features == 8
+    assert not torch.equal(random.embedding.weight, net.fc.weight)
+
+
+def test_zaq_losses_against_double_precision_formulas():
+    cfg = config(**TINY, adversarial="zaq", zaq_beta=0.7, zaq_gamma=0.3, zaq_rho=0.1)
+    t, q, soft = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5).softmax(1)
+    maps = [{name: torch.randn(6, c, 4, 4) for name, c in (("a", 3), ("b", 8))} for _ in range(2)]
+    distance = 0.0
+    for name in "ab":
+        theirs, own = (F.normalize(m[name].double().flatten(2), dim=2) for m in maps)
+        cosines = [torch.einsum("bcp,bdp->bcd", x, x) for x in (theirs, own)]
+        distance += (cosines[0] - cosines[1]).abs().mean() / 2
+    ce = [-(soft.double() * v.double().log_softmax(1)).sum(1).mean() for v in (t, q)]
+    game = (t - q).double().abs().mean() + 0.7 * distance
+    loss_g, loss_q = zaq_losses(t, q, *maps, soft, cfg)
+    torch.testing.assert_close(
+        loss_g.double(), -game - 0.3 * maps[0]["b"].double().abs().mean() + 0.1 * ce[0], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(loss_q.double(), game + 0.1 * ce[1], atol=1e-5, rtol=1e-4)
+
+
+def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):
+    student = compress(net, config(**TINY, adversarial="zaq", lr_q=0.01))
+    assert not torch.equal(student.fc.weight, net.fc.weight) and all(act.seen for _, act in quantized_activations(student))
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_ablations_and_differences_change_what_they_name(net):
+    released = config(**TINY, variant="released")
+    assert (released.dm, released.eei, released.noise, released.normalise, released.cbn) == (False, False, "slot", True, "mean")
+    paper = config(**TINY)
+    assert (paper.dm, paper.eei, paper.noise, paper.normalise, paper.cbn) == (True, True, "sample", False, "sum")
+    both = config(**TINY, variant="released", dm=True, noise="sample")
+    assert (both.dm, both.eei, both.noise) == (True, False, "sample")
+    flags = ({}, {"no_se": True}, {"no_dm": True}, {"no_eei": True}, {"noise": "slot"}, {"normalise": True}, {"k": 5}, {"p": 1})
+    weights = [compress(net, config(**TINY, lr_q=0.05, **flag)).conv1.weight for flag in flags]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_defaults_are_the_papers_and_the_run_tables():
+    def defaults(*argv):
+        cfg = qimera.parse_args(argv)
+        return cfg.batch_size, cfg.lr_q, cfg.p, cfg.k, cfg.eei, cfg.mapped_dim
+
+    assert defaults("--dataset", "cifar10") == (64, 1e-4, 0.4, 2, True, 64)
+    assert defaults("--dataset", "cifar100", "--bits", "5") == (64, 1e-4, 0.4, 50, True, 64)
+    assert defaults("--dataset", "imagenet", "--arch", "resnet50") == (16, 1e-4, 0.7, 500, True, 100)
+    assert defaults("--dataset", "imagenet", "--bits", "5", "--variant", "released") == (16, 1e-6, 0.4, 100, False, 100)
+    assert defaults("--dataset", "cifar10", "--variant", "released")[:2] == (200, 1e-4)
+
+
+def test_path_metrics_of_known_paths():
+    t = torch.linspace(0, 1, 101)[:, None]
+    logits = torch.tensor([5.0, 2.0, 1.0, 0.0]).expand(101, 4)
+    ratio, intrusion = path_metrics(torch.cat([3 * t, 4 * t], 1), logits, (0, 1))
+    assert ratio.item() == pytest.approx(1, abs=1e-5)
+    others = (math.exp(1) + 1) / (math.exp(5) + math.exp(2) + math.exp(1) + 1)
+    assert intrusion.item() == pytest.approx(others, rel=1e-5)
+    half_circle = torch.cat([torch.cos(math.pi * t), torch.sin(math.pi * t)], 1)
+    assert path_metrics(half_circle, logits, (0, 1))[0].item() == pytest.approx(math.pi / 2, rel=1e-3)
+
+
+def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    data, run = make_folder(tmp_path / "data", 5, images=4, size=16), tmp_path / "run"
+    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    qimera.main([*tiny, "--arch", "tiny:net", "--out", str(run), "--data-dir", str(data)])
+    result = qimera.main(["--analyze", str(run), "--arch", "tiny:net"])
+    assert json.loads((run / "analysis.json").read_text()) == result and result["pairs"] == 10
+    assert all(result[name]["distance_ratio"] >= 0.999 for name in ("zero", "shared", "mixup"))
+    clouds = qimera.np.load(run / "projection.npz")
+    assert clouds["single"].shape == (2000, 2) and clouds["superposed"].shape == (500, 2) and clouds["real"].shape == (20, 2)
+    assert "give --arch tiny:net, if you trust that code" in fails(qimera.main, "--analyze", run)
+    assert "is not a run folder" in fails(qimera.main, "--analyze", tmp_path)
+
+
+def test_a_hundred_classes_from_cifar100s_own_files(tmp_path, monkeypatch):
+    make_cifar100(tmp_path / "data", monkeypatch)
+    torch.save(build("resnet20", 100, 32).state_dict(), tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    small = "--epochs 2 --iters 1 --batch-size 4 --warmup-epochs 0 --device cpu".split()
+    result = qimera.main(["--dataset", "cifar100", "--weights", "weights.pt", *small])
+    assert result["images"] == 20 and result["arguments"]["k"] == 10 and result["last_top1"] is not None
+
+
+def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net):
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in [
+        (["--k", 11], "--k is 11 and there are 10 classes; give 1 to 10"),
+        (["--k", 0], "--k is 0"),
+        (["--p", 1.5], "--p is 1.5; give a share of the batches, 0 to 1"),
+        (["--batch-size", 0], "--batch-size is 0"),
+        (["--epochs", 3], "before any fine-tuning"),
+    ]:
+        assert words in fails(qimera.main, *arguments)
+    assert not list(tmp_path.iterdir())
+    net.fc = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))
+    with pytest.raises(qimera.InputError, match=r"last layer of the model is 'fc.1' \(BatchNorm1d\).*give --no-eei"):
+        compress(net.eval(), config(**TINY))
+    compress(net, config(**TINY, no_eei=True))

@@ -28,7 +28,7 @@ from common.models import load_teacher
 from common.ops import plain_forms, superpose, superposed_labels
 from common.run import Run, friendly_errors, pick_device, write_atomically
 
-METHODS = ("gdfq", "qimera")
+METHODS = ("gdfq", "qimera", "adadfq")
 COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
 WARMUP = 3  # steps before a step is timed; the first compiles or captures
 

@@ -255,11 +255,16 @@ class Run:
             return compiled(step)
         return step
 
-    def update(self, optimizer, loss):
-        """One step of `optimizer` down the gradient of `loss`."""
+    def update(self, optimizer, loss, keep_graph=False):
+        """One step of `optimizer` down the gradient of `loss`, which goes to its own parameters only."""
         optimizer.zero_grad()
-        loss.backward()
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        loss.backward(inputs=own, retain_graph=keep_graph)
         optimizer.step()
+
+    def note(self, **figures):
+        """Note figures of the whole epoch, for its line of metrics.jsonl."""
+        self.noted.update((name, round(figure, 6)) for name, figure in figures.items())
 
     def epochs(self, count, student, synthesize, evaluate_from=0, **stateful):
         """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
@@ -278,11 +283,11 @@ class Run:
         start = self._begin(stateful)
         self.bar = tqdm(total=count * self.cfg.iters, initial=start * self.cfg.iters, disable=self.folder is None, unit="it")
         for epoch in range(start, count):
-            self.epoch, self.losses = epoch, {}
+            self.epoch, self.losses, self.noted = epoch, {}, {}
             before = self.seconds
             self.bar.set_description(f"epoch {epoch + 1}/{count}")
             yield epoch
-            line = {"epoch": epoch, **self._mean_losses(), "seconds": round(self.seconds - before, 2)}
+            line = {"epoch": epoch, **self._mean_losses(), **self.noted, "seconds": round(self.seconds - before, 2)}
             self._check_weights(student)
             due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
             if self.test_set and due and epoch >= evaluate_from:

@@ -14,7 +14,9 @@ import torch
 from conftest import ROOT
 from test_data import make_cifar100, make_folder
 
+import adadfq
 import gdfq
+import qimera
 from common.export import load_quantized
 from common.models import build
 from common.run import Run, SyntheticSet
@@ -120,10 +122,13 @@ def test_grey_images_and_a_convolution_as_classifier(tmp_path, monkeypatch):
 
 
 def test_the_readmes_commands_do_not_collide():
-    lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if "python gdfq.py" in line]
-    argv = [shlex.split(line.split("gdfq.py", 1)[1]) for line in lines if not line.startswith("|")]
-    runs = [gdfq.parse_args(arguments) for arguments in argv]
-    assert len(runs) >= 6 and len({run.out for run in runs}) == len(runs)
+    runs = []
+    for method in (gdfq, qimera, adadfq):
+        name = f"python {method.__name__}.py"
+        lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if name in line]
+        argv = [shlex.split(line.split(name, 1)[1]) for line in lines if not line.startswith("|")]
+        runs += [method.parse_args(arguments) for arguments in argv if "--analyze" not in arguments]
+    assert len(runs) >= 10 and len({run.out for run in runs}) == len(runs)
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):

@@ -1,0 +1,422 @@
+"""AdaDFQ: Adaptive Data-Free Quantization (Qian et al., CVPR 2023).
+
+A generator and the quantized network (the student) play a zero-sum game over how much the student disagrees with the frozen
+full-precision network (the teacher) about the generator's images. The generator seeks images that the student can still
+learn from: neither so hard that it cannot follow (underfitting) nor so easy that there is nothing to learn (overfitting).
+
+    python adadfq.py --arch resnet20 --dataset cifar100 --bits 3
+
+Where the equations are:
+    entropy                 H_info(p_ds), p_ds = softmax(z_p - z_q)                 Eq. 1, 2
+    normalised_entropy      H'_info, by its smallest value within the batch         Eq. 3
+    disagreement_loss       L_ds                                                    Eq. 6
+    agreement_loss          L_as, p_as = softmax(z_p + z_q)                         Eq. 7, 8
+    margin_loss             the two hinges at lambda_l and lambda_u                 Eq. 10, 12
+    BatchNormStatistics     L_BNS                                                   Eq. 11
+    generator_loss          the generator's side of the game                        Eq. 9, 12
+    student_loss            the student's side                                      Eq. 13
+    gains                   what an epoch of either side does to the disagreement   Figure 3(a)
+
+    what                  paper                        released code                           here
+    student's loss        1 - H' (Eq. 13)              -T^2 H(z_p - z_q; T), T = 20, on        --variant, --student-loss,
+                                                       ImageNet 5                              --temperature
+    L_BNS                 sum of squared L2 norms      mean over layers and channels           --variant, --bns-form
+    alpha_ds, lambda_l    0.2, 0.1 everywhere          by network and bits                     --variant, --alpha-ds, --lambda-l
+    rates' decay          every 100 epochs, on         by network and bits                     --variant, --decay-epochs
+                          ImageNet once, at 350
+    generator's beta1     0.9                          0.5                                     --variant, --beta1
+    student's forward     not said                     once for each side                      once for both, see below
+    reported accuracy     not said                     best epoch on test images               last epoch (best beside it)
+
+The released code does not run as it was uploaded; its published figures cannot be traced to either column. `--variant
+released` is the default, because only its values are given for every network and number of bits (three bits on CIFAR stand
+for four and five, too). AdaSG, the predecessor, is `--no-as --alpha-ds 1 --lambda-l 0.3`.
+
+Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
+both: each side's gradient is taken only with respect to its own parameters. Three things follow. While activation ranges
+move, one forward moves them once an iteration where the released code moves them twice. A student whose own forward draws
+random numbers would get the same for both sides. And a compiled step (--capture compile) differentiates its graph as a whole,
+which costs more than a second forward, so it makes the second one.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+from common.bns import BatchNormStatistics
+from common.models import SMALL_IMAGE, input_channels, probe
+from common.ops import upsample_conv
+from common.quant import observe, quantize
+from common.run import Parser, Run, describe, draw, execute, friendly_errors
+
+BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+
+
+class Generator(nn.Module):
+    """Generator for small images; the label enters as an embedding that multiplies the noise.
+
+    Args:
+        num_classes: number of labels.
+        image_size: side of the images, a multiple of 4.
+        channels: of the images.
+        latent_dim: length of the noise vector.
+    """
+
+    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
+        super().__init__()
+        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.embedding = nn.Embedding(num_classes, latent_dim)
+        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.bn0 = nn.BatchNorm2d(128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(128, eps=BN_EPS)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(64, eps=BN_EPS)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, y):
+        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
+        x = self.linear(self.embedding(y) * z).view(-1, 128, self.side, self.side)
+        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
+        return self.bn3(torch.tanh(self.conv3(x)))
+
+
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose scale and shift are looked up by label."""
+
+    def __init__(self, num_classes, channels, eps=1e-5):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.gamma = nn.Embedding(num_classes, channels)
+        self.beta = nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.gamma.weight)
+        nn.init.zeros_(self.beta.weight)
+
+    def forward(self, x, y):
+        return self.gamma(y)[:, :, None, None] * self.bn(x) + self.beta(y)[:, :, None, None]
+
+
+class ImageNetGenerator(nn.Module):
+    """Generator for large images; the label enters through conditional BatchNorm only. Arguments as `Generator`."""
+
+    def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
+        super().__init__()
+        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.bn0 = ConditionalBatchNorm(num_classes, 128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn1 = ConditionalBatchNorm(num_classes, 128, BN_EPS)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.bn2 = ConditionalBatchNorm(num_classes, 64, BN_EPS)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z, y):
+        """As `Generator.forward`."""
+        x = self.linear(z).view(-1, 128, self.side, self.side)
+        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, y), self.conv1), y), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), y), 0.2)
+        return self.bn3(torch.tanh(self.conv3(x)))
+
+
+def entropy(difference, temperature=1.0):
+    """H_info of softmax(difference / temperature), Eq. 1 and 2.
+
+    Args:
+        difference: (B, C), teacher's minus student's logits.
+        temperature: T.
+
+    Returns:
+        (B,), 0 to ln C; ln C where teacher and student agree.
+    """
+    log_p = F.log_softmax(difference / temperature, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def normalised_entropy(difference):
+    """H'_info (B,), 0 to 1: 0 for the sample of the batch that teacher and student disagree about most (Eq. 3).
+
+    The smallest entropy has a gradient, as in the released code. `difference`: (B, C), B at least 2.
+    """
+    h = entropy(difference)
+    least = h.min()
+    return (h - least) / (math.log(difference.shape[1]) - least).clamp(min=1e-6)
+
+
+def disagreement_loss(teacher_logits, student_logits, y):
+    """L_ds, Eq. 6: images that the teacher knows as y and the student does not. Logits (B, C), labels (B,)."""
+    return F.cross_entropy(teacher_logits - student_logits, y)
+
+
+def agreement_loss(teacher_logits, student_logits, y):
+    """L_as, Eq. 8: images that both know as y. Logits (B, C), labels (B,)."""
+    return F.cross_entropy(teacher_logits + student_logits, y)
+
+
+def margin_loss(h, lambda_l, lambda_u):
+    """The hinges of Eq. 12, which keep H' (B,) between its bounds: no image too hard (small H') or too easy (large)."""
+    return F.relu(lambda_l - h).mean() + F.relu(h - lambda_u).mean()
+
+
+def generator_loss(teacher_logits, student_logits, y, bns, cfg):
+    """What the generator minimises: Eq. 12 with its sign turned, or GDFQ's loss as a control.
+
+    Args:
+        teacher_logits, student_logits: (B, C), both with a graph to the images.
+        y: labels (B,).
+        bns: L_BNS of the same batch, a scalar.
+    """
+    if cfg.generator_loss == "gdfq":
+        return F.cross_entropy(teacher_logits, y) + 0.1 * bns
+    loss = bns.new_zeros(()) if cfg.no_bns else cfg.gamma * bns
+    if not cfg.no_ds:
+        loss = loss + cfg.beta * cfg.alpha_ds * disagreement_loss(teacher_logits, student_logits, y)  # Eq. 9
+    if not cfg.no_as:
+        loss = loss + cfg.beta * cfg.alpha_as * agreement_loss(teacher_logits, student_logits, y)
+    if not cfg.no_margin:
+        loss = loss + margin_loss(normalised_entropy(teacher_logits - student_logits), cfg.lambda_l, cfg.lambda_u)
+    return loss
+
+
+def student_loss(student_logits, teacher_logits, y, cfg):
+    """What the student minimises: logits (B, C), labels (B,), which only GDFQ's loss looks at.
+
+    "eq13" is 1 - H' (Eq. 13). "entropy-t" is -T^2 H(z_p - z_q; T), for large T half the variance of the logits'
+    difference over the classes, up to a constant. "gdfq" is cross-entropy and distillation, as a control.
+    """
+    difference, temperature = teacher_logits - student_logits, cfg.temperature
+    if cfg.student_loss == "eq13":
+        return (1 - normalised_entropy(difference)).mean()
+    if cfg.student_loss == "entropy-t":
+        return -(temperature**2) * entropy(difference, temperature).mean()
+    softened = [F.log_softmax(logits / temperature, 1) for logits in (teacher_logits, student_logits)]
+    kd = temperature**2 * (softened[0].exp() * (softened[0] - softened[1])).mean()  # over batch and classes, as released
+    return F.cross_entropy(student_logits, y) + kd
+
+
+@torch.no_grad()
+def disagreement(run, teacher, student, labels):
+    """Mean of 1 - H_info / ln C over images that the generator makes of fixed noise for `labels`, 0 to 1."""
+    images = draw(run, labels, seed=0)
+    parts = images.split(run.cfg.batch_size)
+    h = torch.cat([entropy(teacher(part).float() - student(part).float()) for part in parts])
+    return 1 - h.mean().item() / math.log(run.cfg.num_classes)
+
+
+def compress(teacher, cfg, run=None):
+    """Quantize a network without data.
+
+    Args:
+        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
+            copied and left as it is.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the loop; by default nothing is written or shown.
+
+    Returns:
+        The quantized network, in eval mode.
+
+    Raises:
+        InputError: a teacher without BatchNorm, of another shape, or with something that cannot be quantized.
+    """
+    run = run or Run(cfg)
+    device, channels = run.device, input_channels(teacher)
+    if cfg.image_size % 4:
+        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
+    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
+    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    stats = BatchNormStatistics(teacher)
+    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
+    generator = run.place(Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim))
+    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
+    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
+    shares_forward = cfg.capture != "compile"
+
+    def synthesize(y):
+        with run.autocast():
+            return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
+
+    def generator_step(tuning):
+        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
+        x = synthesize(y)
+        with run.autocast():
+            z_p, z_q = teacher(x).float(), student(x).float()
+        bns = stats.loss(cfg.bns_form)
+        loss = generator_loss(z_p, z_q, y, bns, cfg)
+        if loss.requires_grad:
+            run.update(optim_g, loss, keep_graph=tuning and shares_forward)
+        log_game(loss, bns, z_p.detach(), z_q.detach(), y)
+        return x.detach(), z_p.detach(), z_q, y
+
+    def student_step(x, z_p, z_q, y):
+        if not shares_forward:
+            with run.autocast():
+                z_q = student(x).float()
+        loss = student_loss(z_q, z_p, y, cfg)
+        run.update(optim_q, loss)
+        run.log(loss_q=loss)
+
+    def log_game(loss, bns, z_p, z_q, y):
+        """The normalised entropy's distribution, and the shares of Definitions 1 and 2."""
+        h, (p, q) = normalised_entropy(z_p - z_q), (z.argmax(1) for z in (z_p, z_q))
+        ordered = h.sort().values
+        low, middle, high = (ordered[round(share * (len(h) - 1))] for share in (0.1, 0.5, 0.9))
+        disagree, agree = ((p == y) & (p != q)).float().mean(), (p == q).float().mean()
+        entropies = {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high}
+        run.log(loss_g=loss, bns=bns, disagreement_samples=disagree, agreement_samples=agree, **entropies)
+
+    def iteration(calibrating, tuning):  # what ranges do is baked into a captured step, so it is an argument
+        batch = generator_step(tuning)
+        if tuning:
+            student_step(*batch)
+
+    def measure_gains(before, student_before):
+        """Figure 3(a) by epochs: how the generator's, then the student's progress changes the disagreement."""
+        after_g = disagreement(run, teacher, student_before, probe_labels)
+        after_q = disagreement(run, teacher, student, probe_labels)
+        run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
+
+    run.announce(describe(student))
+    step = run.capture(iteration, optim_g, optim_q)
+    probe_labels = torch.arange(256) % cfg.num_classes
+    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
+    epochs = min(cfg.epochs, cfg.calibrate_epochs) if cfg.no_finetune else cfg.epochs
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
+    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
+        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
+        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
+        if tuning and not calibrating:
+            before = disagreement(run, teacher, student, probe_labels), copy.deepcopy(student)
+        observe(student, calibrating)
+        for _ in run.steps():
+            step(calibrating, tuning)
+        observe(student, False)
+        if tuning and not calibrating:
+            measure_gains(*before)
+        if epoch + 1 == calibrated_at:
+            run.measure("calibrated_top1", student)
+    return student
+
+
+# (network, bits up to this) -> warm-up, rate of the student, decay epochs, alpha_ds, lambda_l, in the released code
+CIFAR = (4, 1e-4, (100, 200, 300), 0.2, 0.1)
+RELEASED = {
+    ("resnet18", 3): (50, 1e-5, (350, 400), 0.2, 0.1),
+    ("resnet18", 4): (50, 1e-5, (350, 400), 0.2, 0.3),
+    ("resnet18", 8): (50, 1e-5, (350, 400), 0.3, 0.3),
+    ("mobilenet_v2", 3): (50, 1e-5, (350, 400), 0.2, 0.1),
+    ("mobilenet_v2", 4): (50, 1e-5, (350, 400), 0.3, 0.1),
+    ("mobilenet_v2", 8): (50, 1e-5, (350, 400), 0.2, 0.1),
+    ("resnet50", 3): (100, 1e-4, (150, 300, 400), 0.2, 0.4),
+    ("resnet50", 4): (50, 1e-4, (200, 300, 400), 0.1, 0.3),
+    ("resnet50", 8): (50, 1e-4, (350, 400), 0.2, 0.3),
+}
+
+
+def parser():
+    p = Parser("adadfq", __doc__.split("\n\n")[0])
+    add = p.add_argument_group("AdaDFQ").add_argument
+    add("--variant", choices=("released", "paper"), default="released", help="see the table at the top of adadfq.py")
+    add("--epochs", type=int, default=400, help="epochs, warm-up included")
+    add("--iters", type=int, default=200, help="iterations per epoch")
+    add("--batch-size", type=int, default=16, help="images per iteration")
+    add(
+        "--warmup-epochs",
+        type=int,
+        help="epochs of the generator alone (default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)",
+    )
+    add("--lr-q", type=float, help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
+    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator (Adam)")
+    add("--beta1", type=float, help="of the generator's Adam (default: released 0.5, paper 0.9)")
+    add("--weight-decay", type=float, default=1e-4, help="of the student")
+    decay = "epochs at which both rates fall to a tenth (default: CIFAR 100 200 300, ImageNet by network and bits)"
+    add("--decay-epochs", type=int, nargs="*", help=decay)
+    add("--latent-dim", type=int, default=100, help="length of the noise vector")
+    add("--lambda-l", type=float, help="lower bound of H' (Eq. 12; default: 0.1, released ImageNet by network and bits)")
+    add("--lambda-u", type=float, default=0.8, help="upper bound of H' (Eq. 12)")
+    add("--alpha-ds", type=float, help="weight of L_ds (Eq. 9; default: 0.2, released ImageNet by network and bits)")
+    add("--alpha-as", type=float, default=0.1, help="weight of L_as (Eq. 9)")
+    add("--beta", type=float, default=1.0, help="weight of both (Eq. 12)")
+    add("--gamma", type=float, default=1.0, help="weight of L_BNS (Eq. 12)")
+    add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
+    sides = "the student's side (default: released entropy-t, paper eq13); gdfq as a control"
+    add("--student-loss", choices=("eq13", "entropy-t", "gdfq"), help=sides)
+    add("--temperature", type=float, help="T of entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)")
+    add = p.add_argument_group("ablations").add_argument
+    add("--generator-loss", choices=("adadfq", "gdfq"), default="adadfq", help="the generator's side; gdfq as a control")
+    add("--no-ds", action="store_true", help="no disagreement loss (Table 3)")
+    add("--no-as", action="store_true", help="no agreement loss (Table 3)")
+    add("--no-margin", action="store_true", help="no bounds of H' (Table 3)")
+    add("--no-bns", action="store_true", help="no BatchNorm statistics (Table 3)")
+    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    return p
+
+
+def _complete(cfg):
+    released, large = cfg.variant == "released", cfg.image_size > SMALL_IMAGE
+    row = CIFAR
+    if large:
+        network = cfg.arch if (cfg.arch, 3) in RELEASED else "resnet18"
+        row = RELEASED[network, 3 if cfg.wbits <= 3 else 4 if cfg.wbits == 4 else 8]
+    warmup, lr_q, decay, alpha_ds, lambda_l = row
+    if not released:
+        decay, alpha_ds, lambda_l = (350,) if large else decay, 0.2, 0.1
+    student_loss = cfg.student_loss or ("entropy-t" if released else "eq13")
+    defaults = {
+        "warmup_epochs": warmup,
+        "lr_q": lr_q,
+        "decay_epochs": list(decay),
+        "alpha_ds": alpha_ds,
+        "lambda_l": lambda_l,
+        "beta1": 0.5 if released else 0.9,
+        "bns_form": "gdfq" if released else "sum",
+        "student_loss": student_loss,
+        "temperature": 5.0 if large and student_loss != "gdfq" else 20.0,
+    }
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if not 0 <= cfg.lambda_l < cfg.lambda_u <= 1:
+        raise InputError(
+            f"--lambda-l is {cfg.lambda_l} and --lambda-u is {cfg.lambda_u}; give bounds with 0 <= lambda-l < lambda-u <= 1"
+        )
+    if cfg.batch_size < 2:
+        raise InputError(
+            f"--batch-size is {cfg.batch_size}; H' is relative to the batch's smallest entropy, so give at least 2"
+        )
+    if cfg.calibrate_epochs < 1:
+        raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
+    if cfg.epochs <= cfg.warmup_epochs and not cfg.no_finetune:
+        raise InputError(
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
+            "lower --warmup-epochs, or give --no-finetune"
+        )
+    return cfg
+
+
+def parse_args(argv=None):
+    return _complete(parser().parse(argv))
+
+
+def config(**settings):
+    """Settings for `compress` by flag name: config(dataset="folder", num_classes=5, image_size=32, bits=3)."""
+    return _complete(parser().config(**settings))
+
+
+def main(argv=None):
+    with friendly_errors("adadfq.py"):
+        return execute(parse_args(argv), compress)
+
+
+if __name__ == "__main__":
+    main()

@@ -287,10 +287,9 @@ def compress(teacher, cfg, run=None):
     step = run.capture(iteration, optim_g, optim_q)
     probe_labels = torch.arange(256) % cfg.num_classes
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
-    epochs = min(cfg.epochs, cfg.calibrate_epochs) if cfg.no_finetune else cfg.epochs
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
+    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
@@ -396,7 +395,9 @@ def _complete(cfg):
         )
     if cfg.calibrate_epochs < 1:
         raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
-    if cfg.epochs <= cfg.warmup_epochs and not cfg.no_finetune:
+    if cfg.no_finetune:
+        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
+    elif cfg.epochs <= cfg.warmup_epochs:
         raise InputError(
             f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
             "lower --warmup-epochs, or give --no-finetune"

@@ -206,7 +206,6 @@ def compress(teacher, cfg, run=None):
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
     train_generator = not (cfg.no_ce and cfg.no_bns)
-    finetune = not (cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd))
 
     def synthesize(y):
         with run.autocast():
@@ -245,11 +244,10 @@ def compress(teacher, cfg, run=None):
 
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)
-    tuned_from = cfg.warmup_epochs if finetune else cfg.calibrate_epochs  # no student step before this epoch
-    epochs = cfg.epochs if finetune else min(cfg.epochs, cfg.calibrate_epochs)
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
+    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs  # no student step before this epoch
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
+    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
@@ -300,7 +298,10 @@ def _complete(cfg):
     cfg.bns_form, cfg.kd_reduction = cfg.bns_form or forms[0], cfg.kd_reduction or forms[1]
     if cfg.calibrate_epochs < 1:
         raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
-    if cfg.epochs <= cfg.warmup_epochs and not cfg.no_finetune:
+    cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd)
+    if cfg.no_finetune:
+        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
+    elif cfg.epochs <= cfg.warmup_epochs:
         raise InputError(
             f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
             "lower --warmup-epochs, or give --no-finetune"

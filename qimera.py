@@ -37,6 +37,7 @@ K and p are those of the released run scripts; three bits, which they leave out,
 import argparse
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, first_line
 from common.bns import BatchNormStatistics
 from common.data import load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, describe, execute, friendly_errors, write_atomically
+from common.run import Parser, Run, describe, execute, friendly_errors, pick_device, write_atomically
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -65,7 +66,8 @@ class Latent(nn.Module):
         mapped: d, of what the disentanglement mapping makes of it; None leaves the mapping out.
         noise: "sample" adds one vector z ~ N(0, 1) to the superposition (Eq. 8), "slot" one to each embedding before it is
             mapped, as the released code does.
-        normalise: standardise embeddings with noise, as the released code does.
+        normalise: standardise embeddings with noise, as the released code does; with it, "sample" adds its one vector to
+            each embedding, before both.
     """
 
     def __init__(self, num_classes, width, mapped=None, noise="sample", normalise=False):
@@ -223,20 +225,20 @@ def classifier(model):
     Raises:
         InputError: the network's output does not come from such a layer.
     """
-    advice = "give --no-eei, which starts from random embeddings"
+    advice = "embeddings cannot be extracted (--no-eei does without), nor its features analysed"
     try:
         graph = fx.symbolic_trace(model)
     except Exception:  # whatever the model's own forward raises when it is traced
         raise InputError(f"the last layer of the model cannot be found, since it cannot be traced; {advice}") from None
-    modules = dict(graph.named_modules())
+    modules, shaping = dict(graph.named_modules()), (torch.reshape, "reshape", torch.flatten, "flatten", "view")
     node = next(node for node in graph.graph.nodes if node.op == "output")
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         layer = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1):
             return node.target, layer.weight.detach().flatten(1)
-        changes = node.op == "call_function" and len(node.all_input_nodes) > 1
-        if changes or (layer is not None and any(True for _ in layer.parameters())):
+        mixes = len(node.all_input_nodes) > 1 and node.target not in shaping
+        if mixes or (layer is not None and any(True for _ in layer.parameters())):
             break
     what = f"is '{node.target}' ({type(layer).__name__})" if layer is not None else f"is computed by '{node.name}'"
     raise InputError(f"the last layer of the model {what}, expected a linear layer or a 1x1 convolution; {advice}")
@@ -306,6 +308,11 @@ def zaq_losses(teacher_logits, student_logits, teacher_maps, student_maps, soft,
 def make_generator(teacher, cfg, channels):
     """The superposing generator that `cfg` describes, for a teacher; on the CPU."""
     weight = classifier(teacher)[1] if cfg.eei else None  # D is the width of the last linear layer (Sec. 5.1)
+    if cfg.eei and len(weight) != cfg.num_classes:
+        raise InputError(
+            f"the last layer of the model has {len(weight)} rows, expected one for each of the {cfg.num_classes} classes; give "
+            "--no-eei, which starts from random embeddings"
+        )
     width = weight.shape[1] if cfg.eei else cfg.latent_dim or _width(teacher)
     latent = Latent(cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None, cfg.noise, cfg.normalise)
     if cfg.eei:
@@ -348,7 +355,7 @@ def compress(teacher, cfg, run=None):
     example = probe(teacher, cfg.num_classes, cfg.image_size)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     generator = run.place(make_generator(teacher, cfg, channels))
-    stats = BatchNormStatistics(teacher)
+    stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
     maps = (Features(teacher).maps, Features(student).maps) if cfg.adversarial == "zaq" else None
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
@@ -368,7 +375,8 @@ def compress(teacher, cfg, run=None):
             logits = teacher(x).float()
         if maps:
             with run.autocast():
-                loss = zaq_losses(logits, student(x).float(), *maps, soft, cfg)[0]
+                student_logits = student(x).float()
+            loss = zaq_losses(logits, student_logits, *maps, soft, cfg)[0]
         else:
             bns = stats.loss(cfg.bns_form)
             loss = generator_loss(logits, soft, bns, cfg.bns_weight)
@@ -380,11 +388,11 @@ def compress(teacher, cfg, run=None):
     def student_step(x, teacher_logits, soft):
         with run.autocast():
             logits = student(x).float()
-            if maps:
-                theirs = {name: features.detach() for name, features in maps[0].items()}
-                loss = zaq_losses(teacher_logits, logits, theirs, maps[1], soft, cfg)[1]
-            else:
-                loss = student_loss(logits, teacher_logits, soft, cfg)
+        if maps:
+            theirs = {name: features.detach() for name, features in maps[0].items()}
+            loss = zaq_losses(teacher_logits, logits, theirs, maps[1], soft, cfg)[1]
+        else:
+            loss = student_loss(logits, teacher_logits, soft, cfg)
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
@@ -395,14 +403,15 @@ def compress(teacher, cfg, run=None):
         elif calibrating and not maps:  # ZAQ's generator has sent its images through the student already
             with torch.no_grad(), run.autocast():
                 student(batch[0])
+        for kept in maps or ():
+            kept.clear()  # they would keep the graph of this iteration alive
 
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
-    epochs = min(cfg.epochs, cfg.calibrate_epochs) if cfg.no_finetune else cfg.epochs
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, epochs)
+    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    for epoch in run.epochs(epochs, student, synthesize, evaluate_from=tuned_from, **parts):
+    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
@@ -440,16 +449,19 @@ def load_generator(folder, arch):
         arguments = json.loads((folder / "config.json").read_text())["arguments"]
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["stateful"]["generator"]
         saved = argparse.Namespace(**arguments)
-        known = saved.method == "qimera"
+        known, own = saved.method == "qimera", ":" in saved.arch
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--analyze {folder} is not a run folder with config.json and checkpoint.pt; give one") from None
     if not known:
         raise InputError(f"--analyze {folder} holds a run of {saved.method}.py; give one of qimera.py")
-    if ":" in saved.arch and saved.arch != arch:
+    if own and saved.arch != arch:
         raise InputError(f"--analyze {folder} is of an own architecture; give --arch {saved.arch}, if you trust that code")
     teacher = load_teacher(saved.arch, saved.dataset, saved.num_classes, saved.image_size, saved.weights)[0].eval()
-    generator = make_generator(teacher, saved, input_channels(teacher))
-    generator.load_state_dict(state)
+    try:
+        generator = make_generator(teacher, saved, input_channels(teacher))
+        generator.load_state_dict(state)
+    except (AttributeError, RuntimeError) as error:
+        raise InputError(f"--analyze {folder} is a run of another version ({first_line(error)}); make it again") from None
     return teacher, generator.eval(), saved
 
 
@@ -466,8 +478,13 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
         analysis.png.
     """
     teacher, generator, saved = load_generator(cfg.analyze, cfg.arch)
-    folder, count, latent = Path(cfg.analyze), saved.num_classes, generator.latent
-    generator_of_pairs = torch.Generator().manual_seed(0)
+    folder, count, latent, device = Path(cfg.analyze), saved.num_classes, generator.latent, pick_device(cfg.device)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--analyze {folder} cannot be written, and the analysis goes there; give a copy")
+    what = (saved.dataset, cfg.data_dir or saved.data_dir, count, saved.image_size, (saved.mean, saved.std))
+    test_set = load_test_set(*what, device, channels=input_channels(teacher))
+    teacher.to(device)
+    generator.to(device)
     torch.manual_seed(saved.seed)
     seen = {}
     layer = teacher.get_submodule(classifier(teacher)[0])
@@ -475,18 +492,18 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
 
     def look(images):
         logits = teacher(images)
-        return seen["features"], logits
+        return seen["features"].cpu(), logits.cpu()
 
     pairs = torch.combinations(torch.arange(count))
     if len(pairs) > most_pairs:
-        pairs = pairs[torch.randperm(len(pairs), generator=generator_of_pairs)[:most_pairs]]
-    along = torch.linspace(1, 0, points)
+        pairs = pairs[torch.randperm(len(pairs))[:most_pairs]]
+    along = torch.linspace(1, 0, points, device=device)
     shares = torch.stack([along, 1 - along], 1)
-    yes, no = torch.tensor(True), torch.tensor(False)
+    yes, no = torch.tensor(True, device=device), torch.tensor(False, device=device)
     found = {"zero": [], "shared": [], "mixup": []}
     for pair in tqdm(pairs.tolist(), desc="paths between classes", leave=False):
-        classes = torch.tensor(pair).expand(points, 2)
-        for z in [torch.zeros(())] + [latent.draw(1, 2) for _ in range(shared)]:
+        classes = torch.tensor(pair, device=device).expand(points, 2)
+        for z in [torch.zeros((), device=device)] + [latent.draw(1, 2) for _ in range(shared)]:
             images = generator(classes, shares, yes, z)
             found["shared" if z.ndim else "zero"].append(path_metrics(*look(images), pair))
             if not z.ndim:
@@ -498,17 +515,15 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
         result[name] = {"distance_ratio": round(ratio, 4), "intrusion": round(intrusion, 6)}
 
     def features_of(classes, shares, superposed):
-        parts = [a.split(250) for a in (classes, shares)]
+        parts = [a.to(device).split(250) for a in (classes, shares)]
         return torch.cat([look(generator(c, s, superposed))[0] for c, s in zip(*parts)]).numpy()
 
     labels = torch.arange(samples) % count
     clouds = {"single": features_of(labels[:, None].expand(-1, 2), single(samples, 2, "cpu"), no), "labels": labels.numpy()}
     drawn = torch.randint(count, (samples // 4, 2))
     clouds["superposed"] = features_of(drawn, torch.randn(len(drawn), 2).softmax(1), yes)
-    what = (saved.dataset, cfg.data_dir or saved.data_dir, count, saved.image_size, (saved.mean, saved.std))
-    test_set = load_test_set(*what, channels=input_channels(teacher))
     if test_set:
-        parts = [(look(images)[0], labels) for images, labels in test_set]
+        parts = [(look(images)[0], labels.cpu()) for images, labels in test_set]
         clouds["real"], clouds["real_labels"] = (torch.cat(part).numpy() for part in zip(*parts))
     hook.remove()
     centre = clouds["single"].mean(0)
@@ -613,9 +628,13 @@ def _complete(cfg):
         "k": min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
         "p": p,
     }
+    if cfg.no_se and (cfg.k is not None or cfg.p is not None):
+        raise InputError("--no-se superposes nothing, so --k and --p say nothing; leave them out")
     for name, value in defaults.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
+    if cfg.eei and cfg.latent_dim is not None:
+        raise InputError(f"--latent-dim is {cfg.latent_dim}, and extracted embeddings have their own; give --no-eei with it")
     if not 1 <= cfg.k <= cfg.num_classes:
         raise InputError(f"--k is {cfg.k} and there are {cfg.num_classes} classes; give 1 to {cfg.num_classes}")
     if not 0 <= cfg.p <= 1:
@@ -626,7 +645,9 @@ def _complete(cfg):
         raise InputError(f"--batch-size is {cfg.batch_size}; give at least 1")
     if cfg.calibrate_epochs < 1:
         raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
-    if cfg.epochs <= cfg.warmup_epochs and not cfg.no_finetune:
+    if cfg.no_finetune:
+        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
+    elif cfg.epochs <= cfg.warmup_epochs:
         raise InputError(
             f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
             "lower --warmup-epochs, or give --no-finetune"
@@ -645,8 +666,8 @@ def config(**settings):
 
 def main(argv=None):
     with friendly_errors("qimera.py"):
-        cfg = parse_args(argv)
-        return analyze(cfg) if cfg.analyze else execute(cfg, compress)
+        given = parser().parse(argv)
+        return execute(_complete(given), compress) if given.analyze is None else analyze(given)
 
 
 if __name__ == "__main__":

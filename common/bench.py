@@ -12,7 +12,7 @@ import importlib
 import json
 import resource
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import InputError
-from common.capture import CHOICES
+from common.capture import CHOICES, compiler
 from common.models import load_teacher
 from common.ops import plain_forms, superpose, superposed_labels
 from common.run import Run, friendly_errors, pick_device, write_atomically
@@ -113,8 +113,9 @@ def reset_peak(device):
     """Start the measurement of peak memory anew; on a CPU where the system allows it (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device):
@@ -139,7 +140,8 @@ def compare(name, batch_size, args):
     cfg = settings()
     teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     flops = step_flops(_FastRun(settings(precision="fp32", capture="none")).start(method, teacher))
-    capture = "compile" if args.capture == "auto" and Run(settings()).device.type == "cpu" else args.capture
+    on_cpu = pick_device(args.device).type == "cpu"
+    capture = "compile" if args.capture == "auto" and on_cpu and compiler() else args.capture
     fast = _FastRun(settings(precision=args.precision, capture=capture))
     plain = _PlainRun(settings(precision="fp32", capture="none"))
     reset_peak(fast.device)

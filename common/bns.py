@@ -48,9 +48,12 @@ class BatchNormStatistics:
             self.batch[layer] = mean, variance
 
     def loss(self, form="gdfq"):
-        """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch."""
-        terms = []
-        for layer, (mean, variance) in ((layer, batch) for layer, batch in self.batch.items() if batch):
+        """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.
+
+        The statistics are used up by it: kept any longer, they would keep that batch's graph alive.
+        """
+        batch, self.batch, terms = self.batch, dict.fromkeys(self.batch), []
+        for layer, (mean, variance) in ((layer, recorded) for layer, recorded in batch.items() if recorded):
             differences = (mean - layer.running_mean, variance - layer.running_var)
             if form == "gdfq":
                 terms.append(sum(d.square().mean() for d in differences))

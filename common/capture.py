@@ -67,16 +67,22 @@ class GraphedStep:
     """
 
     def __init__(self, step, optimizers, losses):
-        self.step, self.losses, self.key = step, losses, None
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group in self.groups:
-            if "capturable" in group:
-                group["capturable"] = True
+        self.step, self.optimizers, self.losses, self.key = step, optimizers, losses, None
+
+    def groups(self):
+        """The optimizers' parameter groups as they are now: a checkpoint that was loaded has brought new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def baked_in(self, args):
+        """What a graph of this step would hold as constants."""
+        return args, *(group["lr"] for group in self.groups())
 
     def __call__(self, *args):
-        key = (args, *(group["lr"] for group in self.groups))
-        if key != self.key:
-            self.key, self.graph, self.warmup = key, None, WARMUP_STEPS
+        if (key := self.baked_in(args)) != self.key:
+            self.key, self.graph, self.warmup, self.stream = key, None, WARMUP_STEPS, torch.cuda.Stream()
+            for group in self.groups():
+                if "capturable" in group:
+                    group["capturable"] = True
         if self.warmup:
             self.warmup -= 1
             self._on_side_stream(args)
@@ -87,11 +93,10 @@ class GraphedStep:
         self.losses.update(zip(self.names, self.values.clone()))
 
     def _on_side_stream(self, args):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.step(*args)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, args):
         self.losses.clear()

@@ -93,4 +93,5 @@ def superpose(soft_labels, table):
     Returns:
         (B, D). Time and memory do not depend on K.
     """
-    return soft_labels @ table
+    with torch.autocast(table.device.type, enabled=False):
+        return soft_labels @ table

@@ -28,6 +28,18 @@ from common.models import CIFAR_DEPTHS, SMALL_IMAGE, ZeroPadShortcut, build, inp
 from common.quant import quantized_activations, quantized_layers
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
+RANGES = {  # of the arguments that have one, where a script has them
+    "seed": (0, 2**63 - 1),
+    "warmup_epochs": (0, 10**6),
+    "latent_dim": (1, 10**6),
+    "mapped_dim": (1, 10**6),
+    "temperature": (1e-3, 1e6),
+    "beta1": (0, 0.9999),
+    **dict.fromkeys(
+        ("lr_g", "lr_q", "weight_decay", "bns_weight", "kd_weight", "alpha_ds", "alpha_as", "beta", "gamma"), (0, 1e30)
+    ),
+    **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
+}
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -121,6 +133,10 @@ class Parser(argparse.ArgumentParser):
         for name in ("num_classes", "image_size", "epochs", "iters", "batch_size", "eval_every"):
             if getattr(args, name, 1) is not None and getattr(args, name, 1) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+        for name, (low, high) in RANGES.items():
+            value = getattr(args, name, None)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; give a value from {low:g} to {high:g}")
         args.method = self.method
         if args.out is None:
             arch = re.sub(r"[^\w]+", "-", args.arch)
@@ -145,6 +161,8 @@ class Parser(argparse.ArgumentParser):
             flag = "--" + name.replace("_", "-")
             if value is True:
                 argv.append(flag)
+            elif value is False and isinstance(self._option_string_actions.get(flag), argparse.BooleanOptionalAction):
+                argv.append("--no-" + flag[2:])
             elif value is not None and value is not False:
                 argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
         return self.parse(argv)
@@ -223,6 +241,8 @@ class Run:
     def __init__(self, cfg, folder=None):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
         self.device = pick_device(cfg.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams and graphs are those of the current device
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
         cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters * cfg.batch_size * cfg.image_size**2)
@@ -421,8 +441,11 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
             raise InputError(f"--resume: {path} is damaged ({first_line(error)}); remove it to start over") from None
-        for name, item in stateful.items():
-            item.load_state_dict(state["stateful"][name])
+        try:
+            for name, item in stateful.items():
+                item.load_state_dict(state["stateful"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"--resume: {path} is of another network or version ({first_line(error)}); remove it") from None
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -452,7 +475,7 @@ def execute(cfg, compress):
     Returns:
         The contents of result.json.
     """
-    if cfg.eval:
+    if cfg.eval is not None:
         return evaluate_file(cfg)
     teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))

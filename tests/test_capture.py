@@ -2,6 +2,9 @@ import pytest
 import torch
 from conftest import FunctionalNet, trained
 
+import adadfq
+import gdfq
+import qimera
 from common import InputError, capture
 from common.capture import WARMUP_STEPS, GraphedStep, pick_capture
 from common.run import Run
@@ -17,25 +20,25 @@ class SecondStepRun(Run):
 
     def steps(self):
         for step in super().steps():
-            torch._dynamo.config.error_on_recompile = step >= 2 or self.epoch == 3  # the rate decays in epoch 3
-            yield step
-            torch._dynamo.config.error_on_recompile = False
+            with torch._dynamo.config.patch(error_on_recompile=step >= 2 or self.epoch == 3):  # the rate decays in epoch 3
+                yield step
 
 
-def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeypatch):
+@pytest.mark.parametrize("method, flags", [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq"}), (adadfq, {})])
+def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeypatch, method, flags):
     """Traced and differentiated as for the C++ compiler, which alone is left out for its time."""
     monkeypatch.setattr(capture, "COMPILER", {"backend": "aot_eager"})
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     runs, states = [], []
     for name, kind in (("compile", SecondStepRun), ("none", Run)):
-        runs.append(kind(config(**TINY, capture=name, device="cpu")))
-        states.append(compress(net, runs[-1].cfg, runs[-1]).state_dict())
+        runs.append(kind(method.config(**TINY, **flags, capture=name, device="cpu")))
+        states.append(method.compress(net, runs[-1].cfg, runs[-1]).state_dict())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
     for key, value in states[1].items():
         torch.testing.assert_close(states[0][key], value, atol=1e-6, rtol=1e-5)
     assert [list(line) for line in runs[0].history] == [list(line) for line in runs[1].history]
-    for key in ("loss_g", "bns"):
+    for key in ("loss_g", "loss_q"):
         assert runs[0].history[-1][key] == pytest.approx(runs[1].history[-1][key], rel=1e-4)
 
 
@@ -52,6 +55,16 @@ def test_capture_is_decided_by_flags_device_and_length(monkeypatch):
         pick_capture("cudagraph", CPU, 1)
     paper = config(dataset="cifar100", device="cpu")
     assert paper.epochs * paper.iters * paper.batch_size * paper.image_size**2 > capture.WORTH_COMPILING
+
+
+def test_a_graph_knows_the_learning_rates_of_a_resumed_run():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
+    graphed = GraphedStep(print, [optimizer], {})
+    before = graphed.baked_in((True,))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert graphed.baked_in((True,)) == before != graphed.baked_in((False,))
+    optimizer.param_groups[0]["lr"] = 1e-4
+    assert graphed.baked_in((True,)) != before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,6 +12,7 @@ import qimera
 from common.models import build
 from common.ops import superpose, superposed_labels
 from common.quant import quantized_activations
+from common.run import Run
 from qimera import Latent, classifier, compress, config, draw_classes, path_metrics, single, zaq_losses
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
@@ -134,8 +135,17 @@ def test_zaq_losses_against_double_precision_formulas():
 
 
 def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):
-    student = compress(net, config(**TINY, adversarial="zaq", lr_q=0.01))
-    assert not torch.equal(student.fc.weight, net.fc.weight) and all(act.seen for _, act in quantized_activations(student))
+    game = {"adversarial": "zaq", "zaq_gamma": 0, "zaq_rho": 0, "epochs": 8, "iters": 8, "calibrate_epochs": 1, "bits": 2}
+    losses = {}
+    for side, flags in (("loss_g", {"lr_q": 0, "weight_decay": 0}), ("loss_q", {"lr_g": 0, "lr_q": 0.02})):
+        cfg = config(**TINY | game | flags | {"warmup_epochs": 1})
+        run = Run(cfg)
+        student = compress(net, cfg, run)
+        losses[side] = [line[side] for line in run.history[1:]]  # the ranges are fixed from the second epoch on
+        assert all(act.seen for _, act in quantized_activations(student))
+        assert torch.equal(student.fc.weight, net.fc.weight) == (side == "loss_g")
+    assert losses["loss_g"][-1] < losses["loss_g"][0] < 0  # minus the distance
+    assert losses["loss_q"][-1] < losses["loss_q"][0]
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
@@ -144,8 +154,8 @@ def test_ablations_and_differences_change_what_they_name(net):
     assert (released.dm, released.eei, released.noise, released.normalise, released.cbn) == (False, False, "slot", True, "mean")
     paper = config(**TINY)
     assert (paper.dm, paper.eei, paper.noise, paper.normalise, paper.cbn) == (True, True, "sample", False, "sum")
-    both = config(**TINY, variant="released", dm=True, noise="sample")
-    assert (both.dm, both.eei, both.noise) == (True, False, "sample")
+    both = config(**TINY, variant="released", dm=True, noise="sample", normalise=False)
+    assert (both.dm, both.eei, both.noise, both.normalise) == (True, False, "sample", False)
     flags = ({}, {"no_se": True}, {"no_dm": True}, {"no_eei": True}, {"noise": "slot"}, {"normalise": True}, {"k": 5}, {"p": 1})
     weights = [compress(net, config(**TINY, lr_q=0.05, **flag)).conv1.weight for flag in flags]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
@@ -204,11 +214,20 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net
         (["--k", 0], "--k is 0"),
         (["--p", 1.5], "--p is 1.5; give a share of the batches, 0 to 1"),
         (["--batch-size", 0], "--batch-size is 0"),
+        (["--no-se", "--k", 3], "--no-se superposes nothing"),
+        (["--latent-dim", 7], "--latent-dim is 7, and extracted embeddings have their own; give --no-eei with it"),
+        (["--mapped-dim", 0], "--mapped-dim is 0; give a value from 1"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--lr-q", -1], "--lr-q is -1.0; give a value from 0"),
+        (["--analyze", ""], "is not a run folder"),
         (["--epochs", 3], "before any fine-tuning"),
     ]:
         assert words in fails(qimera.main, *arguments)
     assert not list(tmp_path.iterdir())
     net.fc = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))
-    with pytest.raises(qimera.InputError, match=r"last layer of the model is 'fc.1' \(BatchNorm1d\).*give --no-eei"):
+    with pytest.raises(qimera.InputError, match=r"last layer of the model is 'fc.1' \(BatchNorm1d\).*--no-eei does without"):
         compress(net.eval(), config(**TINY))
     compress(net, config(**TINY, no_eei=True))
+    net.fc = nn.Linear(8, 1)
+    with pytest.raises(qimera.InputError, match="has 1 rows, expected one for each of the 5 classes"):
+        qimera.make_generator(net, config(**TINY), 3)

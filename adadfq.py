@@ -51,7 +51,7 @@ from common.bns import BatchNormStatistics
 from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, describe, draw, execute, friendly_errors
+from common.run import Parser, Run, checked_schedule, describe, draw, execute, friendly_errors
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -393,16 +393,7 @@ def _complete(cfg):
         raise InputError(
             f"--batch-size is {cfg.batch_size}; H' is relative to the batch's smallest entropy, so give at least 2"
         )
-    if cfg.calibrate_epochs < 1:
-        raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
-    if cfg.no_finetune:
-        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
-    elif cfg.epochs <= cfg.warmup_epochs:
-        raise InputError(
-            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
-            "lower --warmup-epochs, or give --no-finetune"
-        )
-    return cfg
+    return checked_schedule(cfg)
 
 
 def parse_args(argv=None):

@@ -38,7 +38,7 @@ from common.bns import BatchNormStatistics
 from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, describe, execute, friendly_errors
+from common.run import Parser, Run, checked_schedule, describe, execute, friendly_errors
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -296,17 +296,8 @@ def parser():
 def _complete(cfg):
     forms = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
     cfg.bns_form, cfg.kd_reduction = cfg.bns_form or forms[0], cfg.kd_reduction or forms[1]
-    if cfg.calibrate_epochs < 1:
-        raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
     cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd)
-    if cfg.no_finetune:
-        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
-    elif cfg.epochs <= cfg.warmup_epochs:
-        raise InputError(
-            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
-            "lower --warmup-epochs, or give --no-finetune"
-        )
-    return cfg
+    return checked_schedule(cfg)
 
 
 def parse_args(argv=None):

@@ -52,7 +52,7 @@ from common.data import load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, describe, execute, friendly_errors, pick_device, write_atomically
+from common.run import Parser, Run, checked_schedule, describe, execute, friendly_errors, pick_device, write_atomically
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -641,18 +641,7 @@ def _complete(cfg):
         raise InputError(f"--p is {cfg.p}; give a share of the batches, 0 to 1")
     if cfg.no_se:
         cfg.k, cfg.p = 1, 0.0
-    if cfg.batch_size < 1:
-        raise InputError(f"--batch-size is {cfg.batch_size}; give at least 1")
-    if cfg.calibrate_epochs < 1:
-        raise InputError(f"--calibrate-epochs is {cfg.calibrate_epochs}; activation ranges need at least 1")
-    if cfg.no_finetune:
-        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
-    elif cfg.epochs <= cfg.warmup_epochs:
-        raise InputError(
-            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
-            "lower --warmup-epochs, or give --no-finetune"
-        )
-    return cfg
+    return checked_schedule(cfg)
 
 
 def parse_args(argv=None):

@@ -31,6 +31,7 @@ DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
 RANGES = {  # of the arguments that have one, where a script has them
     "seed": (0, 2**63 - 1),
     "warmup_epochs": (0, 10**6),
+    "calibrate_epochs": (1, 10**6),
     "latent_dim": (1, 10**6),
     "mapped_dim": (1, 10**6),
     "temperature": (1e-3, 1e6),
@@ -166,6 +167,22 @@ class Parser(argparse.ArgumentParser):
             elif value is not None and value is not False:
                 argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
         return self.parse(argv)
+
+
+def checked_schedule(cfg):
+    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned.
+
+    Raises:
+        InputError: the run would end before any fine-tuning.
+    """
+    if cfg.no_finetune:
+        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
+    elif cfg.epochs <= cfg.warmup_epochs:
+        raise InputError(
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
+            "lower --warmup-epochs, or give --no-finetune"
+        )
+    return cfg
 
 
 def _one_of(choices):

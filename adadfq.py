@@ -51,7 +51,7 @@ from common.bns import BatchNormStatistics
 from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, draw, execute, friendly_errors
+from common.run import Parser, Run, checked_schedule, describe, draw, execute, fill_in, friendly_errors
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -201,12 +201,12 @@ def student_loss(student_logits, teacher_logits, y, cfg):
 
 
 @torch.no_grad()
-def disagreement(run, teacher, student, labels):
-    """Mean of 1 - H_info / ln C over images that the generator makes of fixed noise for `labels`, 0 to 1."""
-    images = draw(run, labels, seed=0)
-    parts = images.split(run.cfg.batch_size)
-    h = torch.cat([entropy(teacher(part).float() - student(part).float()) for part in parts])
-    return 1 - h.mean().item() / math.log(run.cfg.num_classes)
+def disagreement(run, teacher, students, labels):
+    """Each student's mean of 1 - H_info / ln C, 0 to 1, over images that the generator makes of fixed noise for `labels`."""
+    parts = draw(run, labels, seed=0).split(run.cfg.batch_size)
+    z_p = torch.cat([teacher(part) for part in parts])
+    h = [entropy(z_p - torch.cat([student(part) for part in parts])) for student in students]
+    return [1 - values.mean().item() / math.log(run.cfg.num_classes) for values in h]
 
 
 def compress(teacher, cfg, run=None):
@@ -279,8 +279,7 @@ def compress(teacher, cfg, run=None):
 
     def measure_gains(before, student_before):
         """Figure 3(a) by epochs: how the generator's, then the student's progress changes the disagreement."""
-        after_g = disagreement(run, teacher, student_before, probe_labels)
-        after_q = disagreement(run, teacher, student, probe_labels)
+        after_g, after_q = disagreement(run, teacher, (student_before, student), probe_labels)
         run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
 
     run.announce(describe(student))
@@ -294,7 +293,7 @@ def compress(teacher, cfg, run=None):
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         if tuning and not calibrating:
-            before = disagreement(run, teacher, student, probe_labels), copy.deepcopy(student)
+            before = *disagreement(run, teacher, (student,), probe_labels), copy.deepcopy(student)
         observe(student, calibrating)
         for _ in run.steps():
             step(calibrating, tuning)
@@ -382,9 +381,7 @@ def _complete(cfg):
         "student_loss": student_loss,
         "temperature": 5.0 if large and student_loss != "gdfq" else 20.0,
     }
-    for name, value in defaults.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+    fill_in(cfg, defaults)
     if not 0 <= cfg.lambda_l < cfg.lambda_u <= 1:
         raise InputError(
             f"--lambda-l is {cfg.lambda_l} and --lambda-u is {cfg.lambda_u}; give bounds with 0 <= lambda-l < lambda-u <= 1"

@@ -52,7 +52,7 @@ from common.data import load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, execute, friendly_errors, pick_device, write_atomically
+from common.run import Parser, Run, checked_schedule, describe, execute, fill_in, friendly_errors, pick_device, write_atomically
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -630,9 +630,7 @@ def _complete(cfg):
     }
     if cfg.no_se and (cfg.k is not None or cfg.p is not None):
         raise InputError("--no-se superposes nothing, so --k and --p say nothing; leave them out")
-    for name, value in defaults.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+    fill_in(cfg, defaults)
     if cfg.eei and cfg.latent_dim is not None:
         raise InputError(f"--latent-dim is {cfg.latent_dim}, and extracted embeddings have their own; give --no-eei with it")
     if not 1 <= cfg.k <= cfg.num_classes:

@@ -10,7 +10,6 @@ Both steps live in one process and take turns; figures are medians. --json FILE 
 import argparse
 import importlib
 import json
-import resource
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -26,7 +25,7 @@ from common import InputError
 from common.capture import CHOICES, compiler
 from common.models import load_teacher
 from common.ops import plain_forms, superpose, superposed_labels
-from common.run import Run, friendly_errors, pick_device, write_atomically
+from common.run import Run, friendly_errors, peak_memory, pick_device, synchronise, write_atomically
 
 METHODS = ("gdfq", "qimera", "adadfq")
 COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
@@ -67,17 +66,13 @@ class _FastRun(Run):
 
     def seconds_per_step(self, count):
         """Mean over `count` further steps."""
-        self._synchronise()
+        synchronise(self.device)
         began = time.perf_counter()
         with self.forms():
             for _ in range(count):
                 self.step()
-        self._synchronise()
+        synchronise(self.device)
         return (time.perf_counter() - began) / count
-
-    def _synchronise(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class _PlainRun(_FastRun):
@@ -95,8 +90,7 @@ def convolution_rate(device, dtype):
             for _ in range(12):
                 began = time.perf_counter()
                 conv(x)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronise(device)
                 seconds.append(time.perf_counter() - began)
         rates.append(2 * x.numel() * 128 * 9 / median(seconds[3:]))
     return max(rates)
@@ -118,16 +112,6 @@ def reset_peak(device):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes(device):
-    """Peak memory since `reset_peak`: allocated on the GPU, or resident of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def compare(name, batch_size, args):
     """One row of the table."""
     method = importlib.import_module(name)
@@ -146,7 +130,7 @@ def compare(name, batch_size, args):
     plain = _PlainRun(settings(precision="fp32", capture="none"))
     reset_peak(fast.device)
     steps = max(1, round(args.seconds / fast.start(method, teacher).seconds_per_step(WARMUP)))
-    peak = peak_bytes(fast.device)
+    peak = peak_memory(fast.device)
     plain.start(method, teacher)
     times = {"plain": [], "fast": []}
     for _ in tqdm(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
@@ -177,15 +161,14 @@ def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=
     result = {"product": {"ms": []}, "gather": {"ms": []}}
     for form in (product, gather):
         reset_peak(device)
-        before = peak_bytes(device)
+        before = peak_memory(device)
         form()
-        result[form.__name__]["mb"] = (peak_bytes(device) - before) / 2**20
+        result[form.__name__]["mb"] = (peak_memory(device) - before) / 2**20
     for _ in range(repeats):
         for form in (product, gather):
             began = time.perf_counter()
             form()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
             result[form.__name__]["ms"].append(1000 * (time.perf_counter() - began))
     for figures in result.values():
         figures["ms"] = median(figures["ms"])

@@ -169,6 +169,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse(argv)
 
 
+def fill_in(cfg, defaults):
+    """Give the arguments of `cfg` that were not given (None) their values from `defaults`, a dict by name."""
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+
+
 def checked_schedule(cfg):
     """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned.
 
@@ -227,6 +234,12 @@ def pick_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto")
     return device
+
+
+def synchronise(device):
+    """Wait until `device` has done what it was given, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def computes_bf16(device):
@@ -346,8 +359,7 @@ class Run:
                 self.losses.setdefault(name, []).append(loss)
             self.latest.clear()
             self.bar.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronise(self.device)
         self.seconds += time.time() - began
         self.iterations += self.cfg.iters
 
@@ -623,6 +635,9 @@ def peak_memory(device):
     """Peak memory in bytes: the GPU's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike the resource usage, it knows nothing of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -38,6 +38,7 @@ import argparse
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -317,7 +318,13 @@ def make_generator(teacher, cfg, channels):
     latent = Latent(cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None, cfg.noise, cfg.normalise)
     if cfg.eei:
         latent.embedding.weight.data.copy_(weight)
-    if cfg.image_size <= SMALL_IMAGE:
+    if cfg.generator != "qimera":
+        from autorecon import Generator as Discovered  # only this combination needs the other script
+        from autorecon import read_genotype
+
+        genotype = read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed)
+        body = Discovered(genotype, cfg.num_classes, cfg.image_size, channels, latent.out_features)
+    elif cfg.image_size <= SMALL_IMAGE:
         body = Generator(latent.out_features, cfg.image_size, channels)
     else:
         body = ImageNetGenerator(latent.out_features, cfg.image_size, channels, cfg.num_classes)
@@ -349,8 +356,9 @@ def compress(teacher, cfg, run=None):
     """
     run = run or Run(cfg)
     device, channels = run.device, input_channels(teacher)
-    if cfg.image_size % 4:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
+    multiple = 4 if cfg.generator == "qimera" else 8
+    if cfg.image_size % multiple:
+        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
     teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
     example = probe(teacher, cfg.num_classes, cfg.image_size)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
@@ -606,6 +614,8 @@ def parser():
     add = p.add_argument_group("ablations and combinations").add_argument
     add("--no-se", action="store_true", help="no superposed embeddings: every batch of single classes")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    discovered = "qimera, or autorecon:GENOTYPE, one that autorecon.py --genotype takes or a search has left (Table 3)"
+    add("--generator", default="qimera", help=discovered)
     add("--adversarial", choices=("none", "zaq"), default="none", help="play ZAQ's game (Table 3, Eq. 11 and 12)")
     add("--zaq-beta", type=float, default=0.1, help="beta of Eq. 11 and 12, not given in the paper")
     add("--zaq-gamma", type=float, default=0.05, help="gamma of Eq. 11, not given in the paper")
@@ -639,6 +649,8 @@ def _complete(cfg):
         raise InputError(f"--p is {cfg.p}; give a share of the batches, 0 to 1")
     if cfg.no_se:
         cfg.k, cfg.p = 1, 0.0
+    if cfg.generator != "qimera" and not re.fullmatch("autorecon:(?!acgan$|gdfq$).+", cfg.generator):
+        raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
     return checked_schedule(cfg)
 
 

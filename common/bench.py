@@ -27,7 +27,12 @@ from common.models import load_teacher
 from common.ops import plain_forms, superpose, superposed_labels
 from common.run import Run, friendly_errors, peak_memory, pick_device, synchronise, write_atomically
 
-METHODS = ("gdfq", "qimera", "adadfq")
+METHODS = {  # and what a method needs to be told to have a step at once
+    "gdfq": {},
+    "qimera": {},
+    "adadfq": {},
+    "autorecon": {"genotype": "published:resnet20-cifar10"},
+}
 COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
 WARMUP = 3  # steps before a step is timed; the first compiles or captures
 
@@ -119,7 +124,7 @@ def compare(name, batch_size, args):
     def settings(**kw):
         common = {"arch": args.arch, "dataset": args.dataset, "weights": args.weights, "bits": args.bits}
         epochs = {"epochs": 2, "warmup_epochs": 1, "calibrate_epochs": 1, "iters": 1, "batch_size": batch_size}
-        return method.config(**common, **epochs, device=args.device, **kw)
+        return method.config(**common, **epochs, **METHODS[name], device=args.device, **kw)
 
     cfg = settings()
     teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)

@@ -69,6 +69,22 @@ def upsample_conv(x, conv):
     return _Interleave.apply(phases).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
+def upsample_pointwise(x, weight, bias):
+    """`F.conv2d(F.interpolate(x, scale_factor=2), weight, bias)` for a 1x1 kernel: computed before the pixels are repeated,
+    with a quarter of the multiplications.
+
+    Args:
+        x: (B, C, H, W).
+        weight, bias: (D, C, 1, 1) and (D,).
+
+    Returns:
+        (B, D, 2H, 2W).
+    """
+    if _plain:
+        return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias)
+    return F.interpolate(F.conv2d(x, weight, bias), scale_factor=2)
+
+
 def superposed_labels(classes, shares, num_classes):
     """Soft labels of superposed samples, sum_k lambda_k y_k (Eq. 8 of Qimera).
 

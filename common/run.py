@@ -36,8 +36,12 @@ RANGES = {  # of the arguments that have one, where a script has them
     "mapped_dim": (1, 10**6),
     "temperature": (1e-3, 1e6),
     "beta1": (0, 0.9999),
+    "scale": (1 / 64, 64),
+    **dict.fromkeys(("search_epochs", "search_iters", "arch_iters", "student_steps"), (1, 10**6)),
+    **dict.fromkeys(("tau_start", "tau_end"), (1e-3, 1e3)),
     **dict.fromkeys(
-        ("lr_g", "lr_q", "weight_decay", "bns_weight", "kd_weight", "alpha_ds", "alpha_as", "beta", "gamma"), (0, 1e30)
+        ("lr_g", "lr_q", "lr_alpha", "weight_decay", "bns_weight", "kd_weight", "alpha_ds", "alpha_as", "beta", "gamma"),
+        (0, 1e30),
     ),
     **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
 }
@@ -59,11 +63,12 @@ class Parser(argparse.ArgumentParser):
     Args:
         method: name of the script, as in the run folder.
         description: first paragraph of --help.
+        unquantized: values of the script's --task that leave a full-precision network.
     """
 
-    def __init__(self, method, description):
+    def __init__(self, method, description, unquantized=()):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
-        self.method, self.by_size = method, {}
+        self.method, self.by_size, self.unquantized = method, {}, unquantized
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory"
         add("--arch", help=f"{names} (default: resnet20, for ImageNet resnet18)")
@@ -141,7 +146,8 @@ class Parser(argparse.ArgumentParser):
         args.method = self.method
         if args.out is None:
             arch = re.sub(r"[^\w]+", "-", args.arch)
-            args.out = f"runs/{self.method}-{arch}-{args.dataset}-w{args.wbits}a{args.abits}-s{args.seed}{changed}"
+            bits = "" if getattr(args, "task", None) in self.unquantized else f"-w{args.wbits}a{args.abits}"
+            args.out = f"runs/{self.method}-{arch}-{args.dataset}{bits}-s{args.seed}{changed}"
         if not args.out:
             raise InputError("--out is empty; give a folder")
         return args
@@ -267,6 +273,7 @@ class Run:
 
     layout = torch.channels_last
     fused = True  # optimizers in one kernel
+    fp_top1 = None  # accuracy of the full-precision network, where there is a test set
 
     def __init__(self, cfg, folder=None):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
@@ -276,7 +283,7 @@ class Run:
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
         cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters * cfg.batch_size * cfg.image_size**2)
-        self.results, self.history, self.latest = {}, [], {}
+        self.results, self.history, self.latest, self.facts = {}, [], {}, {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
         if self.folder:
             self._claim_folder()
@@ -313,8 +320,16 @@ class Run:
         optimizer.step()
 
     def note(self, **figures):
-        """Note figures of the whole epoch, for its line of metrics.jsonl."""
-        self.noted.update((name, round(figure, 6)) for name, figure in figures.items())
+        """Note figures of the whole epoch, or dicts of them, for its line of metrics.jsonl."""
+
+        def rounded(value):
+            return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else round(value, 6)
+
+        self.noted |= rounded(figures)
+
+    def record(self, **facts):
+        """Record what the method alone knows about the run, for result.json."""
+        self.facts |= facts
 
     def epochs(self, count, student, synthesize, evaluate_from=0, **stateful):
         """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
@@ -344,8 +359,8 @@ class Run:
                 line["top1"] = self.measure("last_top1", student)
                 self.results["best_top1"] = max(self.results.get("best_top1", 0.0), line["top1"])
             self.history.append(line)
-            shown = {key: f"{value:.4g}" for key, value in line.items() if key not in ("epoch", "seconds")}
-            self.bar.set_postfix(shown)
+            plain = {key: value for key, value in line.items() if not isinstance(value, dict)}
+            self.bar.set_postfix({key: f"{value:.4g}" for key, value in plain.items() if key not in ("epoch", "seconds")})
             self._save_checkpoint(epoch + 1, stateful)
         self.bar.close()
         self.peak = peak_memory(self.device)
@@ -370,7 +385,7 @@ class Run:
     def announce(self, line):
         """Say what the run is about to do, where it says anything."""
         if self.folder is not None:
-            tqdm.write(f"quantize  {line}")
+            tqdm.write(f"{self.cfg.method:<10}{line}")
 
     def measure(self, name, student):
         """Record the student's accuracy on the test set under `name`; None where there is no test set."""
@@ -440,7 +455,7 @@ class Run:
             write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
-        for name in ("checkpoint.pt", "metrics.jsonl", "result.json", "quantized.pt", "samples.png"):
+        for name in ("checkpoint.pt", "metrics.jsonl", "result.json", "quantized.pt", "student.pt", "samples.png"):
             (self.folder / name).unlink(missing_ok=True)
         return 0
 
@@ -494,18 +509,15 @@ def write_atomically(path, text):
 # ------------------------------------------------------------------------------------------------- start to finish
 
 
-def execute(cfg, compress):
-    """What every script's main does: load, compress, evaluate, write, print.
+def prepare(cfg):
+    """What every script's main begins with: load the network and the test set, and say what they are.
 
     Args:
-        cfg: parsed arguments.
-        compress: the method, (teacher, cfg, run) -> quantized student.
+        cfg: parsed arguments; --mean and --std are filled in.
 
     Returns:
-        The contents of result.json.
+        The teacher, on its device, and the run.
     """
-    if cfg.eval is not None:
-        return evaluate_file(cfg)
     teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
     run = Run(cfg, cfg.out)
@@ -522,11 +534,25 @@ def execute(cfg, compress):
         print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
     else:
         print(f"test set  {test_set.count:,} images from {test_set.name}")
-        fp_top1 = round(accuracy(teacher, test_set), 2)
-        print(f"          full precision {fp_top1:.2f} %", flush=True)
-    student = compress(teacher, cfg, run)
-    run.results = {"fp_top1": fp_top1 if test_set else None} | run.results
-    return finish(run, teacher, student)
+        run.fp_top1 = round(accuracy(teacher, test_set), 2)
+        print(f"          full precision {run.fp_top1:.2f} %", flush=True)
+    return teacher, run
+
+
+def execute(cfg, compress):
+    """What every script's main does: load, compress, evaluate, write, print.
+
+    Args:
+        cfg: parsed arguments.
+        compress: the method, (teacher, cfg, run) -> student, quantized or not.
+
+    Returns:
+        The contents of result.json.
+    """
+    if cfg.eval is not None:
+        return evaluate_file(cfg)
+    teacher, run = prepare(cfg)
+    return finish(run, teacher, compress(teacher, cfg, run))
 
 
 def per_channel(cfg, normalisation, channels):
@@ -590,37 +616,46 @@ def save_samples(run, path, columns=8, most_rows=100):
 
 
 def finish(run, teacher, student):
-    """Write samples.png, quantized.pt and result.json, and print the table."""
-    cfg, folder = run.cfg, run.folder
-    meta = {
-        **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
-        **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
-        "channels": input_channels(teacher),
-        "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
-    }
-    save_quantized(student, folder / "quantized.pt", meta)
-    saved = load_quantized(folder / "quantized.pt", copy.deepcopy(teacher).cpu()).to(run.device)
+    """Write the student, samples.png and result.json, and print the table.
+
+    A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
+    """
+    cfg, folder, quantized = run.cfg, run.folder, bool(quantized_layers(student))
+    file = folder / ("quantized.pt" if quantized else "student.pt")
+    if quantized:
+        meta = {
+            **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
+            **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
+            "channels": input_channels(teacher),
+            "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
+        }
+        save_quantized(student, file, meta)
+        student = load_quantized(file, copy.deepcopy(teacher).cpu()).to(run.device)
+    else:
+        partial = folder / "student.pt.partial"
+        torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
+        os.replace(partial, file)
     save_samples(run, folder / "samples.png")
     batches = run.test_set or SyntheticSet(run)
-    names = ("fp_top1", "calibrated_top1", "last_top1", "best_top1")
-    result = {name: run.results.get(name) for name in names}
+    result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
     result |= {
-        "agreement": round(agreement(teacher, saved, batches), 2),
+        "agreement": round(agreement(teacher, student, batches), 2),
         "images": batches.count,
         "test_set": run.test_set.name if run.test_set else None,
-        "wbits": cfg.wbits,
-        "abits": cfg.abits,
+        "wbits": cfg.wbits if quantized else None,
+        "abits": cfg.abits if quantized else None,
         "bytes_fp32": saved_bytes(teacher),
-        "bytes_quantized": (folder / "quantized.pt").stat().st_size,
+        "bytes_quantized" if quantized else "bytes_student": file.stat().st_size,
         "ms_per_iter": round(1000 * run.seconds / max(run.iterations, 1), 1),
         "peak_mb": round(run.peak / 2**20),
         "seconds": round(run.seconds, 1),
         "method": cfg.method,
+        **run.facts,
         "arguments": run._arguments(),
         "versions": json.loads((folder / "config.json").read_text())["versions"],
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
-    print_table(result, folder)
+    print_table(result, file)
     return result
 
 
@@ -641,24 +676,27 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def print_table(result, folder):
-    """The figures of result.json as a small table."""
+def print_table(result, file):
+    """The figures of result.json as a small table; `file` is where the student is."""
     on = f"of {result['images']:,} test images" if result["test_set"] else ""
+    what, learned = f"w{result['wbits']}a{result['abits']}", "fine-tuned"
+    if result["wbits"] is None:
+        what, learned = result["arguments"]["task"], "student"
     rows = [
         ("full precision", result["fp_top1"], "%"),
         ("calibrated only", result["calibrated_top1"], "%"),
-        ("fine-tuned, last epoch", result["last_top1"], "%"),
-        ("fine-tuned, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
+        (f"{learned}, last epoch", result["last_top1"], "%"),
+        (f"{learned}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
         ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
     ]
-    print(f"\n{result['method']}  w{result['wbits']}a{result['abits']}  top-1 accuracy {on}".rstrip())
+    print(f"\n{result['method']}  {what}  top-1 accuracy {on}".rstrip())
     for name, value, unit in rows:
         if value is not None:
             print(f"  {name:<30}{value:>8.2f} {unit}")
-    before, after = result["bytes_fp32"] / 1024, result["bytes_quantized"] / 1024
+    before, after = result["bytes_fp32"] / 1024, file.stat().st_size / 1024
     print(f"  {'file':<30}{after:>8.0f} KB  (full precision {before:.0f} KB, {before / after:.1f}x)")
     print(f"  {'time':<30}{result['seconds']:>8.0f} s  ({result['ms_per_iter']} ms per iteration)")
-    print(f"  in {folder}/: quantized.pt, result.json, samples.png, metrics.jsonl", flush=True)
+    print(f"  in {file.parent}/: {file.name}, result.json, samples.png, metrics.jsonl", flush=True)
 
 
 def evaluate_file(cfg):

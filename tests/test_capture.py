@@ -3,6 +3,7 @@ import torch
 from conftest import FunctionalNet, trained
 
 import adadfq
+import autorecon
 import gdfq
 import qimera
 from common import InputError, capture
@@ -24,7 +25,16 @@ class SecondStepRun(Run):
                 yield step
 
 
-@pytest.mark.parametrize("method, flags", [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq"}), (adadfq, {})])
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        (gdfq, {}),
+        (qimera, {}),
+        (qimera, {"adversarial": "zaq"}),
+        (adadfq, {}),
+        (autorecon, {"genotype": "published:resnet20-cifar10", "scale": 0.125}),
+    ],
+)
 def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeypatch, method, flags):
     """Traced and differentiated as for the C++ compiler, which alone is left out for its time."""
     monkeypatch.setattr(capture, "COMPILER", {"backend": "aot_eager"})

@@ -1,0 +1,339 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import autorecon
+import gdfq
+import qimera
+from autorecon import (
+    CANDIDATES,
+    EDGES,
+    INTO,
+    PUBLISHED,
+    Architecture,
+    Generator,
+    compress,
+    config,
+    derive,
+    draw_genotype,
+    from_short,
+    generator_cost,
+    read_genotype,
+    search,
+    to_short,
+)
+from common.models import build, load_teacher
+from common.run import Run
+
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 4, "epochs": 3, "iters": 2, "scale": 0.125}
+TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
+SEARCH = {"search_epochs": 4, "search_iters": 2, "arch_iters": 2, "lr_alpha": 0.05}
+
+
+def command_line(settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def test_the_search_space_is_the_papers():
+    counts = [sum(edge.kind == kind for edge in EDGES.values()) for kind in ("up", "normal", "cross")]
+    assert counts == [6, 15, 12] and [len(CANDIDATES[kind]) for kind in ("up", "normal", "cross")] == [2, 7, 3]
+    assert INTO["B1-N5"] == ["B1-N2 -> B1-N5", "B1-N3 -> B1-N5", "B1-N4 -> B1-N5"]
+    assert INTO["B3-N4"] == [f"{node} -> B3-N4" for node in ("B3-N2", "B3-N3", "B2-N2", "B2-N3", "B2-N4")]
+    generator = Generator(from_short(PUBLISHED["resnet20-cifar10"]), 10)
+    linears = sum(p.numel() for p in generator.linears.parameters())
+    assert linears == (33 + 1) * 64 * 4**2 + (33 + 1) * 64 * 8**2 + (34 + 1) * 64 * 16**2
+    assert generator(torch.randn(2, 100), torch.tensor([1, 2])).shape == (2, 3, 32, 32)
+
+
+def plainly(generator, z, y):
+    """The generator's images with every edge worked out by itself, as METHODS and Figure 2 have them: interpolation first,
+    each edge with a BatchNorm of its own."""
+
+    def conditional(x, condition):
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        gamma, beta = (table.weight[y][:, :, None, None] for table in (condition.gamma, condition.beta))
+        return F.leaky_relu(gamma * (x - mean) / torch.sqrt(variance + 0.8) + beta, 0.2)
+
+    def edge(source, target):
+        name = f"{source} -> {target}"
+        op, x = generator.genotype[name], values[source]
+        if op in ("none", "identity"):
+            return x if op == "identity" else 0.0
+        if op in ("nearest", "bilinear"):
+            x = F.interpolate(x, scale_factor=2, mode=op)
+        operation = generator.operations[name][op]
+        padding = {"conv1x1": 0, "conv3x3": 1, "conv5x5": 2, "dilated3x3": 2, "dilated5x5": 4}.get(op, 0)
+        dilation = 2 if op.startswith("dilated") else 1
+        return F.conv2d(conditional(x, operation.condition), operation.conv.weight, operation.conv.bias, 1, padding, dilation)
+
+    values, first = {}, 0
+    for block, part in enumerate(z.split((33, 33, 34), 1), start=1):
+        n = [None, *(f"B{block}-N{i}" for i in range(1, 6))]
+        side = 2 * 2 ** (block - 1)
+        values[n[1]] = generator.linears[block - 1](part).view(len(z), -1, side, side) + first
+        values[n[2]], values[n[3]] = edge(n[1], n[2]), edge(n[1], n[3])
+        values[n[4]] = edge(n[2], n[4]) + edge(n[3], n[4])
+        values[n[5]] = edge(n[2], n[5]) + edge(n[3], n[5])
+        if block > 1:
+            for source in (2, 3, 4):
+                values[n[4]] = values[n[4]] + edge(f"B{block - 1}-N{source}", n[4])
+                values[n[5]] = values[n[5]] + edge(f"B{block - 1}-N{source}", n[5])
+        values[n[5]] = first = values[n[5]] + edge(n[4], n[5])
+    x = torch.tanh(generator.conv(conditional(first, generator.condition)))
+    return (x - x.mean((0, 2, 3), keepdim=True)) / torch.sqrt(x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("name", ["published:resnet20-cifar10", "published:mobilenet_v2-imagenet", "random"])
+def test_a_generator_equals_its_figure_edge_by_edge(name):
+    torch.manual_seed(0)
+    generator = Generator(read_genotype(name, 1), 5, 16, width=8)
+    for table in (m for m in generator.modules() if isinstance(m, torch.nn.Embedding)):
+        torch.nn.init.normal_(table.weight)
+    z, y, towards = torch.randn(6, 100), torch.tensor([0, 1, 1, 2, 3, 4]), torch.randn(6, 3, 16, 16)
+    ours, plain = generator(z, y), plainly(generator, z, y)
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    weights = [p for p in generator.parameters() if p.ndim == 4]
+    grads = [torch.autograd.grad((images * towards).sum(), weights, allow_unused=True) for images in (ours, plain)]
+    assert sum(g is not None for g in grads[0]) > 10
+    for ours, plain in zip(*grads):
+        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
+    soft = F.one_hot(y, 5).float()
+    torch.testing.assert_close(generator(z, soft), generator(z, y), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_one_hot_mixture_makes_the_super_net_the_derived_generator():
+    torch.manual_seed(0)
+    genotype = read_genotype("random", 3)
+    supernet, derived = Generator(None, 5, 16, width=8), Generator(genotype, 5, 16, width=8)
+    loaded = derived.load_state_dict({k: v for k, v in supernet.state_dict().items() if k in derived.state_dict()})
+    assert not loaded.missing_keys
+    one_hot = {
+        name: {op: torch.tensor(float(op == genotype[name])) for op in CANDIDATES[edge.kind]} for name, edge in EDGES.items()
+    }
+    z, y = torch.randn(4, 100), torch.tensor([0, 1, 2, 2])
+    torch.testing.assert_close(supernet(z, y, one_hot), derived(z, y), atol=1e-6, rtol=1e-5)
+    sampled = {name: {op: torch.tensor(1.0)} for name, op in genotype.items()}  # as hard mixtures are
+    torch.testing.assert_close(supernet(z, y, sampled), derived(z, y), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gumbel, law", [("p", lambda p: p.softmax(-1)), ("logits", lambda p: p)])
+def test_sampling_follows_the_stated_law(gumbel, law):
+    torch.manual_seed(0)
+    architecture = Architecture(gumbel, hard=True)
+    with torch.no_grad():
+        architecture.alpha["cross"].copy_(torch.tensor([2.0, 0.0, -1.0]).expand(12, 3))
+    draws = [name for _ in range(300) for edge, m in architecture.sample().items() if EDGES[edge].kind == "cross" for name in m]
+    shares = torch.tensor([draws.count(op) / len(draws) for op in CANDIDATES["cross"]])
+    torch.testing.assert_close(shares, law(torch.tensor([2.0, 0.0, -1.0]).softmax(-1)), atol=0.03, rtol=0)
+
+
+def test_soft_mixtures_are_equation_7_and_hard_ones_their_largest_share():
+    hard, soft = Architecture(hard=True), Architecture()
+    soft.load_state_dict(hard.state_dict())
+    mixtures = []
+    for architecture in (hard, soft):
+        architecture.temperature.fill_(0.5)
+        torch.manual_seed(2)
+        mixtures.append(architecture.sample())
+    for name, edge in EDGES.items():
+        ((op, weight),) = mixtures[0][name].items()
+        m = mixtures[1][name]
+        assert weight.item() == 1 and op == max(m, key=m.get) and sum(m.values()).item() == pytest.approx(1)
+        ours = torch.autograd.grad(weight, hard.alpha[edge.kind], retain_graph=True)[0]
+        theirs = torch.autograd.grad(m[op].log(), soft.alpha[edge.kind], retain_graph=True)[0]
+        torch.testing.assert_close(ours, theirs)
+    torch.manual_seed(2)
+    p = soft.alpha["up"].softmax(1)
+    noise = -torch.log(torch.empty(6, 2).exponential_())
+    expected = torch.exp((p + noise) / 0.5) / torch.exp((p + noise) / 0.5).sum(1, keepdim=True)
+    ups = [list(mixtures[1][name].values()) for name, edge in EDGES.items() if edge.kind == "up"]
+    torch.testing.assert_close(torch.stack([torch.stack(row) for row in ups]), expected)
+
+
+def test_derivation_takes_the_likeliest_and_feeds_every_node():
+    probabilities = {name: torch.zeros(len(CANDIDATES[edge.kind])) for name, edge in EDGES.items()}
+    for name, edge in EDGES.items():
+        probabilities[name][0 if edge.kind != "up" else 1] = 1.0  # none everywhere
+    probabilities["B2-N2 -> B3-N4"][1], probabilities["B3-N3 -> B3-N4"][4] = 0.5, 0.4
+    genotype = derive(probabilities)
+    assert genotype["B1-N1 -> B1-N2"] == "bilinear" and genotype["B2-N2 -> B3-N4"] == "nearest"
+    assert genotype["B3-N3 -> B3-N4"] == "none"
+    fed = {EDGES[name].target for name, op in genotype.items() if op != "none"}
+    assert fed == {node for node, names in INTO.items() if names}
+    assert from_short(to_short(genotype)) == genotype
+    assert all(to_short(from_short(short)) == short for short in PUBLISHED.values())
+
+
+def test_each_phase_moves_its_own_parameters_only(net, monkeypatch):
+    moved = []
+
+    class Watching(Run):
+        known = []
+
+        def capture(self, step, *optimizers):
+            own = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+            self.known.append(own)
+
+            def watched():
+                before = [[p.clone() for p in parameters] for parameters in self.known]
+                step()
+                changed = [any(not torch.equal(*pair) for pair in zip(*both)) for both in zip(before, self.known)]
+                moved.append((self.known.index(own), changed))
+
+            return watched
+
+    monkeypatch.setattr(autorecon, "Run", Watching)
+    search(net, config(**TINY, **SEARCH | {"search_epochs": 2, "search_iters": 3}))
+    weights, architecture = (0, [True, False]), (1, [False, True])
+    assert moved == 2 * [*3 * [weights], *2 * [architecture]]
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_a_search_that_was_stopped_goes_on_to_the_same_genotype(net, tmp_path, monkeypatch, mode):
+    class Stopped(Run):
+        def steps(self):
+            if self.epoch == 2:
+                raise KeyboardInterrupt
+            return super().steps()
+
+    def lines(name):
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        return [json.loads(line) | {"seconds": 0} for line in text.splitlines()]
+
+    cfg = config(**TINY, **SEARCH, search_mode=mode, resume=True)
+    whole = search(net, cfg, tmp_path / "whole")
+    monkeypatch.setattr(autorecon, "Run", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        search(net, cfg, tmp_path / "stopped")
+    monkeypatch.setattr(autorecon, "Run", Run)
+    assert search(net, cfg, tmp_path / "stopped") == whole and lines("stopped") == lines("whole")
+    first, last = lines("whole")[0], lines("whole")[-1]
+    assert set(first["entropy_of_edges"]) == set(EDGES) and {"loss_weights", "loss_architecture"} < set(first)
+    assert 1 >= first["entropy"] > last["entropy"] > 0  # each edge's distribution starts undecided
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_entropies_are_those_of_the_distributions(net, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Run, "note", lambda self, **figures: seen.append(figures))
+    search(net, config(**TINY, **SEARCH | {"search_epochs": 1, "lr_alpha": 0.0}))  # alpha stays at 1e-3 N(0, 1)
+    (figures,) = seen
+    assert all(0.999 < entropy <= 1 + 1e-6 for entropy in figures["entropy_of_edges"].values())
+    assert figures["entropy"] == pytest.approx(sum(figures["entropy_of_edges"].values()) / 33)
+
+
+def test_gdfqs_generator_here_is_gdfq_to_the_bit(net):
+    plain = {name: value for name, value in TINY.items() if name != "scale"}
+    theirs = gdfq.compress(net, gdfq.config(**plain, lr_q=0.01)).state_dict()
+    ours = compress(net, config(**plain, lr_q=0.01, genotype="gdfq")).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    controls = [compress(net, config(**plain, lr_q=0.01, genotype=name)).fc.weight for name in ("acgan", "random")]
+    assert not any(torch.equal(weight, ours["fc.weight"]) for weight in controls)
+
+
+def test_costs_are_those_of_the_stated_architecture():
+    cfg = config(dataset="cifar10")
+    parameters, flops = generator_cost("gdfq", cfg, 3)
+    assert parameters == sum(p.numel() for p in gdfq.Generator(10).parameters())
+    convolutions = 128 * 128 * 9 * 16**2 + 128 * 64 * 9 * 32**2 + 64 * 3 * 9 * 32**2
+    assert flops == 2 * (100 * 128 * 8**2 + convolutions)
+    single = dict.fromkeys(EDGES, "none") | {name: "nearest" for name, edge in EDGES.items() if edge.kind == "up"}
+    single |= {f"B{b}-N{i} -> B{b}-N{j}": "conv3x3" for b in (1, 2, 3) for i, j in ((2, 4), (4, 5))}
+    _, flops = generator_cost(single, cfg, 3)
+    linears = 64 * (33 * 4**2 + 33 * 8**2 + 34 * 16**2)
+    edges = sum((2 * 64 * 64 + 2 * 64 * 64 * 9) * side**2 for side in (8, 16, 32))
+    assert flops == 2 * (linears + edges + 64 * 3 * 9 * 32**2)
+    halves = [generator_cost("gdfq", config(dataset="cifar10", scale=scale), 3)[0] for scale in (0.5, 1, 2)]
+    assert halves[0] < halves[1] < halves[2]
+
+
+def test_distillation_trains_a_student_of_another_architecture(net, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    run = tmp_path / "run"
+    arguments = command_line(TINY | {"batch_size": 50}) + command_line(
+        {"task": "kd", "student-arch": "resnet20", "genotype": "random", "epochs": 2}
+    )
+    result = autorecon.main([*arguments, "--arch", "tiny:net", "--student-steps", "2", "--out", str(run)])
+    assert result["wbits"] is None and result["bytes_student"] == (run / "student.pt").stat().st_size
+    student = load_teacher("resnet20", "folder", 5, 16, str(run / "student.pt"))[0]
+    start = build("resnet20", 5, 16)
+    assert student.state_dict().keys() == start.state_dict().keys()
+    assert student.bn1.num_batches_tracked == 2 * 2 and not torch.equal(student.bn1.running_mean, start.bn1.running_mean)
+
+
+def test_a_search_alone_then_compression_with_what_it_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    arguments = [*command_line(TINY | {"batch_size": 50}), *command_line(SEARCH | {"search_epochs": 1}), "--arch", "tiny:net"]
+    autorecon.main([*arguments, "--search-only", "--out", str(tmp_path / "found")])
+    genotype = read_genotype(str(tmp_path / "found"))
+    assert f"genotype: {to_short(genotype)}" in capsys.readouterr().out
+    assert (tmp_path / "found" / "genotype.svg").read_text() == draw_genotype(genotype)
+    runs = {"search": arguments, "given": [*arguments, "--genotype", str(tmp_path / "found")]}
+    results = {name: autorecon.main([*argv, "--out", str(tmp_path / name)]) for name, argv in runs.items()}
+    assert results["search"]["genotype"] == results["given"]["genotype"] == to_short(genotype)
+    assert results["search"]["generator_parameters"] > results["search"]["generator_flops"] / 1e6
+    files = [(tmp_path / name / "quantized.pt").read_bytes() for name in runs]
+    assert files[0] == files[1]  # the search leaves no trace but the genotype
+
+
+def test_a_discovered_generator_serves_qimera(net):
+    plain = {name: value for name, value in TINY.items() if name != "scale"}
+    for variant in ("paper", "released"):
+        cfg = qimera.config(**plain, lr_q=0.05, variant=variant, generator="autorecon:published:resnet20-cifar100")
+        generator = qimera.make_generator(net, cfg, 3)
+        assert isinstance(generator.body, Generator) and generator.body.slices == ((21, 21, 22) if cfg.dm else (2, 2, 4))
+        student = qimera.compress(net, cfg)
+        own = qimera.compress(net, qimera.config(**plain, lr_q=0.05, variant=variant))
+        assert not torch.equal(student.fc.weight, own.fc.weight)
+
+
+def broken(tmp_path, edges):
+    genotype = from_short(PUBLISHED["resnet20-cifar10"]) | edges
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps({"edges": {name: op for name, op in genotype.items() if op}}))
+    return path
+
+
+def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    for edges, words in [
+        ({"B2-N2 -> B2-N4": "conv7x7"}, "has 'conv7x7' for the edge 'B2-N2 -> B2-N4'; give one of none, identity"),
+        ({"B1-N1 -> B1-N2": "none"}, "has 'none' for the edge 'B1-N1 -> B1-N2'; give one of nearest, bilinear"),
+        ({"B2-N3 -> B3-N5": None}, "lacks the edge 'B2-N3 -> B3-N5'; give it one of none, nearest, bilinear"),
+        ({"B1-N2 -> B3-N4": "nearest"}, "has the edge 'B1-N2 -> B3-N4', which is not in the search space"),
+        ({"B1-N2 -> B1-N4": "none", "B1-N3 -> B1-N4": "none"}, "sends nothing to B1-N4; give 'B1-N2 -> B1-N4' an operation"),
+    ]:
+        assert words in fails(autorecon.main, "--genotype", broken(tmp_path, edges))
+    (tmp_path / "genotype.json").write_text('{"edges": ["B1-N1 -> B1-N2"]}')
+    tiny = [*command_line(TINY), "--arch", "tiny:net"]
+    for arguments, words in [
+        (["--genotype", "genotype.json"], "holds no genotype"),
+        (["--genotype", "absent.json"], "is not a file; give a genotype.json"),
+        (["--genotype", "published:resnet21"], "is not known; published are resnet20-cifar10"),
+        (["--genotype", "random", "--search-only"], "leave one of them out"),
+        (["--task", "kd"], "distillation needs both"),
+        (["--tau-end", 9], "--tau-end is 9.0, above --tau-start 5.0"),
+        (["--search-epochs", 0], "--search-epochs is 0"),
+        (["--scale", 0], "--scale is 0.0"),
+        ([*tiny, "--image-size", 12], "--image-size is 12; the generator needs a multiple of 8"),
+        (
+            [*tiny, "--genotype", "random", "--task", "kd", "--student-arch", "resnet2x"],
+            "--student-arch 'resnet2x' is not known",
+        ),
+    ]:
+        assert words in fails(autorecon.main, *arguments)
+    assert "--generator is autorecon:gdfq" in fails(qimera.main, "--generator", "autorecon:gdfq")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["genotype.json"]
+
+
+def test_temperature_falls_exponentially(net, monkeypatch):
+    temperatures = []
+    sample = Architecture.sample
+    monkeypatch.setattr(Architecture, "sample", lambda self: temperatures.append(self.temperature.item()) or sample(self))
+    search(net, config(**TINY, **SEARCH | {"search_iters": 1, "arch_iters": 1}))
+    assert temperatures[::2] == pytest.approx([5 * math.exp(-math.log(50) * epoch / 4) for epoch in range(4)])

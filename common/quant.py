@@ -163,9 +163,11 @@ class QuantAct(nn.Module):
         self.seen.fill_(True)
 
     def forward(self, x):
+        scale, zero_point = self.scale, self.zero_point
         if self.observing:
             self.observe(x.detach())
-        return fake_quantize(x, self.scale, self.zero_point, self.bits, self.clipped)
+            scale, zero_point = scale.clone(), zero_point.clone()  # the module's next call moves the buffers
+        return fake_quantize(x, scale, zero_point, self.bits, self.clipped)
 
     def extra_repr(self):
         return f"bits={self.bits}, low={self.low.item():.4g}, high={self.high.item():.4g}"

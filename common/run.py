@@ -137,8 +137,9 @@ class Parser(argparse.ArgumentParser):
             if getattr(args, name) is None:
                 setattr(args, name, small if args.image_size <= SMALL_IMAGE else large)
         for name in ("num_classes", "image_size", "epochs", "iters", "batch_size", "eval_every"):
-            if getattr(args, name, 1) is not None and getattr(args, name, 1) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+            least = 2 if name == "num_classes" else 1
+            if getattr(args, name, None) is not None and getattr(args, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
         for name, (low, high) in RANGES.items():
             value = getattr(args, name, None)
             if value is not None and not low <= value <= high:

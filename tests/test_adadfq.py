@@ -6,8 +6,21 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import adadfq
-from adadfq import agreement_loss, compress, config, disagreement_loss, entropy, generator_loss, margin_loss, normalised_entropy
+import gdfq
+from adadfq import (
+    agreement_loss,
+    compress,
+    config,
+    disagreement_loss,
+    entropy,
+    game_figures,
+    generator_loss,
+    margin_loss,
+    normalised_entropy,
+)
 from adadfq import student_loss as side_of_the_student
+from common import capture
+from common.bns import BatchNormStatistics
 from common.quant import observe, quantize
 from common.run import Run
 
@@ -72,23 +85,77 @@ def test_the_students_losses_against_the_equations_in_double_precision(logits):
     torch.testing.assert_close(gdfq.double(), kd, atol=1e-4, rtol=1e-4)
 
 
-def test_the_generators_gradient_goes_through_the_quantized_student(net):
-    student, x = quantize(net, 3, 3), torch.randn(8, 3, 16, 16, requires_grad=True)
+def test_no_sample_gains_by_parting_from_the_teacher(logits):
+    """A small step down Eq. 13 raises every sample's entropy, that of the batch's minimum included."""
+    p, q, y = logits
+    free = q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(side_of_the_student(free, p, y, config(**TINY, student_loss="eq13")), free)
+    before, after = entropy(p - q), entropy(p - (q - 0.1 * grad))
+    assert (after > before).all()
+    others = torch.arange(6) != before.argmin()
+    (grad,) = torch.autograd.grad(normalised_entropy(p - free)[others].sum(), free)
+    assert grad[~others].abs().sum() > 0  # in the generator's hinges the minimum has a gradient
+
+
+def test_normalised_entropy_stays_between_its_bounds_where_both_networks_agree():
+    for spread in (1e-6, 1e-4, 1e-3, 1.0):
+        h = normalised_entropy(spread * torch.randn(16, 1000, generator=torch.Generator().manual_seed(0)))
+        assert h.min() == 0 and h.max() <= 1 + 1e-5
+
+
+def test_game_figures_of_logits_made_by_hand():
+    z_p = 5 * F.one_hot(torch.tensor([0, 1, 2, 3, 4]), 5).float()
+    z_q = 5 * F.one_hot(torch.tensor([0, 2, 2, 4, 0]), 5).float()
+    z_q[0] = z_p[0]  # the only sample on which nothing differs
+    figures = game_figures(z_p, z_q, torch.tensor([0, 1, 2, 3, 0]))
+    assert figures["agreement_samples"] == pytest.approx(2 / 5)  # samples 0 and 2
+    assert figures["disagreement_samples"] == pytest.approx(2 / 5)  # samples 1 and 3; the teacher does not say 0 of sample 4
+    h = normalised_entropy(z_p - z_q).sort().values
+    names = ("h_q10", "h_q50", "h_q90", "h_mean")
+    assert [figures[name] for name in names] == [h[0], h[2], h[4], h.mean()] and h[4] == pytest.approx(1)
+
+
+class Keeping(Run):
+    """Keeps what the loop works on."""
+
+    def epochs(self, count, student, synthesize, **rest):
+        self.parts = rest
+        self.first = [p.clone() for p in rest["generator"].parameters()]
+        return super().epochs(count, student, synthesize, **rest)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_first_generator_step_equals_one_computed_by_hand(net, bits):
+    """Its loss goes through the teacher and through the student, whose ranges the same forward sets."""
+    cfg = config(**TINY | {"epochs": 1, "iters": 1, "warmup_epochs": 0}, bits=bits, seed=5)
+    run = Keeping(cfg)
+    compress(net, cfg, run)
+    torch.manual_seed(5)
+    generator, student, stats = adadfq.Generator(5, 16), quantize(net, bits, bits), BatchNormStatistics(net)
+    y = torch.randint(5, (8,))
+    x = generator(torch.randn(8, 100), y)
     observe(student, True)
-    student(x.detach())
-    observe(student, False)
-    through_both = torch.autograd.grad(disagreement_loss(net(x), student(x), torch.arange(8) % 5), x)[0]
-    with_a_constant = torch.autograd.grad(disagreement_loss(net(x), student(x).detach(), torch.arange(8) % 5), x)[0]
-    assert not torch.allclose(through_both, with_a_constant) and through_both.abs().sum() > 0
+    z_p, z_q = net(x), student(x)
+    optimizer = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    generator_loss(z_p, z_q, y, stats.loss(), cfg).backward()
+    against_the_student = generator.conv3.weight.grad.clone()
+    optimizer.step()
+    for ours, plain in zip(run.parts["generator"].parameters(), generator.parameters()):
+        torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-3)  # Adam's first step is the gradient's sign
+    optimizer.zero_grad()
+    x = generator(torch.randn(8, 100), y)
+    generator_loss(net(x), student(x).detach(), y, stats.loss(), cfg).backward()
+    assert not torch.allclose(generator.conv3.weight.grad, against_the_student)
 
 
 @pytest.mark.parametrize("variant", ["released", "paper"])
 def test_one_forward_for_both_sides_equals_two(net, variant, monkeypatch):
-    """The second forward is what a compiled step makes; the compiler itself is left out."""
+    """The second forward is what a compiled step makes; the compiler itself is left out. Epoch 0 calibrates and tunes."""
     monkeypatch.setattr(Run, "capture", lambda self, step, *optimizers: step)
+    monkeypatch.setattr(capture, "compiler", lambda: "g++")
     weights = []
     for name in ("none", "compile"):
-        cfg = config(**TINY, capture=name, lr_q=0.01, variant=variant)
+        cfg = config(**TINY | {"warmup_epochs": 0}, capture=name, lr_q=0.01, variant=variant)
         student = compress(net, cfg, Run(cfg))
         weights.append(torch.cat([p.flatten() for p in student.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=1e-5)
@@ -96,12 +163,42 @@ def test_one_forward_for_both_sides_equals_two(net, variant, monkeypatch):
     assert (weights[0] - before).abs().max() > 1e-4
 
 
-def test_each_side_moves_its_own_network_only(net):
-    cfg = config(**TINY | {"epochs": 2, "iters": 1}, lr_g=0.0, student_loss="gdfq", lr_q=0.1)
-    moved = compress(net, cfg)
-    still = compress(net, config(**TINY | {"epochs": 2, "iters": 1}, lr_q=0.0, weight_decay=0.0))
-    assert not torch.equal(moved.fc.weight, net.fc.weight)
-    assert all(torch.equal(still.state_dict()[key], value) for key, value in net.state_dict().items())
+def test_each_side_moves_its_own_network_and_has_its_own_gain(net):
+    def play(**rates):
+        cfg = config(**TINY, student_loss="gdfq", weight_decay=0.0, **rates)
+        run = Keeping(cfg)
+        student = compress(net, cfg, run)
+        moved = any(not torch.equal(a, b) for a, b in zip(run.first, run.parts["generator"].parameters()))
+        return student, moved, run.history[-1]
+
+    student, moved, last = play(lr_g=0.0, lr_q=0.1)
+    assert not torch.equal(student.fc.weight, net.fc.weight) and not moved
+    assert last["gain_g"] == 0 != last["gain_q"]
+    student, moved, last = play(lr_g=1e-3, lr_q=0.0)
+    assert all(torch.equal(student.state_dict()[key], value) for key, value in net.state_dict().items()) and moved
+    assert last["gain_q"] == 0 != last["gain_g"]
+
+
+def test_rates_decay_tenfold(net):
+    settings = TINY | {"epochs": 2, "iters": 1}
+    decayed = compress(net, config(**settings, lr_g=1e-2, lr_q=0.1, decay_epochs=[0]))
+    lower = compress(net, config(**settings, lr_g=1e-3, lr_q=0.01))
+    torch.testing.assert_close(decayed.fc.weight, lower.fc.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_large_images_use_the_large_generator_which_is_gdfqs(net):
+    torch.manual_seed(0)
+    ours, theirs = adadfq.ImageNetGenerator(3, 32), gdfq.ImageNetGenerator(3, 32)
+    theirs.load_state_dict(ours.state_dict())
+    torch.nn.init.normal_(ours.bn1.gamma.weight)
+    z, y = torch.randn(4, 100), torch.tensor([0, 1, 2, 2])
+    assert not torch.equal(ours(z, y), theirs(z, y))
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(z, y), theirs(z, y)) and not torch.equal(ours(z, y), ours(z, y.flip(0)))
+    cfg = config(**TINY | {"image_size": 68, "iters": 1, "batch_size": 2}, no_finetune=True)
+    run = Keeping(cfg)
+    compress(net, cfg, run)
+    assert isinstance(run.parts["generator"], adadfq.ImageNetGenerator)
 
 
 def test_ablations_change_what_they_name(net):
@@ -132,12 +229,22 @@ def test_defaults_are_the_papers_or_the_released_ones():
         return cfg.batch_size, cfg.warmup_epochs, cfg.lr_q, cfg.decay_epochs, cfg.alpha_ds, cfg.lambda_l, cfg.temperature
 
     assert defaults("--dataset", "cifar100") == (16, 4, 1e-4, [100, 200, 300], 0.2, 0.1, 20)
-    imagenet = ["--dataset", "imagenet", "--arch"]
-    assert defaults(*imagenet, "resnet50", "--bits", "3") == (16, 100, 1e-4, [150, 300, 400], 0.2, 0.4, 5)
-    assert defaults(*imagenet, "resnet18", "--bits", "5") == (16, 50, 1e-5, [350, 400], 0.3, 0.3, 5)
-    assert defaults(*imagenet, "mobilenet_v2", "--variant", "paper") == (16, 50, 1e-5, [350], 0.2, 0.1, 5)
-    paper = adadfq.parse_args(["--variant", "paper"])
-    assert (paper.student_loss, paper.bns_form, paper.beta1) == ("eq13", "sum", 0.9)
+    table = {  # METHODS.md, D2: three, four and five bits
+        "resnet18": [(50, 1e-5, [350, 400], a, low) for a, low in ((0.2, 0.1), (0.2, 0.3), (0.3, 0.3))],
+        "mobilenet_v2": [(50, 1e-5, [350, 400], a, 0.1) for a in (0.2, 0.3, 0.2)],
+        "resnet50": [
+            (100, 1e-4, [150, 300, 400], 0.2, 0.4), (50, 1e-4, [200, 300, 400], 0.1, 0.3), (50, 1e-4, [350, 400], 0.2, 0.3)
+        ],
+    }  # fmt: skip
+    for arch, rows in table.items():
+        for bits, row in zip("345", rows):
+            assert defaults("--dataset", "imagenet", "--arch", arch, "--bits", bits) == (16, *row, 5)
+    assert defaults("--dataset", "imagenet", "--variant", "paper") == (16, 50, 1e-5, [350], 0.2, 0.1, 5)
+    for variant, expected in {"released": ("entropy-t", "gdfq", 0.5), "paper": ("eq13", "sum", 0.9)}.items():
+        cfg = adadfq.parse_args(["--variant", variant])
+        assert (cfg.student_loss, cfg.bns_form, cfg.beta1) == expected
+    sg = adadfq.parse_args(["--no-as", "--alpha-ds", "1", "--lambda-l", "0.3"])  # AdaSG: unit weights, METHODS.md D2
+    assert (sg.alpha_ds, sg.beta, sg.gamma, sg.lambda_l, sg.lambda_u, sg.no_as) == (1, 1, 1, 0.3, 0.8, True)
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
@@ -148,6 +255,9 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--lambda-l", -0.1], "--lambda-l is -0.1"),
         (["--batch-size", 1], "--batch-size is 1; H' is relative to the batch's smallest entropy, so give at least 2"),
         (["--epochs", 3], "before any fine-tuning"),
+        (["--student-loss", "eq13", "--temperature", 5], "--temperature is 5.0 and --student-loss eq13 has none"),
+        (["--generator-loss", "gdfq", "--no-bns"], "--generator-loss gdfq has none of the terms"),
+        (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give at least 2"),
     ]:
         assert words in fails(adadfq.main, *arguments)
     assert not list(tmp_path.iterdir())

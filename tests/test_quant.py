@@ -160,3 +160,12 @@ def test_what_cannot_be_quantized_is_named():
         quantize(InPlaceStatement(), 4, 4)
     with pytest.raises(InputError, match="2 to 8"):
         quantize(FunctionalNet(), 9, 4)
+
+
+def test_one_activation_called_twice_may_move_its_range_before_its_gradient():
+    """Untraceable networks share a quantizer between the calls of one ReLU module."""
+    act = QuantAct(4, clipped=True)
+    act.observing = True
+    x = torch.tensor([0.5, 3.0], requires_grad=True)
+    act(10 * act(x)).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([10.0, 0.0]))  # 30 is outside the range that 3 and 30 have made by then

@@ -29,7 +29,9 @@ stand for, from which the macro-architecture is known exactly. For what the pape
     its weights           start anew in stage 2                                                  stages share nothing else
     scale s (Table 3)     64 s channels                                                          the published networks
 
-AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are.
+AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are. Table 3 scales a found
+architecture: `--genotype RUN --scale 2`; with a search, the super net has that scale, too. The published generators need about
+four times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), where the paper speaks of fewer.
 Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that even an edge with p = 1 for one of seven operations
 samples it in 31 % of the cases. `--gumbel logits` adds the noise to log p, which samples an operation with probability p.
 `--search-mode hard` evaluates the sampled operation only (its weight m_j / m_j.detach(), so that only it has a gradient).
@@ -302,13 +304,14 @@ def derive(probabilities):
     return genotype
 
 
-def read_genotype(name, seed=0):
-    """The genotype that --genotype stands for.
+def read_genotype(name, seed=0, flag="--genotype"):
+    """The genotype that a flag stands for.
 
     Args:
         name: a genotype.json or a folder with one, "published:..." (PUBLISHED), or "random"; "acgan" and "gdfq" name no
             genotype and are returned as they are.
         seed: of "random".
+        flag: what error messages call it.
 
     Raises:
         InputError: no such genotype, or an unusable one; the edge is named.
@@ -320,35 +323,35 @@ def read_genotype(name, seed=0):
         return derive({n: torch.rand(len(CANDIDATES[edge.kind]), generator=source) for n, edge in EDGES.items()})
     if name.startswith("published:"):
         if (short := PUBLISHED.get(name.removeprefix("published:"))) is None:
-            raise InputError(f"--genotype {name} is not known; published are {', '.join(PUBLISHED)}")
+            raise InputError(f"{flag} {name} is not known; published are {', '.join(PUBLISHED)}")
         return from_short(short)
     path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise InputError(
-            f"--genotype {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
+            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
         )
     try:
         genotype = dict(json.loads(path.read_text())["edges"])
         unknown = [edge for edge in genotype if edge not in EDGES]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"--genotype {path} holds no genotype; give a genotype.json that a search wrote") from None
+        raise InputError(f"{flag} {path} holds no genotype; give a genotype.json that a search wrote") from None
     if unknown:
-        raise InputError(f"--genotype {path} has the edge '{unknown[0]}', which is not in the search space; remove it")
+        raise InputError(f"{flag} {path} has the edge '{unknown[0]}', which is not in the search space; remove it")
     for edge, (*_, kind) in EDGES.items():
         if edge not in genotype:
-            raise InputError(f"--genotype {path} lacks the edge '{edge}'; give it one of {', '.join(CANDIDATES[kind])}")
+            raise InputError(f"{flag} {path} lacks the edge '{edge}'; give it one of {', '.join(CANDIDATES[kind])}")
         if genotype[edge] not in CANDIDATES[kind]:
             raise InputError(
-                f"--genotype {path} has '{genotype[edge]}' for the edge '{edge}'; give one of {', '.join(CANDIDATES[kind])}"
+                f"{flag} {path} has '{genotype[edge]}' for the edge '{edge}'; give one of {', '.join(CANDIDATES[kind])}"
             )
     for node, names in INTO.items():
         if names and all(genotype[edge] == "none" for edge in names):
-            raise InputError(f"--genotype {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
+            raise InputError(f"{flag} {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
     return genotype
 
 
 def draw_genotype(genotype):
-    """A picture of the architecture, SVG text: nodes of one resolution in a column, edges coloured by their operation."""
+    """A picture of the architecture, SVG text: blocks from left to right, edges coloured by their operation."""
     colours = {"nearest": "#1f77b4", "bilinear": "#17becf", "identity": "#7f7f7f", "conv1x1": "#ff9896", "conv3x3": "#ff7f0e"}
     colours |= {"conv5x5": "#d62728", "dilated3x3": "#98df8a", "dilated5x5": "#2ca02c"}
     spots = {"1": (0, 150), "2": (150, 60), "3": (150, 240), "4": (230, 150), "5": (310, 150)}
@@ -404,16 +407,17 @@ class Architecture(nn.Module):
         """A mixture m for `Generator.forward`, Eq. 7: dict of edge -> {operation: scalar tensor}."""
         tables = {}
         for kind in CANDIDATES:
-            p = self.alpha[kind].softmax(1)
-            g = -torch.empty_like(p).exponential_().log()  # Gumbel(0, 1)
-            tables[kind] = (((p if self.gumbel == "p" else p.log()) + g) / self.temperature).softmax(1)
+            alpha = self.alpha[kind]
+            scores = alpha.softmax(1) if self.gumbel == "p" else alpha.log_softmax(1)
+            g = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
+            tables[kind] = ((scores + g) / self.temperature).softmax(1)
         if not self.hard:
             return {n: dict(zip(CANDIDATES[EDGES[n].kind], m.unbind())) for n, m in self.by_edge(tables).items()}
-        chosen = self.by_edge({kind: table.argmax(1) for kind, table in tables.items()})
-        rows, mixture = self.by_edge(tables), {}
-        for name, index in chosen.items():
-            m = rows[name][index]
-            mixture[name] = {CANDIDATES[EDGES[name].kind][index]: m / m.detach()}
+        chosen = self.by_edge({kind: table.argmax(1).cpu() for kind, table in tables.items()})  # waits for the device
+        mixture = {}
+        for name, m in self.by_edge(tables).items():
+            index = chosen[name].item()
+            mixture[name] = {CANDIDATES[EDGES[name].kind][index]: m[index] / m[index].detach()}
         return mixture
 
 
@@ -440,7 +444,7 @@ def search(teacher, cfg, folder=None):
         folder: where the search keeps its checkpoint and metrics, to go on from; None for nowhere.
 
     Returns:
-        The genotype, dict of edge -> operation.
+        The genotype, dict of edge -> operation, and how many seconds the steps took.
     """
     hard = cfg.search_mode == "hard"
     schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
@@ -469,7 +473,9 @@ def search(teacher, cfg, folder=None):
         run.update(optimizer, loss)
         run.log(**{f"loss_{name}": loss, f"bns_{name}": bns})
 
-    run.announce(f"searching a generator: {cfg.search_mode} mixtures of {len(EDGES)} edges")
+    run.rates = "--lr-g or --lr-alpha"
+    how = "as CUDA graphs" if capture == "cudagraph" else "step by step"
+    run.announce(f"searching a generator: {cfg.search_mode} mixtures of {len(EDGES)} edges, {how}")
     weight_step = run.capture(lambda: turn(optim_w, "weights"), optim_w)
     architecture_step = run.capture(lambda: turn(optim_a, "architecture"), optim_a)
     parts = {"architecture": architecture, "optim_w": optim_w, "optim_a": optim_a}
@@ -478,9 +484,9 @@ def search(teacher, cfg, folder=None):
         for index in run.steps():
             (weight_step if index < cfg.search_iters else architecture_step)()
         p = {name: values.detach().cpu() for name, values in architecture.probabilities().items()}
-        entropies = {name: -(v * v.log()).sum().item() / math.log(len(v)) for name, v in p.items()}  # 1: undecided
+        entropies = {name: torch.special.entr(v).sum().item() / math.log(len(v)) for name, v in p.items()}  # 1: undecided
         run.note(entropy=sum(entropies.values()) / len(entropies), entropy_of_edges=entropies)
-    return derive({name: values.detach().cpu() for name, values in architecture.probabilities().items()})
+    return derive({name: values.detach().cpu() for name, values in architecture.probabilities().items()}), run.seconds
 
 
 def find_genotype(teacher, cfg, run):
@@ -488,8 +494,10 @@ def find_genotype(teacher, cfg, run):
     channels, multiple = input_channels(teacher), 4 if cfg.genotype in CONTROLS else 8
     if cfg.image_size % multiple:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+    run.start()
     if cfg.genotype == "search":
-        genotype = search(teacher, cfg, run.folder and run.folder / "search")
+        genotype, seconds = search(teacher, cfg, run.folder and run.folder / "search")
+        run.record(search_seconds=round(seconds, 1))
     else:
         genotype = read_genotype(cfg.genotype, cfg.seed)
     costs = [generator_cost(which, cfg, channels) for which in (genotype, "gdfq")]
@@ -503,7 +511,6 @@ def find_genotype(teacher, cfg, run):
         run.record(genotype=to_short(genotype))
         run.announce(f"genotype: {to_short(genotype)}")
         if run.folder:
-            run.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(run.folder / "genotype.json", json.dumps({"edges": genotype}, indent=1) + "\n")
             write_atomically(run.folder / "genotype.svg", draw_genotype(genotype))
     return genotype
@@ -543,6 +550,8 @@ def make_student(teacher, cfg, example):
     try:
         student = build(cfg.student_arch, cfg.num_classes, cfg.image_size).eval()
         probe(student, cfg.num_classes, cfg.image_size)
+        if (found := input_channels(student)) != (expected := input_channels(teacher)):
+            raise InputError(f"--arch {cfg.student_arch} takes images of {found} channels and the teacher of {expected}")
         return student
     except InputError as error:
         raise InputError(str(error).replace("--arch", "--student-arch")) from None
@@ -571,6 +580,7 @@ def compress(teacher, cfg, run=None):
     distilling, student = cfg.task == "kd", run.place(make_student(teacher, cfg, example))
     genotype = find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
+    without_hooks = copy.deepcopy(teacher) if distilling else None
     stats = BatchNormStatistics(teacher)
     generator = run.place(make_generator(genotype, cfg, channels))
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -603,7 +613,7 @@ def compress(teacher, cfg, run=None):
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         with torch.no_grad(), run.autocast():
             x = synthesize(y)
-            return x, teacher(x).float(), y
+            return x, without_hooks(x).float(), y
 
     def iteration(calibrating, tuning):
         batch = generator_step()
@@ -639,7 +649,8 @@ def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
     sources = "search, or where the architecture is from: a genotype.json, a run folder, published:NAME"
-    add("--genotype", default="search", help=f"{sources} (NETWORK-DATASET); random, acgan, gdfq are controls")
+    controls = "random, acgan, gdfq are controls, the last two the same network for large images"
+    add("--genotype", default="search", help=f"{sources} (NETWORK-DATASET); {controls}")
     add("--search-only", action="store_true", help="stop after stage 1")
     add("--search-epochs", type=int, default=25, help="L1 of Algorithm 1")
     add("--search-iters", type=int, default=200, help="T1, batches an epoch for the super net's weights")
@@ -650,7 +661,7 @@ def parser():
     add("--tau-start", type=float, default=5.0, help="temperature in the first epoch")
     add("--tau-end", type=float, default=0.1, help="temperature that the exponential decay would reach after the last epoch")
     add("--lr-alpha", type=float, default=3e-4, help="learning rate of the architecture parameters (Adam)")
-    add("--scale", type=float, default=1.0, help="s, factor of the generator's channels (Table 3)")
+    add("--scale", type=float, default=1.0, help="s, factor of the generator's channels (Table 3), in a search the super net's")
     add = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ").add_argument
     add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (Table 4)")
     add("--student-arch", help="with --task kd: architecture of the student, as for --arch")
@@ -687,7 +698,9 @@ def _complete(cfg):
     fill_in(cfg, quantizing if cfg.task == "quantize" else distilling)
     bns_form, kd_reduction = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
     fill_in(cfg, {"bns_form": bns_form, "kd_reduction": kd_reduction})
-    if (cfg.task == "kd") != (cfg.student_arch is not None):
+    if cfg.latent_dim < 3:
+        raise InputError(f"--latent-dim is {cfg.latent_dim}; each of three blocks gets a third of it, so give at least 3")
+    if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
         raise InputError(
             f"--task is {cfg.task} and --student-arch {cfg.student_arch}; distillation needs both, quantization none"
         )
@@ -714,10 +727,11 @@ def config(**settings):
 def main(argv=None):
     with friendly_errors("autorecon.py"):
         cfg = parse_args(argv)
-        if not cfg.search_only:
+        if cfg.eval or not cfg.search_only:
             return execute(cfg, compress)
         teacher, run = prepare(cfg)
         find_genotype(teacher, cfg, run)
+        write_atomically(run.folder / "result.json", json.dumps(run.facts | {"arguments": run.arguments()}, indent=1))
         print(
             f"  in {run.folder}/: genotype.json, genotype.svg, search/metrics.jsonl; --genotype {run.folder} compresses with it"
         )

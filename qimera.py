@@ -38,7 +38,6 @@ import argparse
 import copy
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -322,13 +321,18 @@ def make_generator(teacher, cfg, channels):
         from autorecon import Generator as Discovered  # only this combination needs the other script
         from autorecon import read_genotype
 
-        genotype = read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed)
+        genotype = read_genotype(*genotype_of(cfg))
         body = Discovered(genotype, cfg.num_classes, cfg.image_size, channels, latent.out_features)
     elif cfg.image_size <= SMALL_IMAGE:
         body = Generator(latent.out_features, cfg.image_size, channels)
     else:
         body = ImageNetGenerator(latent.out_features, cfg.image_size, channels, cfg.num_classes)
     return SuperposingGenerator(latent, body, cfg.cbn)
+
+
+def genotype_of(cfg):
+    """Arguments for `autorecon.read_genotype`: what --generator names."""
+    return cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:"
 
 
 def _width(teacher):
@@ -649,8 +653,13 @@ def _complete(cfg):
         raise InputError(f"--p is {cfg.p}; give a share of the batches, 0 to 1")
     if cfg.no_se:
         cfg.k, cfg.p = 1, 0.0
-    if cfg.generator != "qimera" and not re.fullmatch("autorecon:(?!acgan$|gdfq$).+", cfg.generator):
-        raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
+    if cfg.generator != "qimera":
+        source, _, name = cfg.generator.partition(":")
+        if source != "autorecon" or name in ("", "acgan", "gdfq", "search"):
+            raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
+        from autorecon import read_genotype
+
+        read_genotype(*genotype_of(cfg))  # an unusable one is told before anything is loaded
     return checked_schedule(cfg)
 
 

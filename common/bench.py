@@ -1,6 +1,6 @@
 """Milliseconds per iteration of a method, plain against fast, and the arithmetic floor: `python -m common.bench`.
 
-plain   fp32, eager, NCHW, every operation as its formula is written, optimizers as PyTorch picks them
+plain   fp32, eager, NCHW, every operation of common.ops as its formula is written, optimizers as PyTorch picks them
 fast    what the script does by default on this machine, or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 

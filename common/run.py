@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from common import InputError, first_line
 from common.capture import CHOICES, GraphedStep, compiled, pick_capture
 from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized
-from common.models import CIFAR_DEPTHS, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
+from common.models import OWN, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
 from common.quant import quantized_activations, quantized_layers
 
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
@@ -43,8 +44,14 @@ RANGES = {  # of the arguments that have one, where a script has them
         ("lr_g", "lr_q", "lr_alpha", "weight_decay", "bns_weight", "kd_weight", "alpha_ds", "alpha_as", "beta", "gamma"),
         (0, 1e30),
     ),
+    **dict.fromkeys(("zoo_sample", "count", "iterations"), (1, 10**9)),
+    **dict.fromkeys(("low_iterations", "warmup_iterations", "jitter"), (0, 10**9)),
+    **dict.fromkeys(("lr", "lr_weights", "ce_weight", "bn_weight", "first_bn", "tv_weight", "l2_weight"), (0, 1e30)),
+    "beta2": (0, 0.9999999),
     **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
 }
+LEFT = ("checkpoint.pt metrics.jsonl result.json quantized.pt student.pt samples.png genotype.json genotype.svg").split()
+LEFT += ("images.npz", "grid.png")  # files of a run, but for config.json
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -158,7 +165,7 @@ class Parser(argparse.ArgumentParser):
         defaults, parts = vars(self.parse_args([])), []
         for name, value in vars(args).items():
             if name not in self.shared and value != defaults[name]:
-                text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))
+                text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))[-60:]
                 parts.append(f"-{name.replace('_', '-')}{text}")
         return "".join(parts)
 
@@ -274,6 +281,8 @@ class Run:
 
     layout = torch.channels_last
     fused = True  # optimizers in one kernel
+    started = False  # whether the folder is this run's
+    rates = "--lr-g or --lr-q"  # what to lower when a loss is not finite
     fp_top1 = None  # accuracy of the full-precision network, where there is a test set
 
     def __init__(self, cfg, folder=None):
@@ -418,11 +427,12 @@ class Run:
         kept = "no epoch is saved yet"
         if self.folder and self.epoch:
             kept = f"{self.folder / 'checkpoint.pt'} holds the first {self.epoch} epochs"
-        raise InputError(f"{what}, and {kept}; lower --lr-g or --lr-q")
+        raise InputError(f"{what}, and {kept}; lower {self.rates}")
 
     # ------------------------------------------------------------------------------------------------- the folder
 
-    def _arguments(self):
+    def arguments(self):
+        """The arguments as plain values, without those in which a resumed run may differ."""
         arguments = {k: v for k, v in vars(self.cfg).items() if k not in NOT_COMPARED}
         return json.loads(json.dumps(arguments))
 
@@ -435,7 +445,7 @@ class Run:
         if not config.exists():
             return
         try:
-            before, now = json.loads(config.read_text())["arguments"], self._arguments()
+            before, now = json.loads(config.read_text())["arguments"], self.arguments()
         except (ValueError, KeyError, TypeError):
             raise InputError(f"--out {self.folder} has a damaged config.json; remove the folder or give another") from None
         differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
@@ -449,16 +459,26 @@ class Run:
         checkpoint = self.folder / "checkpoint.pt"
         if self.cfg.resume and checkpoint.exists():
             return self._load_checkpoint(checkpoint, stateful)
+        self.start()
+        return 0
+
+    def start(self):
+        """Make the folder and write config.json. Unless the run is resumed, what an earlier one has left there goes."""
+        if self.started or self.folder is None:
+            return
+        self.started = True
         versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-        content = {"arguments": self._arguments(), "versions": versions | {"numpy": np.__version__}}
+        content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
-        for name in ("checkpoint.pt", "metrics.jsonl", "result.json", "quantized.pt", "student.pt", "samples.png"):
-            (self.folder / name).unlink(missing_ok=True)
-        return 0
+        if not self.cfg.resume:
+            for name in LEFT:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("search", "batches"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _save_checkpoint(self, epoch, stateful):
         if self.folder is None:
@@ -526,7 +546,7 @@ def prepare(cfg):
     run.test_set = test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
     run.place(teacher)
     parameters = sum(p.numel() for p in teacher.parameters())
-    stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in CIFAR_DEPTHS else ""
+    stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in OWN else ""
     print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}")
     fast = {"none": "step by step", "compile": "compiled", "cudagraph": "as a CUDA graph"}[cfg.capture]
     print(f"          on {cfg.device} in {cfg.precision}, {fast}; evaluated in fp32")
@@ -652,7 +672,7 @@ def finish(run, teacher, student):
         "seconds": round(run.seconds, 1),
         "method": cfg.method,
         **run.facts,
-        "arguments": run._arguments(),
+        "arguments": run.arguments(),
         "versions": json.loads((folder / "config.json").read_text())["versions"],
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))

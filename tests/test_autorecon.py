@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from autorecon import (
     search,
     to_short,
 )
+from common import InputError
+from common.bns import BatchNormStatistics
 from common.models import build, load_teacher
 from common.run import Run
 
@@ -47,6 +50,25 @@ def test_the_search_space_is_the_papers():
     linears = sum(p.numel() for p in generator.linears.parameters())
     assert linears == (33 + 1) * 64 * 4**2 + (33 + 1) * 64 * 8**2 + (34 + 1) * 64 * 16**2
     assert generator(torch.randn(2, 100), torch.tensor([1, 2])).shape == (2, 3, 32, 32)
+
+
+def test_the_published_genotypes_read_as_in_their_table():
+    """METHODS.md, B2: up edges N1->N2, N1->N3 by block; c0 ... c4; cross edges N2, N3, N4 -> N4, then -> N5."""
+    cifar = from_short(PUBLISHED["resnet20-cifar10"])
+    expected = {
+        "B2-N1 -> B2-N3": "nearest", "B3-N1 -> B3-N2": "bilinear", "B3-N1 -> B3-N3": "nearest",
+        "B1-N2 -> B1-N4": "dilated5x5", "B1-N3 -> B1-N4": "none", "B1-N3 -> B1-N5": "dilated3x3", "B1-N4 -> B1-N5": "conv5x5",
+        "B2-N2 -> B2-N5": "conv3x3", "B3-N2 -> B3-N5": "conv1x1", "B3-N3 -> B3-N5": "conv5x5",
+        "B1-N4 -> B2-N4": "bilinear", "B1-N2 -> B2-N5": "none", "B1-N4 -> B2-N5": "nearest",
+        "B2-N4 -> B3-N4": "nearest", "B2-N2 -> B3-N5": "bilinear",
+    }  # fmt: skip
+    assert {name: cifar[name] for name in expected} == expected
+    mobile = from_short(PUBLISHED["mobilenet_v2-imagenet"])
+    assert (
+        mobile["B3-N1 -> B3-N2"] == "nearest"
+        and mobile["B2-N2 -> B2-N4"] == "conv5x5"
+        and mobile["B2-N3 -> B3-N4"] == "nearest"
+    )
 
 
 def plainly(generator, z, y):
@@ -168,7 +190,8 @@ def test_derivation_takes_the_likeliest_and_feeds_every_node():
     assert all(to_short(from_short(short)) == short for short in PUBLISHED.values())
 
 
-def test_each_phase_moves_its_own_parameters_only(net, monkeypatch):
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_each_phase_moves_its_own_parameters_only(net, monkeypatch, mode):
     moved = []
 
     class Watching(Run):
@@ -187,7 +210,7 @@ def test_each_phase_moves_its_own_parameters_only(net, monkeypatch):
             return watched
 
     monkeypatch.setattr(autorecon, "Run", Watching)
-    search(net, config(**TINY, **SEARCH | {"search_epochs": 2, "search_iters": 3}))
+    search(net, config(**TINY, **SEARCH | {"search_epochs": 2, "search_iters": 3}, search_mode=mode))
     weights, architecture = (0, [True, False]), (1, [False, True])
     assert moved == 2 * [*3 * [weights], *2 * [architecture]]
 
@@ -205,12 +228,12 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_genotype(net, tmp_path, m
         return [json.loads(line) | {"seconds": 0} for line in text.splitlines()]
 
     cfg = config(**TINY, **SEARCH, search_mode=mode, resume=True)
-    whole = search(net, cfg, tmp_path / "whole")
+    whole, _ = search(net, cfg, tmp_path / "whole")
     monkeypatch.setattr(autorecon, "Run", Stopped)
     with pytest.raises(KeyboardInterrupt):
         search(net, cfg, tmp_path / "stopped")
     monkeypatch.setattr(autorecon, "Run", Run)
-    assert search(net, cfg, tmp_path / "stopped") == whole and lines("stopped") == lines("whole")
+    assert search(net, cfg, tmp_path / "stopped")[0] == whole and lines("stopped") == lines("whole")
     first, last = lines("whole")[0], lines("whole")[-1]
     assert set(first["entropy_of_edges"]) == set(EDGES) and {"loss_weights", "loss_architecture"} < set(first)
     assert 1 >= first["entropy"] > last["entropy"] > 0  # each edge's distribution starts undecided
@@ -251,6 +274,63 @@ def test_costs_are_those_of_the_stated_architecture():
     assert halves[0] < halves[1] < halves[2]
 
 
+def test_defaults_are_those_of_the_docstring_and_of_the_stages_sources():
+    cfg = autorecon.parse_args(["--dataset", "cifar100"])
+    assert (cfg.search_epochs, cfg.search_iters, cfg.arch_iters, cfg.lr_alpha) == (25, 200, 200, 3e-4)
+    assert (cfg.tau_start, cfg.tau_end, cfg.gumbel, cfg.search_mode, cfg.bns_weight) == (5, 0.1, "p", "soft", 0.1)
+    theirs = vars(gdfq.parse_args(["--dataset", "cifar100"]))
+    shared = set(theirs) & set(vars(cfg)) - {"method", "out"}
+    assert {"batch_size", "warmup_epochs", "lr_q", "kd_reduction"} <= shared
+    assert {name: getattr(cfg, name) for name in shared} == {name: theirs[name] for name in shared}
+    large = ["--dataset", "imagenet"]
+    assert autorecon.parse_args(large).lr_q == gdfq.parse_args(large).lr_q == 1e-6
+    kd = autorecon.parse_args(["--task", "kd", "--student-arch", "resnet20"])
+    assert (kd.epochs, kd.iters, kd.batch_size, kd.lr_q, kd.weight_decay) == (500, 50, 256, 0.1, 5e-4)
+    assert (kd.student_steps, kd.warmup_epochs, kd.decay_epochs) == (5, 0, [100, 200])
+    architecture = Architecture()
+    alpha = torch.cat([alpha.detach().flatten() for alpha in architecture.alpha.values()])
+    assert len(alpha) == 6 * 2 + 15 * 7 + 12 * 3 and 5e-4 < alpha.std() < 2e-3
+
+
+def test_a_search_step_is_adam_on_cross_entropy_and_bns(net, monkeypatch):
+    """The first weight step and the first architecture step against both done by hand from the same random numbers."""
+    kept = {}
+
+    class Keeping(Run):
+        def epochs(self, count, student, synthesize, **parts):
+            kept.update(parts, supernet=student)
+            return super().epochs(count, student, synthesize, **parts)
+
+    cfg = config(**TINY, **SEARCH | {"search_epochs": 1, "search_iters": 1, "arch_iters": 1}, tau_start=2.0, bns_weight=0.3)
+    monkeypatch.setattr(autorecon, "Run", Keeping)
+    search(net, cfg)
+    torch.manual_seed(cfg.seed)
+    supernet, architecture, stats = Generator(None, 5, 16, width=8), Architecture(), BatchNormStatistics(net)
+    architecture.temperature.fill_(2.0)
+    weights = torch.optim.Adam(supernet.parameters(), 1e-3, betas=(0.5, 0.999))
+    alphas = torch.optim.Adam(architecture.parameters(), 0.05, betas=(0.5, 0.999), weight_decay=1e-4)
+    for optimizer in (weights, alphas):
+        y = torch.randint(5, (4,))
+        mixture = architecture.sample()
+        logits = net(supernet(torch.randn(4, 100), y, mixture))
+        for model in (supernet, architecture):
+            model.zero_grad()
+        (F.cross_entropy(logits, y) + 0.3 * stats.loss()).backward()
+        optimizer.step()
+    for ours, plain in zip(kept["architecture"].parameters(), architecture.parameters()):
+        torch.testing.assert_close(ours, plain, atol=2e-3, rtol=0)  # of a step of 0.05
+    for ours, plain in zip(kept["supernet"].parameters(), supernet.parameters()):
+        assert (ours - plain).abs().mean() < 1e-4  # of a step of 1e-3
+
+
+def test_compression_losses():
+    student, teacher, y = torch.randn(6, 7), torch.randn(6, 7) * 3, torch.randint(7, (6,))
+    kd = autorecon.config(**TINY, task="kd", student_arch="resnet20")
+    assert autorecon.compression_loss(student, teacher, y, kd).item() == pytest.approx((student - teacher).abs().mean().item())
+    ours = autorecon.compression_loss(student, teacher, y, config(**TINY))
+    torch.testing.assert_close(ours, gdfq.student_loss(student, teacher, y, gdfq.config(dataset="cifar10")))
+
+
 def test_distillation_trains_a_student_of_another_architecture(net, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     run = tmp_path / "run"
@@ -275,9 +355,39 @@ def test_a_search_alone_then_compression_with_what_it_found(tmp_path, monkeypatc
     runs = {"search": arguments, "given": [*arguments, "--genotype", str(tmp_path / "found")]}
     results = {name: autorecon.main([*argv, "--out", str(tmp_path / name)]) for name, argv in runs.items()}
     assert results["search"]["genotype"] == results["given"]["genotype"] == to_short(genotype)
-    assert results["search"]["generator_parameters"] > results["search"]["generator_flops"] / 1e6
+    cfg = config(**TINY)
+    for name, which in (("generator", genotype), ("gdfq", "gdfq")):
+        cost = generator_cost(which, cfg, 3)
+        for result in (*results.values(), json.loads((tmp_path / "found" / "result.json").read_text())):
+            assert (result[f"{name}_parameters"], result[f"{name}_flops"]) == cost
+    assert results["search"]["search_seconds"] > 0
     files = [(tmp_path / name / "quantized.pt").read_bytes() for name in runs]
     assert files[0] == files[1]  # the search leaves no trace but the genotype
+
+
+def test_a_run_killed_in_its_search_or_after_it_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """The whole command. An earlier finished run in the same folder leaves nothing that the resumed one could take."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    arguments = [*command_line(TINY | {"batch_size": 50}), *command_line(SEARCH | {"search_epochs": 2}), "--arch", "tiny:net"]
+    autorecon.main([*arguments, "--out", str(tmp_path / "whole")])
+    for where in ("search", "stage 2"):
+
+        class Stopped(Run):
+            def steps(self, where=where):
+                if self.epoch == 1 and (self.folder.name == "search") == (where == "search"):
+                    raise KeyboardInterrupt
+                return super().steps()
+
+        run = tmp_path / "stopped"
+        if where == "search":  # a run of the same command that is to be done again
+            shutil.copytree(tmp_path / "whole", run)
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            patched.setattr(autorecon, "Run", Stopped)
+            patched.setattr("common.run.Run", Stopped)
+            autorecon.main([*arguments, "--out", str(run), *(["--resume"] if where == "stage 2" else [])])
+        assert (run / "config.json").exists() and not (run / "result.json").exists() and not (run / "quantized.pt").exists()
+    autorecon.main([*arguments, "--out", str(run), "--resume"])
+    assert (run / "quantized.pt").read_bytes() == (tmp_path / "whole" / "quantized.pt").read_bytes()
 
 
 def test_a_discovered_generator_serves_qimera(net):
@@ -320,6 +430,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--tau-end", 9], "--tau-end is 9.0, above --tau-start 5.0"),
         (["--search-epochs", 0], "--search-epochs is 0"),
         (["--scale", 0], "--scale is 0.0"),
+        (["--latent-dim", 2], "--latent-dim is 2; each of three blocks"),
         ([*tiny, "--image-size", 12], "--image-size is 12; the generator needs a multiple of 8"),
         (
             [*tiny, "--genotype", "random", "--task", "kd", "--student-arch", "resnet2x"],
@@ -328,7 +439,15 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     ]:
         assert words in fails(autorecon.main, *arguments)
     assert "--generator is autorecon:gdfq" in fails(qimera.main, "--generator", "autorecon:gdfq")
+    assert "--generator autorecon: absent is not a file" in fails(qimera.main, "--generator", "autorecon:absent")
+    grey = [*tiny, "--genotype", "random", "--task", "kd", "--student-arch", "tiny:grey"]
+    assert "--student-arch tiny:grey takes images of 1 channels and the teacher of 3" in fails(autorecon.main, *grey)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["genotype.json"]
+
+
+def test_a_diverging_search_names_its_rates(net):
+    with pytest.raises(InputError, match="lower --lr-g or --lr-alpha"):
+        search(net, config(**TINY, **SEARCH | {"lr_alpha": 1e30}, gumbel="logits"))
 
 
 def test_temperature_falls_exponentially(net, monkeypatch):

@@ -47,10 +47,14 @@ class BatchNormStatistics:
             variance = (x - mean.detach()[:, None, None]).square().mean((0, 2, 3))
             self.batch[layer] = mean, variance
 
-    def loss(self, form="gdfq"):
+    def loss(self, form="gdfq", first=1.0):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.
 
         The statistics are used up by it: kept any longer, they would keep that batch's graph alive.
+
+        Args:
+            form: one of `forms`.
+            first: factor of the first layer's part, as DeepInversion has it for ImageNet.
         """
         batch, self.batch, terms = self.batch, dict.fromkeys(self.batch), []
         for layer, (mean, variance) in ((layer, recorded) for layer, recorded in batch.items() if recorded):
@@ -63,5 +67,6 @@ class BatchNormStatistics:
                 terms.append(sum(d.norm() for d in differences))
             else:
                 raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
+        terms[0] = first * terms[0]
         total = torch.stack(terms).sum()
         return total / len(terms) if form == "gdfq" else total

@@ -176,6 +176,37 @@ def _load_cifar(dataset, data_dir, image_size, fetch):
     return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
 
 
+def load_training_images(dataset, data_dir, labels, num_classes, image_size, seed=0, channels=3):
+    """Real training images, the reference for synthetic ones.
+
+    Args:
+        dataset: "cifar10", "cifar100", "imagenet" or "folder".
+        data_dir: a folder with one folder per class under train/, or with torchvision's own CIFAR files.
+        labels: (N,), the classes of the images that are wanted; no image comes twice while its class has others.
+        num_classes, image_size, channels: of the data.
+        seed: of the choice among a class's images.
+
+    Returns:
+        Images (N, channels, H, W) uint8, and `labels`.
+
+    Raises:
+        InputError: a folder that does not fit.
+    """
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
+    if kind and (Path(data_dir) / kind.base_folder).is_dir():
+        files = kind(data_dir, train=True)
+        targets, get = torch.tensor(files.targets), lambda index: torch.from_numpy(files.data[index]).permute(2, 0, 1)
+    else:
+        folder = _class_folder(data_dir, num_classes, image_size, channels, ("train",))
+        targets, get = torch.tensor(folder.targets), lambda index: folder[index][0]
+    source, chosen = torch.Generator().manual_seed(seed), torch.zeros_like(labels)
+    for label in labels.unique():
+        members, wanted = (targets == label).nonzero()[:, 0], labels == label
+        order = torch.randperm(len(members), generator=source)
+        chosen[wanted] = members[order[torch.arange(int(wanted.sum())) % len(members)]]
+    return torch.stack([get(index) for index in tqdm(chosen.tolist(), desc="reading real images", leave=False)]), labels
+
+
 class _Fit:
     """PIL image -> uint8 tensor of the network's size, as ImageNet's test images are cut: 256 of which 224 remain."""
 
@@ -189,12 +220,14 @@ class _Fit:
         return TF.pil_to_tensor(image)
 
 
-def _class_folder(data_dir, num_classes, image_size, channels=3):
-    """ImageFolder of uint8 tensors over DIR/val or DIR/test, resized and cropped where they have another size."""
-    root = next((Path(data_dir) / split for split in SPLITS if (Path(data_dir) / split).is_dir()), None)
+def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
+    """ImageFolder of uint8 tensors over the first of `splits` in DIR, resized and cropped where they have another size."""
+    root = next((Path(data_dir) / split for split in splits if (Path(data_dir) / split).is_dir()), None)
     if root is None:
+        have = " nor ".join(f"{split}/" for split in splits)
         raise InputError(
-            f"--data-dir '{data_dir}' has neither val/ nor test/; give a folder with one folder per class in either"
+            f"--data-dir '{data_dir}' has {'neither' if len(splits) > 1 else 'no'} {have}; give a folder with one folder per "
+            "class in it"
         )
 
     if channels not in (1, 3):

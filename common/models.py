@@ -10,12 +10,14 @@ import importlib
 import inspect
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.vgg import make_layers
 
 from common import InputError, first_line
 from common.data import NORMALISATION, download
@@ -162,12 +164,25 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+def narrow_vgg11(num_classes):
+    """VGG-11 with BatchNorm for small images: a quarter of the channels, four poolings, one linear layer (579,786
+    parameters with 10 classes)."""
+    layers = make_layers([16, "M", 32, "M", 64, 64, "M", 128, 128, "M", 128, 128], batch_norm=True)
+    return nn.Sequential(
+        OrderedDict(features=layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(128, num_classes))
+    )
+
+
+NARROW = {"vgg11_bn_x0_25": narrow_vgg11}  # narrower than torchvision has them, to be small enough to bundle
+OWN = {*CIFAR_DEPTHS, *NARROW}  # not torchvision's
+
+
 def build(arch, num_classes, image_size, shortcut="projection"):
     """A network with random weights.
 
     Args:
-        arch: resnet20|32|44|56|110 (CIFAR), a torchvision classifier, or "package.module:factory" for an own model; the
-            factory is called with num_classes if it takes that argument.
+        arch: resnet20|32|44|56|110 (CIFAR), vgg11_bn_x0_25 (CIFAR), a torchvision classifier, or "package.module:factory"
+            for an own model; the factory is called with num_classes if it takes that argument.
         num_classes: width of the last layer.
         image_size: side of the images in pixels; up to 64, torchvision's architectures get a CIFAR stem.
         shortcut: of the CIFAR ResNets, "projection" or "pad".
@@ -179,9 +194,11 @@ def build(arch, num_classes, image_size, shortcut="projection"):
         return _build_own(arch, num_classes)
     if arch in CIFAR_DEPTHS:
         return CifarResNet(CIFAR_DEPTHS[arch], num_classes, shortcut)
+    if arch in NARROW:
+        return NARROW[arch](num_classes)
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
-        nearest = difflib.get_close_matches(arch, [*CIFAR_DEPTHS, *known], n=3, cutoff=0.4)
+        nearest = difflib.get_close_matches(arch, [*OWN, *known], n=3, cutoff=0.4)
         raise InputError(
             f"--arch '{arch}' is not known; nearest: {', '.join(nearest) or 'none'}; "
             "give one of those, another torchvision classifier, or package.module:factory"
@@ -234,6 +251,10 @@ def _cifar_stem(model, num_classes):
         model.features[2].conv[1][0].stride = (1, 1)
     elif isinstance(model, torchvision.models.DenseNet):
         model.features.pool0 = nn.Identity()
+    elif isinstance(model, torchvision.models.MNASNet):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # its own 0.0003 needs far more steps than CIFAR has
     elif hasattr(model, "maxpool"):
         model.maxpool = nn.Identity()
     return model

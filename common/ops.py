@@ -111,3 +111,30 @@ def superpose(soft_labels, table):
     """
     with torch.autocast(table.device.type, enabled=False):
         return soft_labels @ table
+
+
+def box_mix(x1, x2, boxes):
+    """Images with a box each into which the whole of another image is resized (Eq. 8 of MixMix).
+
+    The bilinear weights are those of `F.interpolate(x2, (height, width), mode="bilinear")`; all boxes of the batch in one
+    call, in shapes that do not depend on them.
+
+    Args:
+        x1: (B, C, H, W), outside the boxes.
+        x2: (B, C, H, W), inside.
+        boxes: int64 (B, 4), left, top, width, height in pixels, inside the image.
+
+    Returns:
+        (B, C, H, W), with gradients to both.
+    """
+    left, top, width, height = boxes.unbind(1)
+
+    def along(start, length, size):
+        """Which pixels are inside (B, size), and where each looks in x2, from -1 (its left edge) to 1."""
+        pixels = torch.arange(size, device=boxes.device) - start[:, None]
+        return (pixels >= 0) & (pixels < length[:, None]), 2 * (pixels + 0.5) / length[:, None] - 1
+
+    (rows, y), (columns, x) = along(top, height, x1.shape[2]), along(left, width, x1.shape[3])
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3).to(x2.dtype)
+    inside = F.grid_sample(x2, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], inside, x1)

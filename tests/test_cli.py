@@ -17,6 +17,7 @@ from test_data import make_cifar100, make_folder
 import adadfq
 import autorecon
 import gdfq
+import mixmix
 import qimera
 from common.export import load_quantized
 from common.models import build
@@ -124,7 +125,7 @@ def test_grey_images_and_a_convolution_as_classifier(tmp_path, monkeypatch):
 
 def test_the_readmes_commands_do_not_collide():
     runs = []
-    for method in (gdfq, qimera, adadfq, autorecon):
+    for method in (gdfq, qimera, adadfq, autorecon, mixmix):
         name = f"python {method.__name__}.py"
         lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines() if name in line]
         argv = [shlex.split(line.split(name, 1)[1]) for line in lines if not line.startswith("|")]

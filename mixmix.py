@@ -1,0 +1,600 @@
+"""MixMix: All You Need for Data-Free Compression Are Feature and Data Mixing (Li et al., ICCV 2021).
+
+Images are optimised until several trained networks at once see their labels in them and find the BatchNorm statistics they
+stored (feature mixing), while parts of every image are covered by a shrunk other one (data mixing). Images made once serve
+to compress any network.
+
+    python mixmix.py --task synth --dataset cifar10 --count 1024
+
+Where the equations are:
+    mixmix_loss              mean over m' models of lambda_1 L_CE + lambda_2 L_BN      Eq. 3, 6
+    BatchNormStatistics      L_BN, form "norm"                                         Eq. 2
+    draw_boxes               the box of the mask alpha                                 Eq. 7
+    common.ops.box_mix       (1 - alpha) X1 + alpha g(X2)                              Eq. 8
+    mixed_cross_entropy      (1 - beta) L_CE(Y1) + beta L_CE(Y2)                       Eq. 9
+    image_prior              total variation and L2 norm of the unmixed images         Sec. 3.1
+    invert                   one batch of images                                       Algorithm 1
+    evaluate                 accuracies, BN losses and Inception Scores of images      Tables 1 and 2
+
+No code of it was published; this is the first. What the paper leaves open, and what stands here:
+
+    what                 here                                                          why
+    recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPES)       the paper aligns with it
+    5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
+    learned lambda       exp(-s_i) L_i + s_i, with a rate of its own (--weights-form)  plain descent on lambda ends at 0
+    zoo, ImageNet        21 torchvision networks of the families named (ZOO)           appendix not published
+    models of a batch    m' drawn without replacement, once                            Sec. 4.1
+    box                  width, height uniform; place uniform inside; one per sample   "sampled from a uniform distribution"
+    partner              a random permutation of the batch, new in every iteration     Algorithm 1 draws a mask each time
+    prior                on the jittered images, before they are mixed                 Algorithm 1: L_prior(X_i)
+
+Baselines run on the same machinery (--data-source): "single" inverts the network itself (DeepInversion), "zeroq" matches its
+BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws N(0, 1).
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import InputError
+from common.bns import BatchNormStatistics
+from common.data import load_training_images
+from common.models import ASSETS, input_channels, load_teacher, probe
+from common.ops import box_mix
+from common.run import Parser, Run, fill_in, friendly_errors, pick_device, write_atomically
+
+ZOO = {  # ImageNet: one or more of every family that the paper names
+    "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
+    "regnet_y_1_6gf mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 vgg11_bn vgg16_bn densenet121 "
+    "densenet169 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5".split(),
+    "cifar100": "resnet20 resnet56 vgg11_bn vgg16_bn shufflenet_v2_x0_5 shufflenet_v2_x1_0".split(),
+}
+HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["mnasnet0_5"], "cifar100": ["resnet32"]}  # Table 6
+RECIPES = {  # DeepInversion's; its published settings disagree on the weights, these are its README's
+    "small": {
+        "batch_size": 256, "iterations": 2000, "low_iterations": 0, "lr": 0.05, "beta1": 0.9, "beta2": 0.999,
+        "ce_weight": 1.0, "bn_weight": 10.0, "first_bn": 1.0, "tv_weight": 2.5e-5, "l2_weight": 0.0,
+        "jitter": 2, "flip": False, "clip": False,
+    },
+    "large": {
+        "batch_size": 32, "iterations": 5000, "low_iterations": 3333, "lr": 0.25, "beta1": 0.5, "beta2": 0.9,
+        "ce_weight": 1.0, "bn_weight": 0.01, "first_bn": 10.0, "tv_weight": 1e-4, "l2_weight": 1e-5,
+        "jitter": 30, "flip": True, "clip": True,
+    },
+}  # fmt: skip
+SOURCES = ("mixmix", "single", "zeroq", "real", "noise")
+
+
+# ------------------------------------------------------------------------------------------------------------ the zoo
+
+
+class ZooModel(nn.Module):
+    """A trained network that takes the zoo's images: what normalises them is made its own.
+
+    Args:
+        name: as in --zoo.
+        model: the network, which is frozen.
+        normalisation: (mean, std) that it was trained with.
+        shared: (mean, std) of the images.
+    """
+
+    def __init__(self, name, model, normalisation, shared):
+        super().__init__()
+        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.stats = BatchNormStatistics(model)
+        (own_mean, own_std), (mean, std) = ((torch.tensor(v).view(-1, 1, 1) for v in n) for n in (normalisation, shared))
+        self.same = normalisation == shared
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, x):
+        """Logits (B, C) of images (B, channels, H, W)."""
+        return self.model(x if self.same else x * self.scale + self.shift)
+
+
+def load_zoo(names, cfg, shared=None):
+    """The networks of --zoo.
+
+    Args:
+        names: architectures, "arch=weights" or "package.module:factory".
+        cfg: what says which data set, how many classes and how large images.
+        shared: (mean, std) of the images; by default those of the first network.
+
+    Returns:
+        A list of `ZooModel`, and (mean, std) of the images.
+
+    Raises:
+        InputError: a network that cannot be loaded, or does not fit the others; it is named.
+    """
+    zoo = []
+    for name in names:
+        arch, _, weights = name.partition("=")
+        try:
+            model, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
+            probe(model, cfg.num_classes, cfg.image_size)
+            channels = input_channels(model)
+            if len(normalisation[0]) != channels:
+                normalisation = ([0.5] * channels, [0.5] * channels)
+            normalisation = tuple(list(values) for values in normalisation)
+            shared = shared or normalisation
+            if len(shared[0]) != channels:
+                raise InputError(f"it takes images of {channels} channels and the others of {len(shared[0])}")
+            zoo.append(ZooModel(name, model, normalisation, shared))
+        except InputError as error:
+            raise InputError(f"zoo model {name}: {error}") from None
+    return zoo, shared
+
+
+def default_zoo(cfg):
+    """Names of the networks that --zoo stands for when it is not given: the bundled ones for CIFAR-10."""
+    bundled = [path.stem.removesuffix(f"_{cfg.dataset}") for path in sorted(ASSETS.glob(f"*_{cfg.dataset}.pt"))]
+    return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def draw_boxes(batch, height, width, device):
+    """Boxes of Eq. 7, one per sample: sides uniform over 1 ... size, places uniform where the box fits; no border is crossed.
+
+    Returns:
+        int64 (B, 4): left, top, width, height in pixels.
+    """
+    size = torch.tensor([width, height], device=device)
+    sides = 1 + (torch.rand(batch, 2, device=device) * size).long().clamp(max=size - 1)
+    places = (torch.rand(batch, 2, device=device) * (size - sides + 1)).long().minimum(size - sides)
+    return torch.cat([places, sides], 1)
+
+
+def mixed_cross_entropy(logits, y, partner, beta):
+    """Eq. 9: (1 - beta) L_CE(Y1) + beta L_CE(Y2), mean over the batch.
+
+    Args:
+        logits: (B, C) of mixed images.
+        y: labels (B,).
+        partner: int64 (B,), whose images are in the boxes.
+        beta: (B,), share of the image that the box covers.
+    """
+    losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[partner])]
+    return torch.lerp(*losses, beta).mean()
+
+
+def image_prior(x):
+    """Total variation and L2 norm of images (B, channels, H, W), as DeepInversion has them: the sum of the Frobenius norms,
+    over the whole batch, of the differences in four directions; the mean of the images' norms."""
+    steps = (x[:, :, :, 1:] - x[:, :, :, :-1], x[:, :, 1:] - x[:, :, :-1])
+    diagonals = (x[:, :, 1:, 1:] - x[:, :, :-1, :-1], x[:, :, 1:, :-1] - x[:, :, :-1, 1:])
+    return sum(d.norm() for d in (*steps, *diagonals)), x.flatten(1).norm(dim=1).mean()
+
+
+class LossWeights(nn.Module):
+    """lambda_1 ... lambda_3 of Eq. 3 and of the prior: fixed, or learned as exp(-s_i) L_i + s_i (the likelihood of a
+    Gaussian of unknown spread), which keeps them above zero.
+
+    Args:
+        weights: dict of loss name -> initial lambda; a loss of weight 0 stays out.
+        learned: whether they are learned.
+    """
+
+    def __init__(self, weights, learned):
+        super().__init__()
+        self.fixed = {name: weight for name, weight in weights.items() if weight}
+        start = {name: torch.tensor(-math.log(weight)) for name, weight in self.fixed.items()}
+        self.s = nn.ParameterDict(start if learned else {})
+
+    def forward(self, losses):
+        """The weighted sum of a dict of scalar losses."""
+        if len(self.s):
+            return sum(torch.exp(-s) * losses[name] + s for name, s in self.s.items())
+        return sum(weight * losses[name] for name, weight in self.fixed.items())
+
+
+def mixmix_loss(models, x, y, cfg, autocast):
+    """The losses of a batch, Eq. 6: cross-entropy and BatchNorm statistics of the mixed images, averaged over the models, and
+    the prior of the unmixed ones.
+
+    Args:
+        models: m' of the zoo.
+        x: images (B, channels, H, W), jittered.
+        y: labels (B,).
+        autocast: function that returns the context the models run in.
+
+    Returns:
+        Dict of scalar losses: ce, bn, tv, l2.
+    """
+    tv, l2 = image_prior(x)
+    partner, beta = torch.arange(len(x), device=x.device), x.new_zeros(len(x))
+    if not cfg.no_dmix:
+        partner = torch.rand(len(x), device=x.device).argsort()
+        boxes = draw_boxes(len(x), *x.shape[2:], x.device)
+        beta = boxes[:, 2] * boxes[:, 3] / (x.shape[2] * x.shape[3])
+        x = box_mix(x, x[partner], boxes)
+    ce, bn = [], []
+    for model in models:
+        with autocast():
+            logits = model(x).float()
+        ce.append(mixed_cross_entropy(logits, y, partner, beta))
+        bn.append(model.stats.loss("norm", cfg.first_bn))
+    return {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean(), "tv": tv, "l2": l2}
+
+
+def jitter(x, most, flip):
+    """x (B, channels, H, W) rolled by up to `most` pixels in each direction, all images alike, and mirrored or not."""
+    for dim in (2, 3):
+        shift = torch.randint(-most, most + 1, (), device=x.device)
+        x = x.index_select(dim, (torch.arange(x.shape[dim], device=x.device) - shift) % x.shape[dim])
+    if flip:
+        x = torch.where(torch.rand((), device=x.device) < 0.5, x.flip(3), x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------- synthesis
+
+
+def invert(models, y, cfg, run, progress=lambda step, losses: None):
+    """One batch of images, Algorithm 1.
+
+    Args:
+        models: the m' networks of this batch.
+        y: labels (B,).
+        cfg: from `config(...)`, or the command line.
+        run: device and precision.
+        progress: called with (steps done, dict of the losses' latest values as tensors).
+
+    Returns:
+        Images (B, channels, H, W), normalised as the zoo's.
+    """
+    channels, size = len(cfg.mean), cfg.image_size
+    x = torch.randn(len(y), channels, size, size, device=run.device).requires_grad_()
+    weights = {"ce": cfg.ce_weight, "bn": cfg.bn_weight, "tv": cfg.tv_weight, "l2": cfg.l2_weight}
+    weigh = LossWeights(weights, cfg.weights_form == "learned").to(run.device)
+    mean, std = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    low, high = -mean / std, (1 - mean) / std
+    stages = [(2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)]
+    done = 0
+    for shrink, count in stages:
+        rates = [torch.tensor(rate, device=run.device) for rate in (cfg.lr, cfg.lr_weights)]
+        groups = [{"params": [x], "lr": rates[0]}, {"params": list(weigh.parameters()), "lr": rates[1]}]
+        optimizer = torch.optim.Adam(
+            [group for group in groups if group["params"]], betas=(cfg.beta1, cfg.beta2), fused=run.fused
+        )
+
+        def step(shrink, optimizer):
+            seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
+            losses = mixmix_loss(models, jitter(seen, cfg.jitter // shrink, cfg.flip), y, cfg, run.autocast)
+            run.update(optimizer, weigh(losses))
+            if cfg.clip:
+                with torch.no_grad():
+                    x.clamp_(low, high)
+            run.log(**losses)
+
+        captured = run.capture(lambda shrink=shrink, optimizer=optimizer: step(shrink, optimizer), optimizer)
+        for index in range(count):
+            warm = min((index + 1) / cfg.warmup_iterations, 1.0) if cfg.warmup_iterations else 1.0
+            factor = warm * 0.5 * (1 + math.cos(math.pi * index / count))
+            for tensor, rate in zip(rates, (cfg.lr, cfg.lr_weights)):
+                tensor.fill_(rate * factor)
+            captured()
+            done += 1
+            progress(done, run.latest)
+    return x.detach()
+
+
+def make_labels(cfg):
+    """Labels of all images (count,): balanced and shuffled, or drawn at random."""
+    source = torch.Generator().manual_seed(cfg.seed)
+    if cfg.labels == "random":
+        return torch.randint(cfg.num_classes, (cfg.count,), generator=source)
+    return (torch.arange(cfg.count) % cfg.num_classes)[torch.randperm(cfg.count, generator=source)]
+
+
+def make_batches(zoo, cfg, run, rank=0, world=1):
+    """Make the batches of `cfg` that are not in the run's folder yet; each is written when it is finished.
+
+    A batch depends on its number and the seed only, so any number of processes makes the same images.
+
+    Args:
+        zoo: from `load_zoo`.
+        cfg: from `config(...)`, or the command line.
+        run: with a folder.
+        rank, world: this process makes the batches rank, rank + world, ...
+    """
+    labels = make_labels(cfg).split(cfg.batch_size)
+    own = [index for index in range(rank, len(labels), world) if not batch_file(run, index).exists()]
+    zoo = [model.to(run.device, memory_format=run.layout) for model in zoo]
+    with tqdm(total=cfg.iterations * len(own), unit="it", position=rank, disable=not own) as bar:
+        for index in own:
+            torch.manual_seed(cfg.seed * 1_000_003 + index)
+            chosen = sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())
+            bar.set_description(f"batch {index + 1}/{len(labels)}, {', '.join(zoo[i].name for i in chosen)}")
+
+            def progress(step, losses):
+                bar.update()
+                if step % 50 == 0 or step == cfg.iterations:  # reading the losses waits for the device
+                    rate = bar.n * cfg.batch_size / cfg.iterations / bar.format_dict["elapsed"]
+                    values = {name: f"{loss.item():.3g}" for name, loss in losses.items()}
+                    bar.set_postfix(values | {"images/s": f"{rate:.2f}"})
+
+            y = labels[index].to(run.device)
+            x = invert([zoo[i] for i in chosen], y, cfg, run, progress)
+            if not torch.isfinite(x).all():
+                raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
+            write_images(batch_file(run, index), x, y, cfg)
+
+
+def batch_file(run, index):
+    """Where the batch of that number goes."""
+    return run.folder / "batches" / f"{index:05}.npz"
+
+
+def write_images(path, images, labels, cfg):
+    """Write images and labels in one step, so that a killed run never leaves half of them."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as file:
+        np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
+    os.replace(partial, path)
+
+
+def read_images(name, cfg):
+    """The images of --images.
+
+    Args:
+        name: an images.npz, or a run folder with one.
+        cfg: how many classes and how large images there must be.
+
+    Returns:
+        Images (N, channels, H, W) float32, labels (N,) int64, and (mean, std) by which they are normalised.
+
+    Raises:
+        InputError: no such file, a damaged one, or images of another data set.
+    """
+    path = Path(name) / "images.npz" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise InputError(f"--images {name} is not a file or a finished run of --task synth; give one")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+            normalisation = file["mean"].tolist(), file["std"].tolist()
+    except Exception:  # whatever damaged bytes raise
+        raise InputError(f"--images {path} is damaged or not an images.npz of this script; make it again") from None
+    if images.shape[2:] != (cfg.image_size, cfg.image_size) or labels.max() >= cfg.num_classes:
+        raise InputError(
+            f"--images {path} has {images.shape[2]}-pixel images of labels up to {labels.max()}; the network takes "
+            f"{cfg.image_size} pixels and {cfg.num_classes} classes"
+        )
+    return images, labels, normalisation
+
+
+def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
+    """A picture of some images, one row per class."""
+    classes = labels.unique()[: most_rows if len(labels.unique()) > most_rows else None]
+    rows = [images[labels == label][:columns] for label in classes]
+    rows = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    pictures = (torch.cat(rows) * std + mean).clamp(0, 1)
+    pictures = pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]
+    partial = path.with_name("partial.png")
+    save_image(pictures, partial, nrow=columns, padding=1)
+    os.replace(partial, path)
+
+
+def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
+    """--task synth: the images of `cfg` in its run folder, from the zoo or one of the baselines' sources.
+
+    Args:
+        cfg: from `config(...)`, or the command line; --mean and --std are filled in.
+        rank, world: as for `make_batches`.
+        barrier: function that returns when all processes have called it.
+
+    Returns:
+        The contents of result.json, for rank 0.
+    """
+    names = [cfg.arch if cfg.weights is None else f"{cfg.arch}={cfg.weights}"]
+    if cfg.data_source == "mixmix":
+        names = cfg.zoo
+    began = time.time()
+    zoo, shared = load_zoo(names, cfg)
+    cfg.mean, cfg.std = cfg.mean or shared[0], cfg.std or shared[1]
+    if cfg.zoo_sample > len(zoo):
+        raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({', '.join(names)}); lower it")
+    run = Run(cfg, cfg.out)
+    if rank == 0:
+        run.start()
+    barrier()
+    if cfg.data_source in ("mixmix", "single", "zeroq"):
+        make_batches(zoo, cfg, run, rank, world)
+    barrier()
+    if rank:
+        return None
+    if cfg.data_source == "noise":
+        labels = make_labels(cfg)
+        images = torch.randn(len(labels), len(cfg.mean), cfg.image_size, cfg.image_size)
+    elif cfg.data_source == "real":
+        what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
+        images, labels = load_training_images(cfg.dataset, cfg.data_dir, make_labels(cfg), *what)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
+        images = (images.float() / 255 - mean) / std
+    else:
+        parts = [np.load(batch_file(run, i)) for i in range(math.ceil(cfg.count / cfg.batch_size))]
+        images, labels = (torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("images", "labels"))
+    write_images(run.folder / "images.npz", images, labels, cfg)
+    draw_grid(images, labels, cfg, run.folder / "grid.png")
+    shutil.rmtree(run.folder / "batches", ignore_errors=True)
+    result = {"images": len(labels), "data_source": cfg.data_source, "zoo": names, "seconds": round(time.time() - began, 1)}
+    write_atomically(run.folder / "result.json", json.dumps(result | {"arguments": run.arguments()}, indent=1))
+    print(f"\n{len(labels):,} images of source {cfg.data_source} in {result['seconds']:.0f} s")
+    print(f"  in {run.folder}/: images.npz, grid.png, result.json; --images {run.folder} uses them")
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def look(model, images, labels, batch_size, device):
+    """What one network makes of images: top-1 accuracy in percent, L_BN (Eq. 2, mean over batches), class probabilities."""
+    model = model.to(device)
+    probabilities, losses = [], []
+    for part in images.split(batch_size):
+        probabilities.append(model(part.to(device)).softmax(1).cpu())
+        losses.append(model.stats.loss("norm").item())
+    probabilities = torch.cat(probabilities)
+    top1 = 100 * (probabilities.argmax(1) == labels).float().mean().item()
+    return top1, sum(losses) / len(losses), probabilities
+
+
+def inception_score(probabilities):
+    """exp of the mean Kullback-Leibler divergence from each image's class probabilities (N, C) to their mean; 1 to C."""
+    p = probabilities.double().clamp(min=1e-16)
+    return (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
+
+
+def evaluate(cfg):
+    """--task evaluate: what the zoo's and the held-out networks see in the images of each --images (Tables 1 and 2).
+
+    Returns:
+        The contents of evaluation.json: per source the accuracies and BN losses by network, their mean and deviation over
+        the zoo, and the Inception Score under the first held-out network (the first of the zoo where none is).
+    """
+    sources, run, result = {name: read_images(name, cfg) for name in cfg.images}, Run(cfg, cfg.out), {}
+    for name, (images, labels, shared) in sources.items():
+        zoo, _ = load_zoo(cfg.zoo, cfg, shared)
+        held_out, _ = load_zoo(cfg.held_out, cfg, shared)
+        seen = {}
+        for model in tqdm([*zoo, *held_out], desc=name, leave=False):
+            top1, bn, probabilities = look(model, images, labels, cfg.batch_size, run.device)
+            seen[model.name] = {"top1": round(top1, 2), "bn_loss": round(bn, 4)}
+            if model is (held_out or zoo)[0]:
+                score = inception_score(probabilities)
+        accuracies = torch.tensor([seen[model.name]["top1"] for model in zoo])
+        result[name] = {
+            "images": len(labels),
+            "zoo_top1": round(accuracies.mean().item(), 2),
+            "zoo_deviation": round(accuracies.std(correction=0).item(), 2),
+            "inception_score": round(score, 3),
+            "models": seen,
+        }
+    run.start()
+    write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=1))
+    short = {name: (Path(name).parent if Path(name).is_file() else Path(name)).name[-18:] for name in result}
+    width = max(14, *(len(text) + 2 for text in short.values()))
+    for title, key, digits in (("accuracy, %", "top1", 2), ("L_BN (Eq. 2)", "bn_loss", 2)):
+        print(f"{title:<28}" + "".join(f"{text:>{width}}" for text in short.values()))
+        for model in (*cfg.zoo, *cfg.held_out):
+            mark = " (held out)" if model in cfg.held_out else ""
+            print(f"  {model + mark:<26}" + "".join(f"{r['models'][model][key]:>{width}.{digits}f}" for r in result.values()))
+    zoo_mean = [f"{r['zoo_top1']:.2f} ± {r['zoo_deviation']:.2f}" for r in result.values()]
+    print(f"{'zoo, mean ± deviation':<28}" + "".join(f"{text:>{width}}" for text in zoo_mean))
+    print(f"{'Inception Score':<28}" + "".join(f"{r['inception_score']:>{width}.2f}" for r in result.values()))
+    print(f"  in {run.folder}/: evaluation.json")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def parser():
+    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate"))
+    add = p.add_argument_group("MixMix").add_argument
+    add("--task", choices=("synth", "evaluate"), default="synth", help="make images, or see what networks make of them")
+    add("--data-source", choices=SOURCES, default="mixmix", help="of the images; see the top of mixmix.py")
+    add("--images", nargs="+", metavar="FILE|RUN", help="images that are there already: images.npz or the run that made them")
+    names = "names, arch=weights or package.module:factory"
+    add("--zoo", nargs="+", help=f"networks to invert: {names} (default: by data set, those of the held-out left out)")
+    held_out = "networks that only judge (default: CIFAR-10 mnasnet0_5, CIFAR-100 resnet32, ImageNet resnet18 efficientnet_b0)"
+    add("--held-out", nargs="*", help=held_out)
+    add("--zoo-sample", type=int, help="m', networks per batch (Sec. 4.1; default: 3; single and zeroq 1)")
+    add("--no-dmix", action="store_true", help="no data mixing (Table 8)")
+    add("--count", type=int, default=1024, help="images")
+    add("--labels", choices=("balanced", "random"), default="balanced", help="of the images")
+    group = p.add_argument_group("MixMix, defaults by data set")
+    meanings = {
+        "batch_size": "images that are optimised together",
+        "iterations": "steps per batch",
+        "low_iterations": "the first of them at half the resolution",
+        "lr": "peak learning rate of the pixels (Adam, cosine decay)",
+        "beta1": "of Adam",
+        "beta2": "of Adam",
+        "ce_weight": "lambda_1",
+        "bn_weight": "lambda_2",
+        "first_bn": "factor of the first BatchNorm's part of L_BN",
+        "tv_weight": "of the total variation",
+        "l2_weight": "of the L2 norm",
+        "jitter": "largest shift, pixels",
+        "flip": "mirror the images in half of the steps",
+        "clip": "keep pixels in the range of images",
+    }
+    for name, (small, large) in {k: (RECIPES["small"][k], RECIPES["large"][k]) for k in meanings}.items():
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else {"type": type(small)}
+        p.add_by_size(group, "--" + name.replace("_", "-"), small, large, meanings[name], **how)
+    add("--warmup-iterations", type=int, default=100, help="steps of linear warm-up, per resolution")
+    add("--weights-form", choices=("fixed", "learned"), default="fixed", help="lambda_1 ... lambda_3: fixed or learned")
+    add("--lr-weights", type=float, default=0.01, help="learning rate of learned weights")
+    return p
+
+
+def _complete(cfg):
+    single = cfg.data_source in ("single", "zeroq")
+    if single and (cfg.zoo or (cfg.zoo_sample or 1) > 1):
+        raise InputError(f"--data-source {cfg.data_source} inverts --arch alone; leave --zoo and --zoo-sample out")
+    fill_in(cfg, {"held_out": HELD_OUT.get(cfg.dataset, []), "zoo_sample": 1 if cfg.data_source != "mixmix" else 3})
+    fill_in(cfg, {"zoo": default_zoo(cfg)})
+    if not cfg.zoo and (cfg.data_source == "mixmix" or cfg.task == "evaluate"):
+        raise InputError(f"--dataset {cfg.dataset} has no zoo of its own; give --zoo")
+    cfg.no_dmix = cfg.no_dmix or single
+    if cfg.data_source == "zeroq":
+        cfg.ce_weight, cfg.tv_weight, cfg.l2_weight, cfg.jitter, cfg.flip = 0.0, 0.0, 0.0, 0, False
+    if cfg.data_source == "real" and cfg.data_dir is None:
+        raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
+    if not 0 <= cfg.low_iterations <= cfg.iterations:
+        raise InputError(
+            f"--low-iterations is {cfg.low_iterations}; give 0 to --iterations, {cfg.iterations}; both count from the start"
+        )
+    if (cfg.task == "evaluate") != bool(cfg.images):
+        raise InputError(f"--task is {cfg.task} and --images {cfg.images}; evaluate needs images, synth makes them")
+    if cfg.capture == "compile":
+        raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
+    # what a Run reads: an epoch is a batch
+    cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations
+    return cfg
+
+
+def parse_args(argv=None):
+    return _complete(parser().parse(argv))
+
+
+def config(**settings):
+    """Settings by flag name: config(dataset="folder", num_classes=5, image_size=32, zoo=["nets:a", "nets:b"])."""
+    return _complete(parser().config(**settings))
+
+
+def main(argv=None):
+    with friendly_errors("mixmix.py"):
+        cfg = parse_args(argv)
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world > 1:
+            if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+                cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        if cfg.capture == "auto":
+            cfg.capture = "cudagraph" if pick_device(cfg.device).type == "cuda" else "none"
+        if cfg.task == "evaluate":
+            return evaluate(cfg)
+        return synthesize(cfg, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, FunctionalNet, trained
+from test_data import make_folder
+
+import mixmix
+from common import InputError
+from common.bns import BatchNormStatistics
+from common.ops import box_mix
+from common.run import Run
+from mixmix import (
+    LossWeights,
+    ZooModel,
+    config,
+    draw_boxes,
+    image_prior,
+    inception_score,
+    invert,
+    jitter,
+    load_zoo,
+    make_labels,
+    mixed_cross_entropy,
+    mixmix_loss,
+    read_images,
+)
+
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 10, "count": 25, "iterations": 6}
+TINY |= {"zoo": ["tiny:net", "tiny:other"], "zoo_sample": 1, "warmup_iterations": 2, "device": "cpu", "precision": "fp32"}
+NORMAL = ([0.5] * 3, [0.25] * 3)
+
+
+def command_line(settings):
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+
+
+def plain_mix(x1, x2, boxes):
+    """Eq. 7 and 8, one sample at a time."""
+    mixed = []
+    for a, b, (left, top, width, height) in zip(x1, x2, boxes.tolist()):
+        resized = F.interpolate(b[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+        a = a.clone()
+        a[:, top : top + height, left : left + width] = resized
+        mixed.append(a)
+    return torch.stack(mixed)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (9, 20)])
+def test_box_mixing_equals_a_loop_of_interpolations(height, width):
+    torch.manual_seed(0)
+    x1, x2 = (torch.randn(64, 3, height, width, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    boxes = draw_boxes(62, height, width, "cpu")
+    boxes = torch.cat([boxes, torch.tensor([[0, 0, width, height], [width - 1, height - 1, 1, 1]])])  # whole image, one pixel
+    ours, plain = box_mix(x1, x2, boxes), plain_mix(x1, x2, boxes)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    towards = torch.randn_like(ours)
+    grads = [torch.autograd.grad((mixed * towards).sum(), (x1, x2)) for mixed in (ours, plain)]
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours[62], x2[62], atol=1e-5, rtol=1e-5)
+
+
+def test_boxes_have_uniform_sides_and_stay_inside():
+    torch.manual_seed(0)
+    left, top, width, height = draw_boxes(20000, 8, 10, "cpu").unbind(1)
+    for start, length, size in ((left, width, 10), (top, height, 8)):
+        assert start.min() == 0 and (start + length).max() == size and length.min() == 1
+        shares = length.bincount(minlength=size + 1)[1:] / len(length)
+        torch.testing.assert_close(shares, torch.full((size,), 1 / size), atol=0.01, rtol=0)
+        of_one_length = start[length == size - 2]
+        torch.testing.assert_close(of_one_length.bincount() / len(of_one_length), torch.full((3,), 1 / 3), atol=0.04, rtol=0)
+
+
+def test_losses_against_double_precision_formulas():
+    torch.manual_seed(0)
+    logits, y, partner, beta = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 1, 0]), torch.rand(4)
+    log_p = logits.double().log_softmax(1)
+    expected = -sum((1 - b) * log_p[i, y[i]] + b * log_p[i, y[partner[i]]] for i, b in enumerate(beta.tolist())) / 4  # Eq. 9
+    torch.testing.assert_close(mixed_cross_entropy(logits, y, partner, beta).double(), expected, atol=1e-6, rtol=1e-5)
+    x = torch.randn(3, 2, 4, 5)
+    squares = {"right": 0.0, "down": 0.0, "down right": 0.0, "down left": 0.0}
+    for image in x.double():
+        for plane in image:
+            for i in range(4):
+                for j in range(5):
+                    near = {"right": (i, j + 1), "down": (i + 1, j), "down right": (i + 1, j + 1), "down left": (i + 1, j - 1)}
+                    for name, (a, b) in near.items():
+                        if a < 4 and 0 <= b < 5:
+                            squares[name] += (plane[i, j] - plane[a, b]).item() ** 2
+    tv, l2 = image_prior(x)
+    assert tv.item() == pytest.approx(sum(math.sqrt(v) for v in squares.values()), rel=1e-5)
+    assert l2.item() == pytest.approx(sum(math.sqrt(image.double().square().sum()) for image in x) / 3, rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypatch):
+    torch.manual_seed(0)
+    other = trained(FunctionalNet())
+    zoo = [ZooModel("a", net, NORMAL, NORMAL), ZooModel("b", other, NORMAL, NORMAL)]
+    cfg = config(**TINY, first_bn=3.0)
+    x, y, run = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, Run(cfg)
+    torch.manual_seed(7)
+    losses = mixmix_loss(zoo, x, y, cfg, run.autocast)
+    torch.manual_seed(7)
+    partner = torch.rand(6).argsort()
+    boxes = draw_boxes(6, 16, 16, "cpu")
+    mixed, beta = plain_mix(x, x[partner], boxes), boxes[:, 2] * boxes[:, 3] / 256
+    ce = bn = 0.0
+    for model in (net, other):
+        ce += mixed_cross_entropy(model(mixed), y, partner, beta) / 2
+        seen = []
+        layers = (model.bn1, model.bn2, model.bn3)
+        hooks = [m.register_forward_pre_hook(lambda m, a, seen=seen: seen.append((m, a[0]))) for m in layers]
+        model(mixed)
+        for hook in hooks:
+            hook.remove()
+        for index, (layer, z) in enumerate(seen):  # Eq. 2, norms not squared
+            variance, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+            term = (mean - layer.running_mean).norm() + (variance - layer.running_var).norm()
+            bn += (3.0 if index == 0 else 1.0) * term / 2
+    torch.testing.assert_close(losses["ce"], ce, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(losses["bn"], bn, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses["tv"], image_prior(x)[0])  # of the images as they are
+    plain = mixmix_loss(zoo, x, y, config(**TINY, no_dmix=True), run.autocast)
+    torch.testing.assert_close(plain["ce"], sum(F.cross_entropy(model(x), y) for model in (net, other)) / 2)
+
+
+def test_weights_fixed_and_learned():
+    losses = {"ce": torch.tensor(2.0), "bn": torch.tensor(5.0), "tv": torch.tensor(3.0), "l2": torch.tensor(4.0)}
+    weights = {"ce": 1.0, "bn": 0.1, "tv": 0.0, "l2": 0.5}
+    assert LossWeights(weights, False)(losses).item() == pytest.approx(2 + 0.5 + 2)
+    learned = LossWeights(weights, True)
+    assert learned(losses).item() == pytest.approx(2 + 0.5 + 2 - math.log(0.1) - math.log(0.5))
+    optimizer = torch.optim.SGD(learned.parameters(), 0.2)
+    for _ in range(500):
+        optimizer.zero_grad()
+        learned(losses).backward()
+        optimizer.step()
+    for name, s in learned.s.items():  # the minimum is at lambda = 1 / L, above zero
+        assert torch.exp(-s).item() == pytest.approx(1 / losses[name].item(), rel=1e-3)
+
+
+def test_a_model_sees_images_normalised_as_its_own(net):
+    other = ([0.4] * 3, [0.2] * 3)
+    zoo = ZooModel("a", net, other, NORMAL)
+    pixels = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(zoo((pixels - 0.5) / 0.25), net((pixels - 0.4) / 0.2), atol=1e-5, rtol=1e-4)
+
+
+def test_jitter_rolls_and_mirrors():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    torch.manual_seed(0)
+    outcomes = {tuple(jitter(x, 1, True).flatten().tolist()) for _ in range(200)}
+    expected = {
+        tuple((image.flip(3) if mirrored else image).flatten().tolist())
+        for a in (-1, 0, 1)
+        for b in (-1, 0, 1)
+        for image in [x.roll((a, b), (2, 3))]
+        for mirrored in (False, True)
+    }
+    assert outcomes == expected and torch.equal(jitter(x, 0, False), x)
+
+
+def test_inverted_images_are_classified_and_have_the_statistics(net):
+    cfg = config(**TINY | {"iterations": 150}, lr=0.1, bn_weight=1.0, no_dmix=True, jitter=0)
+    cfg.mean, cfg.std = NORMAL
+    zoo, y = [ZooModel("a", net, NORMAL, NORMAL)], torch.arange(10) % 5
+    torch.manual_seed(0)
+    x = invert(zoo, y, cfg, Run(cfg))
+    stats, noise = BatchNormStatistics(net), torch.randn(10, 3, 16, 16)
+    found = {}
+    for name, images in (("ours", x), ("noise", noise)):
+        found[name] = F.cross_entropy(net(images), y).item(), stats.loss("norm").item()
+    assert found["ours"][0] < 0.8 * found["noise"][0] and found["ours"][1] < found["noise"][1]
+    large = config(**TINY | {"iterations": 9}, low_iterations=6, clip=True, flip=True, lr=10.0)
+    large.mean, large.std = NORMAL
+    pixels = invert(zoo, y, large, Run(large)) * 0.25 + 0.5
+    assert pixels.min() == 0 and pixels.max() == 1
+    learned = config(**TINY, weights_form="learned", lr_weights=0.1)
+    learned.mean, learned.std = NORMAL
+    assert invert(zoo, y, learned, Run(learned)).isfinite().all()
+
+
+def test_labels_are_balanced_or_random():
+    labels = make_labels(config(**TINY | {"count": 100}))
+    assert labels.bincount().tolist() == [20] * 5 and labels.tolist() != sorted(labels.tolist())
+    random = make_labels(config(**TINY | {"count": 100}, labels="random"))
+    assert random.bincount(minlength=5).tolist() != [20] * 5 and not torch.equal(random, labels)
+
+
+def test_inception_score_of_known_distributions():
+    assert inception_score(torch.eye(5).repeat(4, 1)) == pytest.approx(5)
+    assert inception_score(torch.full((8, 5), 0.2)) == pytest.approx(1)
+    p = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    mean = [0.6, 0.4]
+    kl = sum(row[i] * math.log(row[i] / mean[i]) for row in p.tolist() for i in (0, 1)) / 2
+    assert inception_score(p) == pytest.approx(math.exp(kl))
+
+
+def start(folder, *flags, processes=1):
+    command = [sys.executable, str(ROOT / "mixmix.py"), *command_line(TINY), "--out", str(folder), *flags]
+    if processes > 1:
+        command[:1] = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
+    slow = ["--iterations", "40"]
+    whole, two = start(tmp_path / "whole", *slow), start(tmp_path / "two", *slow, processes=2)
+    killed = start(tmp_path / "killed", *slow)
+    while killed.poll() is None and not (tmp_path / "killed" / "batches" / "00000.npz").exists():
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "images.npz").exists()
+    first = (tmp_path / "killed" / "batches" / "00000.npz").stat().st_mtime_ns
+    resumed = start(tmp_path / "killed", *slow, "--resume")
+    for process in (whole, two, resumed):
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+    contents = [np.load(tmp_path / name / "images.npz") for name in ("whole", "two", "killed")]
+    for key in ("images", "labels", "mean", "std"):
+        assert all(np.array_equal(contents[0][key], other[key]) for other in contents[1:])
+    assert contents[0]["images"].shape == (25, 3, 16, 16) and not (tmp_path / "whole" / "batches").exists()
+    assert (tmp_path / "killed" / "images.npz").stat().st_mtime_ns > first and (tmp_path / "two" / "grid.png").exists()
+    batches = contents[0]["images"][:10], contents[0]["images"][10:20]
+    assert not np.array_equal(*batches)
+
+
+def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
+    data = make_folder(tmp_path / "data", 5, images=6, size=16)
+    (data / "test").rename(data / "train")
+    fast = command_line(TINY | {"iterations": 2})
+    plain = [item for item in fast if item not in ("--zoo", "tiny:net", "tiny:other", "--zoo-sample", "1")]
+    plain += ["--arch", "tiny:net"]
+    runs = {"mixmix": fast, "single": plain, "zeroq": plain, "noise": plain, "real": [*plain, "--data-dir", str(data)]}
+    for name, flags in runs.items():
+        mixmix.main([*flags, "--data-source", name, "--out", str(tmp_path / name)])
+        images, labels, _ = read_images(tmp_path / name, config(**TINY))
+        assert images.shape == (25, 3, 16, 16) and labels.bincount().tolist() == [5] * 5
+    judge = ["--task", "evaluate", "--held-out", "tiny:other", "--images", *(str(tmp_path / name) for name in runs)]
+    judge += [*fast[: fast.index("--zoo")], "--zoo", "tiny:net", "--out", str(tmp_path / "evaluation")]
+    result = mixmix.main(judge)
+    assert result == json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    (zoo, _), (images, labels, _) = load_zoo(["tiny:net"], config(**TINY)), read_images(tmp_path / "noise", config(**TINY))
+    figures = result[str(tmp_path / "noise")]
+    expected = 100 * (zoo[0].model(images).argmax(1) == labels).float().mean().item()
+    assert figures["models"]["tiny:net"]["top1"] == pytest.approx(expected, abs=0.01) == figures["zoo_top1"]
+    assert figures["zoo_deviation"] == 0 and 1 <= figures["inception_score"] <= 5
+    out = capsys.readouterr().out
+    assert "tiny:other (held out)" in out and "Inception Score" in out
+
+
+def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = command_line(TINY)
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 3, 8, 8)), labels=np.zeros(2, int), mean=[0.0] * 3, std=[1.0] * 3)
+    (tmp_path / "damaged.npz").write_bytes(b"PK")
+    for arguments, words in [
+        ([*tiny, "--zoo-sample", 3], "--zoo-sample is 3 and the zoo has 2 models (tiny:net, tiny:other)"),
+        ([*tiny, "--zoo", "tiny:net", "tiny:grey"], "zoo model tiny:grey:"),
+        ([*tiny, "--zoo", "tiny:net", "tiny:plain"], "zoo model tiny:plain: model FunctionalNet has no BatchNorm2d"),
+        (
+            [*tiny, "--zoo", "tiny:net", "tiny:seven"],
+            "zoo model tiny:seven: the model returns (2, 7) for 2 images, expected (2, 5)",
+        ),
+        ([*tiny, "--zoo", "tiny:absent"], "zoo model tiny:absent: --arch 'tiny:absent' cannot be imported"),
+        ([*tiny, "--data-source", "single"], "--data-source single inverts --arch alone"),
+        ([*tiny, "--data-source", "real"], "needs training images; give --data-dir"),
+        ([*tiny, "--low-iterations", 7], "--low-iterations is 7; give 0 to --iterations, 6"),
+        ([*tiny, "--task", "evaluate"], "evaluate needs images"),
+        ([*tiny, "--task", "evaluate", "--images", "absent"], "--images absent is not a file or a finished run"),
+        ([*tiny, "--task", "evaluate", "--images", "damaged.npz"], "--images damaged.npz is damaged"),
+        ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has 8-pixel images of labels up to 0"),
+        ([*tiny, "--capture", "compile"], "would compile anew"),
+    ]:
+        assert words in fails(mixmix.main, *arguments), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.npz", "other.npz"]
+    with pytest.raises(InputError, match="stopped being finite; lower --lr"):
+        mixmix.synthesize(config(**TINY, lr=1e30))

@@ -33,6 +33,7 @@ BatchNorm statistics only, "real" takes training images from DIR/train, "noise" 
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -40,11 +41,12 @@ import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -53,7 +55,19 @@ from common.bns import BatchNormStatistics
 from common.data import load_training_images
 from common.models import ASSETS, input_channels, load_teacher, probe
 from common.ops import box_mix
-from common.run import Parser, Run, fill_in, friendly_errors, pick_device, write_atomically
+from common.quant import AdaRound, LearnedStep, QuantAct, fold_batchnorm, quantize
+from common.run import (
+    Parser,
+    Run,
+    evaluate_file,
+    fill_in,
+    finish,
+    friendly_errors,
+    peak_memory,
+    pick_device,
+    prepare,
+    write_atomically,
+)
 
 ZOO = {  # ImageNet: one or more of every family that the paper names
     "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
@@ -410,6 +424,8 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
     cfg.mean, cfg.std = cfg.mean or shared[0], cfg.std or shared[1]
     if cfg.zoo_sample > len(zoo):
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({', '.join(names)}); lower it")
+    if cfg.capture == "auto":
+        cfg.capture = "cudagraph" if pick_device(cfg.device).type == "cuda" else "none"
     run = Run(cfg, cfg.out)
     if rank == 0:
         run.start()
@@ -503,13 +519,278 @@ def evaluate(cfg):
     return result
 
 
+# --------------------------------------------------------------------------------------- post-training quantization
+
+
+class Block(NamedTuple):
+    """Consecutive nodes of a traced network through whose last value alone the rest of the network sees them."""
+
+    name: str
+    nodes: tuple
+    entry: fx.Node
+
+    def __call__(self, x, modules, quantize_activations=True):
+        """The block's output for its input `x`, with its submodules taken from the dict `modules`."""
+        env = {self.entry: x}
+        for node in self.nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+            if node.op == "call_module":
+                passes = node.target.startswith("act_quant_") and not quantize_activations
+                env[node] = args[0] if passes else modules[node.target](*args, **kwargs)
+            elif node.op == "call_function":
+                env[node] = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                env[node] = modules[node.target]
+        return env[self.nodes[-1]]
+
+
+def find_blocks(student, teacher):
+    """The blocks that are reconstructed together (BRECQ): what a residual connection spans, all layers of a module of the
+    same class that has none (an inverted residual of stride 2); single layers otherwise.
+
+    Args:
+        student: from `quantize`, of a traced network.
+        teacher: the network it was made of, whose classes tell which modules are alike.
+
+    Returns:
+        A list of `Block`, in order; run one after the other they are the network.
+    """
+    graph, modules = list(student.graph.nodes), dict(student.named_modules())
+    nodes, entry = [n for n in graph if n.op not in ("placeholder", "output")], graph[0]
+    place = {node: index for index, node in enumerate(nodes)}
+
+    def layers(group):
+        return [n.target for n in group if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
+
+    def last_use(node):
+        return max((place.get(user, len(nodes)) for user in node.users), default=-1)
+
+    groups, group, reach, latest = [], [], last_use(entry), 0
+    for index, node in enumerate(nodes):
+        if latest and layers([node]):  # the next layer: what lies behind the latest cut begins a new group
+            groups.append(group[:latest])
+            group, latest = group[latest:], 0
+        group.append(node)
+        if reach <= index and layers(group):  # a cut: nothing before this node is used behind it
+            latest = len(group)
+        reach = max(reach, last_use(node))
+    groups.append(group)
+
+    def homes(group):
+        """The modules, from the outermost, that all layers of a group are in."""
+        path = os.path.commonprefix([name.split(".")[:-1] for name in layers(group)])
+        return [".".join(path[: depth + 1]) for depth in range(len(path))]
+
+    def kinds(group):
+        """The classes of its homes that say more than Sequential does, by path."""
+        found = {path: type(teacher.get_submodule(path)) for path in homes(group)}
+        return {path: kind for path, kind in found.items() if kind is not nn.Sequential}
+
+    residual = {list(kinds(group).values())[-1] for group in groups if len(layers(group)) > 1 and kinds(group)}
+    blocks, previous = [], None
+    for group in groups:
+        home = next((path for path, kind in kinds(group).items() if kind in residual), None)
+        if home is not None and home == previous:
+            blocks[-1] = blocks[-1]._replace(nodes=blocks[-1].nodes + tuple(group))
+        else:
+            blocks.append(Block(home or layers(group)[0], tuple(group), entry))
+        entry, previous = group[-1], home
+    return blocks
+
+
+def in_parts(function, x, size=256):
+    """function(x), in parts of `size` images, without gradients."""
+    with torch.no_grad():
+        return torch.cat([function(part) for part in x.split(size)])
+
+
+def with_weight(layer, weight):
+    """What `layer` computes, with another weight."""
+    if isinstance(layer, nn.Conv2d):
+        return lambda x: layer._conv_forward(x, weight, layer.bias)
+    return lambda x: F.linear(x, weight, layer.bias)
+
+
+def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
+    """Learn how each weight of a block is rounded, so that its output for `x` comes near `target` (BRECQ, with AdaRound).
+
+    Args:
+        block: a `Block`.
+        roundings: dict of layer name -> `AdaRound`.
+        modules: of the student.
+        x: (N, ...), what the blocks before send, with their weights quantized.
+        target: (N, ...), the full-precision block's output.
+        cfg: from `config(...)`, or the command line.
+        progress: called after every iteration.
+    """
+    optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding)
+    for index in range(cfg.weight_iterations):
+        chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
+        soft = {name: with_weight(modules[name], rounding()) for name, rounding in roundings.items()}
+        output = block(x[chosen], modules | soft, quantize_activations=False)
+        loss = (output - target[chosen]).square().sum(1).mean()
+        share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the iterations
+        if share >= 0:
+            loss = loss + cfg.rounding_weight * sum(r.undecided(20 - 18 * share) for r in roundings.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress()
+
+
+def reconstruct_steps(block, steps, modules, x, target, cfg, progress):
+    """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
+    `LearnedStep`; x: the full-precision input."""
+    block(x[:64], modules | steps)  # sets the ranges
+    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
+    for _ in range(cfg.step_iterations):
+        chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
+        output = block(x[chosen], modules | steps)
+        loss = (output - target[chosen]).abs().pow(2.4).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress()
+
+
+def ptq(teacher, images, cfg, run):
+    """Post-training quantization by block reconstruction (BRECQ; Sec. 5.2).
+
+    The weights of one block after the other are rounded so that the block, fed by the quantized blocks before it, answers as
+    the full-precision one; then the step sizes of its activations are learned on full-precision inputs. The first layer is
+    rounded to nearest; it and the last have --ends-bits, and so has what follows the first.
+
+    Args:
+        teacher: a trained network that can be traced.
+        images: (N, channels, H, W), normalised for it.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the task; by its folder an interrupted run goes on with the next block.
+
+    Returns:
+        The quantized network, its BatchNorms folded.
+    """
+    teacher = copy.deepcopy(teacher).cpu().eval()
+    folded = fold_batchnorm(teacher)
+    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement).requires_grad_(False)
+    blocks = find_blocks(student, teacher)
+    full = dict(run.place(folded).named_modules())
+    modules = dict(run.place(student).named_modules())
+    kinds = [(n.target, modules[n.target]) for n in student.graph.nodes if n.op == "call_module"]
+    layers = [name for name, module in kinds if isinstance(module, (nn.Conv2d, nn.Linear))]
+    behind = kinds[[name for name, _ in kinds].index(layers[0]) :]
+    for module in (modules[layers[0]], modules[layers[-1]], next(m for _, m in behind if isinstance(m, QuantAct))):
+        module.bits = max(module.bits, cfg.ends_bits)
+    run.start()
+    bar = tqdm(total=len(blocks) * (cfg.weight_iterations + cfg.step_iterations), unit="it", disable=run.folder is None)
+
+    def calls(block, kind):
+        """The block's modules of a kind, by name, in order."""
+        names = [n.target for n in block.nodes if n.op == "call_module"]
+        return {name: modules[name] for name in names if isinstance(modules[name], kind)}
+
+    def kept(stage, index, make):
+        """What `make` returns, from the run's folder if an earlier run has it."""
+        path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
+        if path and path.exists():
+            return torch.load(path, map_location=run.device, weights_only=True)
+        torch.manual_seed(cfg.seed * 1_000_003 + index)
+        made = make()
+        if path:
+            path.parent.mkdir(exist_ok=True)
+            torch.save(made, path.with_suffix(".partial"))
+            os.replace(path.with_suffix(".partial"), path)
+        return made
+
+    x_full = x = images.to(run.device)
+    for index, block in enumerate(blocks):
+        bar.set_description(f"weights {index + 1}/{len(blocks)}, {block.name}")
+        target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
+
+        def rounded(block=block, x=x, target=target):
+            found = calls(block, (nn.Conv2d, nn.Linear))
+            roundings = nn.ModuleDict({name.replace(".", "/"): AdaRound(m.weight, m.bits) for name, m in found.items()})
+            by_name = dict(zip(found, roundings.to(run.device).values()))
+            if list(found) != layers[:1]:
+                reconstruct_weights(block, by_name, modules, x, target, cfg, bar.update)
+            return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in by_name.items()}
+
+        for name, (weight, scale, zero_point) in kept("weights", index, rounded).items():
+            modules[name].pack(weight, scale, zero_point)
+        x = in_parts(lambda part, block=block: block(part, modules, quantize_activations=False), x)
+        x_full = target
+    x_full = images.to(run.device)
+    for index, block in enumerate(blocks):
+        bar.set_description(f"activations {index + 1}/{len(blocks)}, {block.name}")
+        target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
+
+        def stepped(block=block, x_full=x_full, target=target):
+            steps = {name: LearnedStep(act.bits).to(run.device) for name, act in calls(block, QuantAct).items()}
+            if steps:
+                reconstruct_steps(block, steps, modules, x_full, target, cfg, bar.update)
+            return {name: (step.scale.detach(), step.zero_point) for name, step in steps.items()}
+
+        for name, values in kept("activations", index, stepped).items():
+            modules[name].fix(*values)
+        x_full = target
+    bar.close()
+    return student
+
+
+def compress(teacher, cfg, run=None, images=None):
+    """Quantize a network with images that exist already, or with those that `cfg` asks for.
+
+    Args:
+        teacher: a trained classifier with BatchNorm2d that can be traced; left as it is.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the task; by default nothing is written or shown, and `images` must be given.
+        images: (N, channels, H, W), normalised for the teacher.
+
+    Returns:
+        The quantized network, in eval mode, its BatchNorms folded.
+
+    Raises:
+        InputError: a network that cannot be traced or quantized.
+    """
+    run = run or Run(cfg)
+    probe(teacher, cfg.num_classes, cfg.image_size)
+    run.announce(f"{cfg.task} with {len(images):,} images")
+    began = time.time()
+    student = ptq(teacher, images, cfg, run)
+    run.seconds, run.peak = time.time() - began, peak_memory(run.device)
+    run.iterations = cfg.weight_iterations + cfg.step_iterations
+    run.measure("last_top1", student)
+    return student
+
+
+def find_images(cfg, run):
+    """The images to compress with, normalised as `cfg` says: those of --images, or new ones in the run's folder."""
+    source = cfg.images and cfg.images[0]
+    if source is None:
+        source = run.folder / "images"
+        run.start()
+        own = {"out": str(source), "task": "synth", "mean": None, "std": None, "capture": "auto"}
+        synthesize(argparse.Namespace(**vars(cfg) | own))
+    images, labels, (mean, std) = read_images(source, cfg)
+    if images.shape[1] != len(cfg.mean):
+        raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")
+    mean, std, own_mean, own_std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std, cfg.mean, cfg.std))
+    draw_grid(images, labels, cfg, run.folder / "grid.png")
+    run.record(data_source=cfg.data_source if cfg.images is None else str(source), images_used=len(images))
+    return (images * std + mean - own_mean) / own_std
+
+
 # ------------------------------------------------------------------------------------------------------- command line
 
 
 def parser():
     p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate"))
     add = p.add_argument_group("MixMix").add_argument
-    add("--task", choices=("synth", "evaluate"), default="synth", help="make images, or see what networks make of them")
+    tasks = "post-training quantization; only make images; see what networks make of images"
+    add("--task", choices=("ptq", "synth", "evaluate"), default="ptq", help=tasks)
     add("--data-source", choices=SOURCES, default="mixmix", help="of the images; see the top of mixmix.py")
     add("--images", nargs="+", metavar="FILE|RUN", help="images that are there already: images.npz or the run that made them")
     names = "names, arch=weights or package.module:factory"
@@ -543,6 +824,14 @@ def parser():
     add("--warmup-iterations", type=int, default=100, help="steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="lambda_1 ... lambda_3: fixed or learned")
     add("--lr-weights", type=float, default=0.01, help="learning rate of learned weights")
+    add = p.add_argument_group("post-training quantization (BRECQ)").add_argument
+    add("--weight-iterations", type=int, default=20000, help="steps per block for the rounding of the weights")
+    add("--step-iterations", type=int, default=5000, help="steps per block for the step sizes of the activations")
+    add("--ptq-batch-size", type=int, default=32, help="images per step")
+    add("--lr-rounding", type=float, default=1e-3, help="learning rate of the rounding (Adam)")
+    add("--lr-step", type=float, default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
+    add("--rounding-weight", type=float, default=0.01, help="weight of the regulariser that decides the rounding")
+    add("--ends-bits", type=int, default=8, help="of the first and the last layer's weights and of the first activation")
     return p
 
 
@@ -563,10 +852,18 @@ def _complete(cfg):
         raise InputError(
             f"--low-iterations is {cfg.low_iterations}; give 0 to --iterations, {cfg.iterations}; both count from the start"
         )
-    if (cfg.task == "evaluate") != bool(cfg.images):
-        raise InputError(f"--task is {cfg.task} and --images {cfg.images}; evaluate needs images, synth makes them")
+    if (
+        cfg.images is None
+        if cfg.task == "evaluate"
+        else cfg.images is not None and (cfg.task == "synth" or len(cfg.images) > 1)
+    ):
+        raise InputError(
+            f"--task is {cfg.task} and --images {cfg.images}; evaluate needs some, synth makes them, ptq takes one"
+        )
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
+    if cfg.task == "ptq" and cfg.capture == "auto":
+        cfg.capture = "none"
     # what a Run reads: an epoch is a batch
     cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations
     return cfg
@@ -589,11 +886,17 @@ def main(argv=None):
             if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
                 cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        if cfg.capture == "auto":
-            cfg.capture = "cudagraph" if pick_device(cfg.device).type == "cuda" else "none"
+        if cfg.eval is not None:
+            return evaluate_file(cfg)
         if cfg.task == "evaluate":
             return evaluate(cfg)
-        return synthesize(cfg, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+        if cfg.task == "synth":
+            return synthesize(cfg, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+        if world > 1:
+            raise InputError(f"--task {cfg.task} runs in one process and there are {world}; make the images with --task synth")
+        teacher, run = prepare(cfg)
+        images = find_images(cfg, run)
+        return finish(run, teacher, compress(teacher, cfg, run, images), images, folded=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from common.quant import (
     channel_parameters,
     decode_,
     encode,
+    fold_batchnorm,
     quantize,
     quantized_activations,
     quantized_layers,
@@ -47,7 +48,7 @@ def save_quantized(student, path, meta):
         student: from `common.quant.quantize`, with frozen activation ranges.
         path: file to write; replaced in one step.
         meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, shortcut, wbits, abits and
-            act_placement, `--eval` also method, dataset, mean and std.
+            act_placement (and folded, if its BatchNorms are), `--eval` also method, dataset, mean and std.
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student):
@@ -131,6 +132,7 @@ def load_quantized(path, model=None):
             raise InputError(f"'{path}' is of an own architecture ({meta['arch']}); give --arch package.module:factory")
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], meta["shortcut"])
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
+    model = fold_batchnorm(model) if meta.get("folded") else model
     student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
     layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
     state = dict(content["tensors"])
@@ -141,10 +143,11 @@ def load_quantized(path, model=None):
         codes = unpack(stored["codes"], stored["bits"], torch.Size(shape).numel()).view(shape).float()
         state[f"{name}.weight"] = decode_(codes, scale, zero_point)
         if name in layers:
-            layers[name].packed = True
-            layers[name].register_buffer("scale", scale, persistent=False)
-            layers[name].register_buffer("zero_point", zero_point, persistent=False)
+            layers[name].bits = stored["bits"]
+            layers[name].pack(state[f"{name}.weight"], scale, zero_point)
     for name, stored in content["activations"].items():
+        if name in activations:
+            activations[name].bits = stored["bits"]
         state |= {f"{name}.{key}": stored[key] for key in ("low", "high", "scale", "zero_point")}
         state[f"{name}.seen"] = torch.tensor(True)
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}

@@ -10,6 +10,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -118,6 +119,12 @@ class _QuantWeight:
             return self.weight
         return fake_quantize(self.weight, *channel_parameters(self.weight, self.bits), self.bits)
 
+    def pack(self, weight, scale, zero_point):
+        """Keep `weight`, whose values are exactly those of codes of this scale and zero point, as it is from now on."""
+        self.weight.data, self.packed = weight, True
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("zero_point", zero_point, persistent=False)
+
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.bits}"
 
@@ -168,6 +175,13 @@ class QuantAct(nn.Module):
             self.observe(x.detach())
             scale, zero_point = scale.clone(), zero_point.clone()  # the module's next call moves the buffers
         return fake_quantize(x, scale, zero_point, self.bits, self.clipped)
+
+    def fix(self, scale, zero_point):
+        """Take this scale and zero point (scalars) from now on."""
+        values = scale, zero_point, -zero_point * scale, (2**self.bits - 1 - zero_point) * scale
+        for state, value in zip((self.scale, self.zero_point, self.low, self.high), values):
+            state.copy_(value.detach())
+        self.seen.fill_(True)
 
     def extra_repr(self):
         return f"bits={self.bits}, low={self.low.item():.4g}, high={self.high.item():.4g}"
@@ -282,6 +296,100 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     graph.lint()
     traced.recompile()
     return traced
+
+
+def fold_batchnorm(model):
+    """The traced network with every BatchNorm folded into the convolution before it, in eval mode.
+
+    Raises:
+        InputError: a network that cannot be traced.
+    """
+    try:
+        return fuse(copy.deepcopy(model).eval()).requires_grad_(False)
+    except Exception as error:  # whatever the model's own forward raises when it is traced
+        raise InputError(
+            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; use --task qat"
+        ) from None
+
+
+def search_parameters(rows, bits, steps=80, power=2.4):
+    """Scale and zero point per row that lose least: of `steps` ranges, shrunk from the full one in hundredths, the one whose
+    errors have the smallest mean to the `power` (BRECQ).
+
+    Args:
+        rows: (R, N) float32.
+        bits: 2 to 8.
+
+    Returns:
+        scale, zero_point: (R, 1).
+    """
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    scale, zero_point = affine_parameters(low, high, bits)
+    for step in range(steps):
+        candidate = affine_parameters(low * (1 - 0.01 * step), high * (1 - 0.01 * step), bits)
+        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(power).mean(1, keepdim=True)
+        better, best = loss < best, torch.minimum(loss, best)
+        scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
+    return scale, zero_point
+
+
+class AdaRound(nn.Module):
+    """Weights whose rounding, up or down, is learned (Nagel et al., ICML 2020); scales per output channel by search.
+
+    Args:
+        weight: of a layer, (out, ...).
+        bits: 2 to 8.
+    """
+
+    LOW, HIGH = -0.1, 1.1  # the stretched sigmoid's ends
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        weight = weight.detach().float()
+        shape = (-1,) + (1,) * (weight.ndim - 1)
+        scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits))
+        self.bits, self.nearest = bits, torch.round(weight / scale)
+        for name, value in (("scale", scale), ("zero_point", zero_point), ("floor", torch.floor(weight / scale))):
+            self.register_buffer(name, value)
+        rest = weight / scale - self.floor
+        self.v = nn.Parameter(torch.logit((rest - self.LOW) / (self.HIGH - self.LOW)))  # h(v) = rest, to begin with
+
+    def up(self):
+        """h(v), how far each weight is rounded up, 0 to 1."""
+        return (torch.sigmoid(self.v) * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
+
+    def forward(self, hard=False):
+        """The weights; `hard` rounds each up or down for good."""
+        up = (self.up() >= 0.5).float() if hard else self.up()
+        codes = (self.floor + up + self.zero_point).clamp(0, 2**self.bits - 1)
+        return (codes - self.zero_point) * self.scale
+
+    def undecided(self, sharpness):
+        """The regulariser: sum of 1 - |2 h - 1|^sharpness, 0 when every weight is decided."""
+        return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
+
+
+class LearnedStep(nn.Module):
+    """Activations with a learned step size (LSQ; Esser et al., ICLR 2020); its first batch sets the range, by search."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits, self.ready = bits, False
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def forward(self, x):
+        if not self.ready:
+            with torch.no_grad():
+                scale, zero_point = search_parameters(x.detach().float().flatten()[None], self.bits)
+                self.scale.copy_(scale[0, 0])
+                self.zero_point.copy_(zero_point[0, 0])
+            self.ready = True
+        v = x / self.scale
+        nearest = torch.round(v.detach())
+        steps = nearest.clamp(-self.zero_point, 2**self.bits - 1 - self.zero_point)
+        return torch.where(steps == nearest, v + (steps - v).detach(), steps) * self.scale
 
 
 class _FunctionFinder(TorchFunctionMode):

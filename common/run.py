@@ -48,10 +48,14 @@ RANGES = {  # of the arguments that have one, where a script has them
     **dict.fromkeys(("low_iterations", "warmup_iterations", "jitter"), (0, 10**9)),
     **dict.fromkeys(("lr", "lr_weights", "ce_weight", "bn_weight", "first_bn", "tv_weight", "l2_weight"), (0, 1e30)),
     "beta2": (0, 0.9999999),
+    **dict.fromkeys(("weight_iterations", "step_iterations"), (0, 10**9)),
+    **dict.fromkeys(("lr_rounding", "lr_step", "rounding_weight"), (0, 1e30)),
+    "ptq_batch_size": (1, 10**6),
+    "ends_bits": (2, 8),
     **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
 }
-LEFT = ("checkpoint.pt metrics.jsonl result.json quantized.pt student.pt samples.png genotype.json genotype.svg").split()
-LEFT += ("images.npz", "grid.png")  # files of a run, but for config.json
+LEFT = "quantized.pt student.pt result.json samples.png metrics.jsonl genotype.json genotype.svg".split()
+LEFT += ["images.npz", "grid.png", "checkpoint.pt"]  # the files of a run, but for config.json
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -477,7 +481,7 @@ class Run:
         if not self.cfg.resume:
             for name in LEFT:
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("search", "batches"):
+            for name in ("search", "batches", "parts", "images"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _save_checkpoint(self, epoch, stateful):
@@ -590,11 +594,8 @@ def per_channel(cfg, normalisation, channels):
 def describe(student):
     """One line on what of the network is quantized."""
     weights, acts = quantized_layers(student), quantized_activations(student)
-    abits = sorted({act.bits for _, act in acts})
-    return (
-        f"{len(weights)} weight tensors to {weights[0][1].bits} bits, {len(acts)} activations to "
-        f"{' and '.join(map(str, abits))} bits"
-    )
+    wbits, abits = (" and ".join(map(str, sorted({module.bits for _, module in group}))) for group in (weights, acts))
+    return f"{len(weights)} weight tensors to {wbits} bits, {len(acts)} activations to {abits} bits"
 
 
 class SyntheticSet:
@@ -609,6 +610,17 @@ class SyntheticSet:
         labels = torch.arange(self.count) % self.run.cfg.num_classes
         for seed, part in enumerate(labels.split(self.run.cfg.batch_size)):
             yield draw(self.run, part, seed), part
+
+
+class ImageSet:
+    """Images (N, channels, H, W) without labels, re-iterable in batches."""
+
+    def __init__(self, images, device):
+        self.images, self.device, self.count = images, device, len(images)
+
+    def __iter__(self):
+        for part in self.images.split(250):
+            yield part.to(self.device), None
 
 
 @torch.no_grad()
@@ -636,10 +648,15 @@ def save_samples(run, path, columns=8, most_rows=100):
     os.replace(partial, path)
 
 
-def finish(run, teacher, student):
+def finish(run, teacher, student, images=None, folded=False):
     """Write the student, samples.png and result.json, and print the table.
 
     A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
+
+    Args:
+        run, teacher, student: as `execute` has them.
+        images: (N, channels, H, W), what the student was made with, where the run has no generator to draw samples from.
+        folded: whether the student's BatchNorms are folded.
     """
     cfg, folder, quantized = run.cfg, run.folder, bool(quantized_layers(student))
     file = folder / ("quantized.pt" if quantized else "student.pt")
@@ -648,6 +665,7 @@ def finish(run, teacher, student):
             **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
             **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
             "channels": input_channels(teacher),
+            "folded": folded,
             "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
         }
         save_quantized(student, file, meta)
@@ -656,8 +674,9 @@ def finish(run, teacher, student):
         partial = folder / "student.pt.partial"
         torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
         os.replace(partial, file)
-    save_samples(run, folder / "samples.png")
-    batches = run.test_set or SyntheticSet(run)
+    if images is None:
+        save_samples(run, folder / "samples.png")
+    batches = run.test_set or (SyntheticSet(run) if images is None else ImageSet(images, run.device))
     result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
     result |= {
         "agreement": round(agreement(teacher, student, batches), 2),
@@ -700,13 +719,14 @@ def peak_memory(device):
 def print_table(result, file):
     """The figures of result.json as a small table; `file` is where the student is."""
     on = f"of {result['images']:,} test images" if result["test_set"] else ""
-    what, learned = f"w{result['wbits']}a{result['abits']}", "fine-tuned"
-    if result["wbits"] is None:
-        what, learned = result["arguments"]["task"], "student"
+    task = result["arguments"].get("task", "quantize")
+    what = f"w{result['wbits']}a{result['abits']}" if result["wbits"] else task
+    learned = {"kd": "student", "ptq": "quantized"}.get(task, "fine-tuned")
+    last = learned if task == "ptq" else f"{learned}, last epoch"
     rows = [
         ("full precision", result["fp_top1"], "%"),
         ("calibrated only", result["calibrated_top1"], "%"),
-        (f"{learned}, last epoch", result["last_top1"], "%"),
+        (last, result["last_top1"], "%"),
         (f"{learned}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
         ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
     ]
@@ -717,7 +737,8 @@ def print_table(result, file):
     before, after = result["bytes_fp32"] / 1024, file.stat().st_size / 1024
     print(f"  {'file':<30}{after:>8.0f} KB  (full precision {before:.0f} KB, {before / after:.1f}x)")
     print(f"  {'time':<30}{result['seconds']:>8.0f} s  ({result['ms_per_iter']} ms per iteration)")
-    print(f"  in {file.parent}/: {file.name}, result.json, samples.png, metrics.jsonl", flush=True)
+    made = [name for name in LEFT if (file.parent / name).exists() and name not in ("checkpoint.pt", "images.npz")]
+    print(f"  in {file.parent}/: {', '.join(made)}", flush=True)
 
 
 def evaluate_file(cfg):

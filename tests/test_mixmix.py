@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
@@ -16,13 +17,18 @@ from test_data import make_folder
 import mixmix
 from common import InputError
 from common.bns import BatchNormStatistics
+from common.export import load_quantized
+from common.models import build
 from common.ops import box_mix
+from common.quant import fold_batchnorm, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from mixmix import (
     LossWeights,
     ZooModel,
+    compress,
     config,
     draw_boxes,
+    find_blocks,
     image_prior,
     inception_score,
     invert,
@@ -214,7 +220,7 @@ def test_inception_score_of_known_distributions():
 
 
 def start(folder, *flags, processes=1):
-    command = [sys.executable, str(ROOT / "mixmix.py"), *command_line(TINY), "--out", str(folder), *flags]
+    command = [sys.executable, str(ROOT / "mixmix.py"), "--task", "synth", *command_line(TINY), "--out", str(folder), *flags]
     if processes > 1:
         command[:1] = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
@@ -246,7 +252,7 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
 def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
     data = make_folder(tmp_path / "data", 5, images=6, size=16)
     (data / "test").rename(data / "train")
-    fast = command_line(TINY | {"iterations": 2})
+    fast = ["--task", "synth", *command_line(TINY | {"iterations": 2})]
     plain = [item for item in fast if item not in ("--zoo", "tiny:net", "tiny:other", "--zoo-sample", "1")]
     plain += ["--arch", "tiny:net"]
     runs = {"mixmix": fast, "single": plain, "zeroq": plain, "noise": plain, "real": [*plain, "--data-dir", str(data)]}
@@ -255,7 +261,7 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
         images, labels, _ = read_images(tmp_path / name, config(**TINY))
         assert images.shape == (25, 3, 16, 16) and labels.bincount().tolist() == [5] * 5
     judge = ["--task", "evaluate", "--held-out", "tiny:other", "--images", *(str(tmp_path / name) for name in runs)]
-    judge += [*fast[: fast.index("--zoo")], "--zoo", "tiny:net", "--out", str(tmp_path / "evaluation")]
+    judge += [*fast[2 : fast.index("--zoo")], "--zoo", "tiny:net", "--out", str(tmp_path / "evaluation")]
     result = mixmix.main(judge)
     assert result == json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     (zoo, _), (images, labels, _) = load_zoo(["tiny:net"], config(**TINY)), read_images(tmp_path / "noise", config(**TINY))
@@ -267,9 +273,88 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
     assert "tiny:other (held out)" in out and "Inception Score" in out
 
 
+@pytest.mark.parametrize("arch, names", [
+    ("resnet20", ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)), "fc"]),
+    ("mobilenet_v2", ["features.0.0", *(f"features.{i}" for i in range(1, 18)), "features.18.0", "classifier.1"]),
+    ("vgg11_bn_x0_25", [f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22, 25)] + ["fc"]),
+])  # fmt: skip
+def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names):
+    torch.manual_seed(0)
+    net = trained(build(arch, 5, 16), steps=1)
+    folded = fold_batchnorm(net)
+    blocks = find_blocks(quantize(folded, 4, 4), net)
+    assert [block.name for block in blocks] == names
+    x = images = torch.randn(2, 3, 16, 16)
+    for block in blocks:
+        x = block(x, dict(folded.named_modules()), quantize_activations=False)
+    torch.testing.assert_close(x, net(images), atol=1e-4, rtol=1e-4)
+    student = quantize(folded, 4, 4)
+    observe(student, True)
+    student(images)
+    observe(student, False)
+    x = images
+    for block in find_blocks(student, net):
+        x = block(x, dict(student.named_modules()))
+    assert torch.equal(x, student(images)) and not torch.equal(x, folded(images))
+
+
+PTQ = {"wbits": 2, "abits": 8, "weight_iterations": 300, "step_iterations": 20, "lr_rounding": 0.01}
+PTQ |= {"device": "cpu", "precision": "fp32", "dataset": "folder", "num_classes": 5, "image_size": 16, "zoo": ["tiny:net"]}
+
+
+def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
+    images = torch.randn(128, 3, 16, 16)
+    learned, nearest = (compress(net, config(**PTQ | {"weight_iterations": n}), images=images) for n in (300, 0))
+    seen = []
+    for student in (learned, nearest):
+        modules = dict(student.named_modules())
+        block = find_blocks(student, net)[1]
+        x = images
+        for before in find_blocks(student, net)[:1]:
+            x = before(x, modules, quantize_activations=False)
+        full = dict(fold_batchnorm(net).named_modules())
+        target = block(find_blocks(student, net)[0](images, full, False), full, False)
+        seen.append((block(x, modules, quantize_activations=False) - target).square().mean().item())
+    assert seen[0] < 0.7 * seen[1]
+    layers = [layer for _, layer in quantized_layers(learned)]
+    assert [layer.bits for layer in layers] == [8, 2, 2, 8] and all(layer.packed for layer in layers)
+    for layer in layers:
+        assert all(len(row.unique()) <= 2**layer.bits for row in layer.weight.flatten(1))
+    acts = [act for _, act in quantized_activations(learned)]
+    assert all(act.seen and act.scale > 0 for act in acts) and [act.bits for act in acts] == [8, 8, 8]
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_ptq_run_interrupted_at_any_block_gives_the_same_file(tmp_path, monkeypatch):
+    settings = PTQ | {"weight_iterations": 3, "step_iterations": 3, "data_source": "noise", "count": 64}
+    flags = [*command_line({name: value for name, value in settings.items() if name != "zoo"}), "--arch", "tiny:net"]
+    result = mixmix.main([*flags, "--out", str(tmp_path / "whole")])
+    assert result["data_source"] == "noise" and result["images_used"] == 64 and result["last_top1"] is None
+    for name in ("reconstruct_weights", "reconstruct_steps"):  # stopped at the second call of either
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            calls, real = [], getattr(mixmix, name)
+
+            def stop(*arguments, calls=calls, real=real):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+
+            patched.setattr(mixmix, name, stop)
+            mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    assert not (tmp_path / "stopped" / "quantized.pt").exists()
+    mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    again = mixmix.main(["--eval", str(tmp_path / "whole" / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)])
+    loaded = load_quantized(tmp_path / "whole" / "quantized.pt", tiny.net())
+    assert again["images"] == 20 and [layer.bits for _, layer in quantized_layers(loaded)] == [8, 2, 2, 8]
+
+
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny = command_line(TINY)
+    tiny = ["--task", "synth", *command_line(TINY)]
     np.savez(tmp_path / "other.npz", images=np.zeros((2, 3, 8, 8)), labels=np.zeros(2, int), mean=[0.0] * 3, std=[1.0] * 3)
     (tmp_path / "damaged.npz").write_bytes(b"PK")
     for arguments, words in [
@@ -284,7 +369,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--data-source", "single"], "--data-source single inverts --arch alone"),
         ([*tiny, "--data-source", "real"], "needs training images; give --data-dir"),
         ([*tiny, "--low-iterations", 7], "--low-iterations is 7; give 0 to --iterations, 6"),
-        ([*tiny, "--task", "evaluate"], "evaluate needs images"),
+        ([*tiny, "--task", "evaluate"], "evaluate needs some"),
         ([*tiny, "--task", "evaluate", "--images", "absent"], "--images absent is not a file or a finished run"),
         ([*tiny, "--task", "evaluate", "--images", "damaged.npz"], "--images damaged.npz is damaged"),
         ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has 8-pixel images of labels up to 0"),

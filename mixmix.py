@@ -47,15 +47,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.data import load_training_images
-from common.models import ASSETS, input_channels, load_teacher, probe
+from common.models import ASSETS, fit, input_channels, load_teacher, probe, read_weights
 from common.ops import box_mix
-from common.quant import AdaRound, LearnedStep, QuantAct, fold_batchnorm, quantize
+from common.quant import (
+    AdaRound,
+    LearnedStep,
+    LearnedWeight,
+    QuantAct,
+    fold_batchnorm,
+    quantize,
+    quantized_activations,
+    quantized_layers,
+)
 from common.run import (
     Parser,
     Run,
@@ -600,6 +611,18 @@ def find_blocks(student, teacher):
     return blocks
 
 
+def raise_ends(student, cfg):
+    """Give the first and the last layer of a traced network, and the activation behind the first, --ends-bits (BRECQ, LSQ);
+    returns the names of all layers in order."""
+    modules = dict(student.named_modules())
+    called = [(n.target, modules[n.target]) for n in student.graph.nodes if n.op == "call_module"]
+    layers = [name for name, module in called if isinstance(module, (nn.Conv2d, nn.Linear))]
+    behind = called[[name for name, _ in called].index(layers[0]) :]
+    for module in (modules[layers[0]], modules[layers[-1]], next(m for _, m in behind if isinstance(m, QuantAct))):
+        module.bits = max(module.bits, cfg.ends_bits)
+    return layers
+
+
 def in_parts(function, x, size=256):
     """function(x), in parts of `size` images, without gradients."""
     with torch.no_grad():
@@ -640,10 +663,18 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
         progress()
 
 
+def begin_steps(forward, steps):
+    """Let each `LearnedStep` take its range from what reaches it in one forward pass."""
+    hooks = [step.register_forward_pre_hook(lambda step, args: step.begin(args[0])) for step in steps]
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()
+
+
 def reconstruct_steps(block, steps, modules, x, target, cfg, progress):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
-    block(x[:64], modules | steps)  # sets the ranges
     optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
     for _ in range(cfg.step_iterations):
@@ -679,11 +710,7 @@ def ptq(teacher, images, cfg, run):
     blocks = find_blocks(student, teacher)
     full = dict(run.place(folded).named_modules())
     modules = dict(run.place(student).named_modules())
-    kinds = [(n.target, modules[n.target]) for n in student.graph.nodes if n.op == "call_module"]
-    layers = [name for name, module in kinds if isinstance(module, (nn.Conv2d, nn.Linear))]
-    behind = kinds[[name for name, _ in kinds].index(layers[0]) :]
-    for module in (modules[layers[0]], modules[layers[-1]], next(m for _, m in behind if isinstance(m, QuantAct))):
-        module.bits = max(module.bits, cfg.ends_bits)
+    layers = raise_ends(student, cfg)
     run.start()
     bar = tqdm(total=len(blocks) * (cfg.weight_iterations + cfg.step_iterations), unit="it", disable=run.folder is None)
 
@@ -729,6 +756,7 @@ def ptq(teacher, images, cfg, run):
 
         def stepped(block=block, x_full=x_full, target=target):
             steps = {name: LearnedStep(act.bits).to(run.device) for name, act in calls(block, QuantAct).items()}
+            begin_steps(lambda: block(x_full[:64], modules | steps), steps.values())
             if steps:
                 reconstruct_steps(block, steps, modules, x_full, target, cfg, bar.update)
             return {name: (step.scale.detach(), step.zero_point) for name, step in steps.items()}
@@ -740,17 +768,307 @@ def ptq(teacher, images, cfg, run):
     return student
 
 
-def compress(teacher, cfg, run=None, images=None):
-    """Quantize a network with images that exist already, or with those that `cfg` asks for.
+# --------------------------------------------------------------------------------------- quantization-aware training
+
+
+def feature_loss(ours, theirs):
+    """How far the students' block outputs are from the teacher's: mean over the blocks of the mean squared difference over
+    the variance of the teacher's. Lists of (B, ...)."""
+    return torch.stack([F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]).mean()
+
+
+def qat(teacher, images, cfg, run):
+    """Quantization-aware training with learned step sizes (LSQ; Sec. 5.2): one step per weight tensor and activation, the
+    full-precision network as the teacher, by its softened outputs and by the outputs of its blocks.
+
+    Open in the paper, chosen here: SGD with momentum 0.9 and a cosine decay, as LSQ has it; BatchNorm statistics stay fixed,
+    for those of synthetic images are no better; the feature loss normalised by the teacher's variance; no labels.
+    Arguments and result as `ptq`.
+    """
+    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
+    student = run.place(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement))
+    if not isinstance(student, fx.GraphModule):
+        raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
+    blocks = find_blocks(student, teacher)
+    raise_ends(student, cfg)
+    for _, layer in quantized_layers(student):
+        register_parametrization(layer, "weight", LearnedWeight(layer.weight, layer.bits))
+        layer.packed = True  # its weight is quantized by the parametrization
+    steps = {name: LearnedStep(act.bits, lsq=True).to(run.device) for name, act in quantized_activations(student)}
+    for name, step in steps.items():
+        student.set_submodule(name, step)
+    full, modules, images = dict(teacher.named_modules()), dict(student.named_modules()), images.to(run.device)
+    begin_steps(lambda: student(images[: cfg.qat_batch_size]), steps.values())
+    scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
+    others = [p for name, p in student.named_parameters() if not name.endswith("scale")]
+    groups = [{"params": others, "weight_decay": cfg.qat_weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, cfg.qat_lr, momentum=0.9, nesterov=True, fused=run.fused)
+
+    def outputs(x, modules, quantized):
+        """What each block sends; the last sends the logits."""
+        sent = []
+        for block in blocks:
+            x = block(x, modules, quantized)
+            sent.append(x)
+        return sent
+
+    def iteration():
+        x = images[torch.randint(len(images), (cfg.qat_batch_size,), device=run.device)]
+        with run.autocast():
+            with torch.no_grad():
+                theirs = outputs(x, full, False)
+            ours = outputs(x, modules, True)
+        p, q = (F.log_softmax(sent[-1].float() / cfg.temperature, 1) for sent in (theirs, ours))
+        kd = cfg.temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+        features = feature_loss(ours[:-1], theirs[:-1])
+        run.update(optimizer, kd + cfg.feature_weight * features)
+        run.log(kd=kd, features=features)
+
+    step = run.capture(iteration, optimizer)
+    for epoch in run.epochs(cfg.epochs, student, None, optimizer=optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
+        for _ in run.steps():
+            step()
+    for _, layer in quantized_layers(student):
+        learned, weight = layer.parametrizations.weight[0], layer.weight.detach()
+        remove_parametrizations(layer, "weight")
+        column = (len(weight),) + (1,) * (weight.ndim - 1)
+        layer.pack(weight, *(value.detach().expand(column).clone() for value in (learned.scale, learned.zero_point)))
+    for name, step in steps.items():
+        act = QuantAct(step.bits).to(run.device)
+        act.fix(step.scale, step.zero_point)
+        student.set_submodule(name, act)
+    return student.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------ pruning
+
+
+def least_squares(inputs, targets, keep, ridge):
+    """Weights and intercept with the smallest squared error: targets ~ inputs @ weights.T + intercept (He et al., ICCV 2017).
+
+    Args:
+        inputs: (N, D).
+        targets: (N, O).
+        keep: bool (O, D), which weights there are; the others are 0.
+        ridge: added to the diagonal of the inputs' covariance, relative to its mean.
+
+    Returns:
+        weights (O, D), intercept (O,), float32.
+    """
+    x, y = inputs.double(), targets.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    covariance, products = (x - x_mean).T @ (x - x_mean), (x - x_mean).T @ (y - y_mean)
+    covariance += ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance), device=x.device)
+    weights = torch.zeros(len(keep), x.shape[1], dtype=x.dtype, device=x.device)
+    if keep.all():
+        weights = torch.linalg.solve(covariance, products).T
+    else:
+        for row, kept in enumerate(keep):
+            chosen = kept.nonzero()[:, 0]
+            weights[row, chosen] = torch.linalg.solve(covariance[chosen][:, chosen], products[chosen, row])
+    return weights.float(), (y_mean - weights @ x_mean).float()
+
+
+def patches(layer, x, places):
+    """What each output of a layer sees.
+
+    Args:
+        layer: nn.Conv2d or nn.Linear.
+        x: its input, (B, C, H, W) or (B, D).
+        places: int64 (B, P), output pixels; nothing for a linear layer.
+
+    Returns:
+        (groups, B * P, D).
+    """
+    if isinstance(layer, nn.Linear):
+        return x[None]
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, D, pixels)
+    columns = columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+    return columns.view(len(columns), layer.groups, -1).movedim(1, 0)
+
+
+def observe_layer(name, full, pruned, images, cfg):
+    """Inputs of a layer in the pruned network and its outputs in the full one, at the same random pixels of each image."""
+    layer, reference = pruned.get_submodule(name), full.get_submodule(name)
+    inputs, targets, seen = [], [], {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
+        reference.register_forward_hook(lambda *args: seen.update(y=args[2])),
+    ]
+    with torch.no_grad():
+        for part in images.split(64):
+            pruned(part)
+            full(part)
+            x, y, places = seen["x"], seen["y"], None
+            if y.ndim == 4:
+                count = y.shape[2] * y.shape[3]
+                places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
+                y = y.flatten(2).gather(2, places[:, None].expand(-1, y.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+            inputs.append(patches(layer, x, places))
+            targets.append(y)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(inputs, 1), torch.cat(targets)
+
+
+def refit(name, full, pruned, images, keep, cfg):
+    """Reconstruct a layer's weights from images, so that it answers as the full network's on the pruned one's inputs.
+
+    Args:
+        name: of the layer in both networks.
+        full, pruned: traced, BatchNorms folded.
+        images: (N, channels, H, W).
+        keep: bool, of the shape of the pruned layer's weight: which of them there are.
+    """
+    layer = pruned.get_submodule(name)
+    inputs, targets = observe_layer(name, full, pruned, images, cfg)
+    groups = len(inputs)
+    keep = keep.flatten(1).view(groups, -1, inputs.shape[2])
+    rows = targets.view(len(targets), groups, -1)
+    solved = [least_squares(inputs[g], rows[:, g], keep[g], cfg.ridge) for g in range(groups)]
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([weights for weights, _ in solved]).view_as(layer.weight))
+        layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
+
+
+CHANNELWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardswish,
+    nn.SiLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+
+
+def removable(network):
+    """The convolutions of a traced network whose channels can go: all that a channel goes through, up to the convolutions
+    that take it, works on that channel alone (activations, pooling, depthwise convolutions). What a residual sum, a
+    concatenation or the classifier takes stays whole.
+
+    Returns:
+        Dict of producer -> (depthwise convolutions on the way, consumers), names.
+    """
+    modules, found = dict(network.named_modules()), {}
+    for node in network.graph.nodes:
+        producer = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(producer, nn.Conv2d) or producer.groups > 1:
+            continue
+        way, consumers, ahead = [], [], list(node.users)
+        while ahead:
+            user = ahead.pop()
+            module = modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
+                consumers.append(user.target)
+                continue
+            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+            if not depthwise and not isinstance(module, CHANNELWISE) and user.target not in (F.relu, torch.relu, F.relu6):
+                break
+            way += [user.target] if depthwise else []
+            ahead += user.users
+        else:
+            if consumers:
+                found[node.target] = way, consumers
+    return found
+
+
+def remove_channels(network, producer, way, consumers, keep):
+    """Remove the channels of `producer` that are not in `keep`, int64 indices, from it and from all that takes them."""
+    for name in (producer, *way):
+        layer = network.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach()[keep], requires_grad=False)
+        layer.bias = nn.Parameter(layer.bias.detach()[keep], requires_grad=False)
+        layer.out_channels = len(keep)
+        if name in way:
+            layer.in_channels = layer.groups = len(keep)
+    for name in consumers:
+        layer = network.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach()[:, keep], requires_grad=False)
+        layer.in_channels = len(keep)
+
+
+def prune(teacher, images, cfg, run):
+    """L1 magnitude pruning and reconstruction of the layers' outputs by least squares (Sec. 5.3), without fine-tuning.
+
+    --prune unstructured: in every convolution and linear layer the share --sparsity of its weights, those of least magnitude,
+    becomes 0. structured: of every convolution in `removable` that share of the channels is removed, those whose filters
+    have the smallest L1 norms. Either way the weights of the layer, or of those that took the channels, are solved for anew,
+    with an intercept, one after the other, at --points random pixels of each image; a small ridge keeps the solution tame
+    where pixels are few. Arguments as `ptq`.
+
+    Returns:
+        The pruned network, traced, its BatchNorms folded.
+    """
+    full = run.place(fold_batchnorm(copy.deepcopy(teacher).cpu()))
+    pruned, images = copy.deepcopy(full), images.to(run.device)
+    torch.manual_seed(cfg.seed)
+    layers = [name for name, module in pruned.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for name in layers:
+        for network in (full, pruned):
+            if (layer := network.get_submodule(name)).bias is None:
+                layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+    ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
+    quiet = run.folder is None
+    if cfg.prune == "unstructured":
+        for name in tqdm(ordered, desc="layers", disable=quiet):
+            layer = pruned.get_submodule(name)
+            magnitude = layer.weight.abs()
+            rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
+            keep = rank >= round(cfg.sparsity * magnitude.numel())
+            layer.weight.mul_(keep)
+            if not cfg.no_refit:
+                refit(name, full, pruned, images, keep, cfg)
+        return pruned
+    for producer, (way, consumers) in tqdm(removable(pruned).items(), desc="convolutions", disable=quiet):
+        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
+        keep = norms.argsort(descending=True)[: len(norms) - round(cfg.sparsity * len(norms))].sort().values
+        remove_channels(pruned, producer, way, consumers, keep)
+        for name in sorted(consumers, key=ordered.index):
+            if not cfg.no_refit:
+                refit(name, full, pruned, images, torch.ones_like(pruned.get_submodule(name).weight, dtype=torch.bool), cfg)
+    return pruned
+
+
+def load_pruned(path, model):
+    """A pruned network from its student.pt.
+
+    Args:
+        path: of a run with --task prune.
+        model: an untrained instance of the architecture.
+
+    Returns:
+        The network in eval mode, traced, its BatchNorms folded, with the channels that are left.
+    """
+    state, network = read_weights(path), fold_batchnorm(model)
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and f"{name}.weight" in state:
+            weight = state[f"{name}.weight"]
+            layer.weight, layer.bias = (
+                nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias")
+            )
+            if isinstance(layer, nn.Conv2d):
+                layer.groups = len(weight) if layer.groups > 1 and layer.groups == layer.in_channels else layer.groups
+                layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+    fit(network, state, path)
+    return network.eval()
+
+
+def compress(teacher, images, cfg, run=None):
+    """Quantize or prune a network, as --task says, with images.
 
     Args:
         teacher: a trained classifier with BatchNorm2d that can be traced; left as it is.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the task; by default nothing is written or shown, and `images` must be given.
+        run: what surrounds the task; by default nothing is written or shown.
         images: (N, channels, H, W), normalised for the teacher.
 
     Returns:
-        The quantized network, in eval mode, its BatchNorms folded.
+        The quantized or pruned network, in eval mode; but for "qat" its BatchNorms are folded.
 
     Raises:
         InputError: a network that cannot be traced or quantized.
@@ -759,19 +1077,27 @@ def compress(teacher, cfg, run=None, images=None):
     probe(teacher, cfg.num_classes, cfg.image_size)
     run.announce(f"{cfg.task} with {len(images):,} images")
     began = time.time()
-    student = ptq(teacher, images, cfg, run)
-    run.seconds, run.peak = time.time() - began, peak_memory(run.device)
-    run.iterations = cfg.weight_iterations + cfg.step_iterations
-    run.measure("last_top1", student)
+    student = {"ptq": ptq, "qat": qat, "prune": prune}[cfg.task](teacher, images, cfg, run)
+    if cfg.task != "qat":  # which has epochs
+        run.seconds, run.peak = time.time() - began, peak_memory(run.device)
+        run.measure("last_top1", student)
+    example = torch.zeros(1, *images.shape[1:], device=run.device)
+    for name, network in (("flops_fp32", teacher), ("flops", student)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(example.to(next(network.parameters()).device))
+        run.record(**{name: counter.get_total_flops()})
+    if cfg.task == "prune":
+        weights = torch.cat([p.detach().flatten() for p in student.parameters() if p.ndim > 1])
+        run.record(weights=len(weights), zero_weights=int((weights == 0).sum()))
     return student
 
 
 def find_images(cfg, run):
     """The images to compress with, normalised as `cfg` says: those of --images, or new ones in the run's folder."""
     source = cfg.images and cfg.images[0]
+    run.start()
     if source is None:
         source = run.folder / "images"
-        run.start()
         own = {"out": str(source), "task": "synth", "mean": None, "std": None, "capture": "auto"}
         synthesize(argparse.Namespace(**vars(cfg) | own))
     images, labels, (mean, std) = read_images(source, cfg)
@@ -787,10 +1113,10 @@ def find_images(cfg, run):
 
 
 def parser():
-    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate"))
+    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune"))
     add = p.add_argument_group("MixMix").add_argument
-    tasks = "post-training quantization; only make images; see what networks make of images"
-    add("--task", choices=("ptq", "synth", "evaluate"), default="ptq", help=tasks)
+    tasks = "post-training quantization, quantization-aware training, pruning; only make images; see what networks make of them"
+    add("--task", choices=("ptq", "qat", "prune", "synth", "evaluate"), default="ptq", help=tasks)
     add("--data-source", choices=SOURCES, default="mixmix", help="of the images; see the top of mixmix.py")
     add("--images", nargs="+", metavar="FILE|RUN", help="images that are there already: images.npz or the run that made them")
     names = "names, arch=weights or package.module:factory"
@@ -831,6 +1157,20 @@ def parser():
     add("--lr-rounding", type=float, default=1e-3, help="learning rate of the rounding (Adam)")
     add("--lr-step", type=float, default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
     add("--rounding-weight", type=float, default=0.01, help="weight of the regulariser that decides the rounding")
+    add = p.add_argument_group("quantization-aware training (LSQ)").add_argument
+    add("--qat-steps", type=int, default=44000, help="steps")
+    add("--qat-batch-size", type=int, default=128, help="images per step")
+    add("--qat-lr", type=float, help="peak learning rate (SGD, cosine decay; default: 0.01, mobilenet_v2 0.001)")
+    add("--qat-weight-decay", type=float, help="of all but the step sizes (default: 1e-4, mobilenet_v2 0)")
+    add("--temperature", type=float, default=3.0, help="tau of the distillation loss")
+    add("--feature-weight", type=float, default=1.0, help="weight of the intermediate feature loss")
+    add = p.add_argument_group("pruning").add_argument
+    add("--prune", choices=("unstructured", "structured"), default="unstructured", help="single weights, or whole channels")
+    add("--sparsity", type=float, help="share that goes (default: unstructured 0.5, structured 0.2)")
+    add("--points", type=int, default=10, help="pixels per image for the least-squares reconstruction")
+    add("--ridge", type=float, default=1e-4, help="of the least-squares reconstruction, relative to the inputs' variance")
+    add("--no-refit", action="store_true", help="no reconstruction")
+    add = p.add_argument_group("both quantizations").add_argument
     add("--ends-bits", type=int, default=8, help="of the first and the last layer's weights and of the first activation")
     return p
 
@@ -862,10 +1202,15 @@ def _complete(cfg):
         )
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
-    if cfg.task == "ptq" and cfg.capture == "auto":
+    if cfg.task in ("ptq", "prune") and cfg.capture == "auto":
         cfg.capture = "none"
-    # what a Run reads: an epoch is a batch
-    cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations
+    mobile = cfg.arch.startswith("mobilenet_v2")
+    fill_in(cfg, {"qat_lr": 1e-3 if mobile else 0.01, "qat_weight_decay": 0.0 if mobile else 1e-4})
+    fill_in(cfg, {"sparsity": 0.5 if cfg.prune == "unstructured" else 0.2})
+    cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations  # what a Run reads: an epoch is a batch
+    if cfg.task == "qat":
+        cfg.iters = min(500, cfg.qat_steps)
+        cfg.epochs = math.ceil(cfg.qat_steps / cfg.iters)
     return cfg
 
 
@@ -896,7 +1241,7 @@ def main(argv=None):
             raise InputError(f"--task {cfg.task} runs in one process and there are {world}; make the images with --task synth")
         teacher, run = prepare(cfg)
         images = find_images(cfg, run)
-        return finish(run, teacher, compress(teacher, cfg, run, images), images, folded=True)
+        return finish(run, teacher, compress(teacher, images, cfg, run), images, folded=cfg.task == "ptq")
 
 
 if __name__ == "__main__":

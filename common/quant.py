@@ -370,26 +370,78 @@ class AdaRound(nn.Module):
         return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
 
 
-class LearnedStep(nn.Module):
-    """Activations with a learned step size (LSQ; Esser et al., ICLR 2020); its first batch sets the range, by search."""
+def learned_step(x, scale, zero_point, bits):
+    """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
+    the range, the end's code outside. Values outside have no gradient.
 
-    def __init__(self, bits):
+    Args:
+        x: float tensor.
+        scale: scalar, learned.
+        zero_point: integer-valued scalar.
+        bits: codes 0 ... 2^bits - 1.
+    """
+    v = x / scale
+    nearest = torch.round(v.detach())
+    steps = nearest.clamp(-zero_point, 2**bits - 1 - zero_point)
+    return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
+
+
+def _calmed(scale, count, bits):
+    """`scale` with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
+    factor = (count * (2**bits - 1)) ** -0.5
+    return (scale - scale * factor).detach() + scale * factor
+
+
+class LearnedStep(nn.Module):
+    """Activations with a learned step size; the first batch sets it.
+
+    Args:
+        bits: 2 to 8.
+        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and calms its gradient; else the range is searched (BRECQ).
+    """
+
+    def __init__(self, bits, lsq=False):
         super().__init__()
-        self.bits, self.ready = bits, False
+        self.bits, self.lsq = bits, lsq
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("ready", torch.tensor(False))
+
+    @torch.no_grad()
+    def begin(self, x):
+        """Take the range of `x`."""
+        x = x.detach().float()
+        if self.lsq:
+            self.zero_point.fill_(2 ** (self.bits - 1) if x.min() < 0 else 0)
+            self.scale.copy_(2 * x.abs().mean() / (2**self.bits - 1 - self.zero_point) ** 0.5)
+        else:
+            scale, zero_point = search_parameters(x.flatten()[None], self.bits)
+            self.scale.copy_(scale[0, 0])
+            self.zero_point.copy_(zero_point[0, 0])
+        self.ready.fill_(True)
 
     def forward(self, x):
-        if not self.ready:
-            with torch.no_grad():
-                scale, zero_point = search_parameters(x.detach().float().flatten()[None], self.bits)
-                self.scale.copy_(scale[0, 0])
-                self.zero_point.copy_(zero_point[0, 0])
-            self.ready = True
-        v = x / self.scale
-        nearest = torch.round(v.detach())
-        steps = nearest.clamp(-self.zero_point, 2**self.bits - 1 - self.zero_point)
-        return torch.where(steps == nearest, v + (steps - v).detach(), steps) * self.scale
+        scale = _calmed(self.scale, x[0].numel(), self.bits) if self.lsq else self.scale
+        return learned_step(x.float(), scale, self.zero_point, self.bits)
+
+
+class LearnedWeight(nn.Module):
+    """A parametrization: signed weights of one learned step per layer (LSQ).
+
+    Args:
+        weight: what the layer has, from which the step begins.
+        bits: 2 to 8.
+    """
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1)))
+        self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
+
+    def forward(self, weight):
+        scale = _calmed(self.scale, weight.numel(), self.bits - 1)
+        return learned_step(weight, scale, self.zero_point, self.bits)
 
 
 class _FunctionFinder(TorchFunctionMode):

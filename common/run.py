@@ -50,7 +50,9 @@ RANGES = {  # of the arguments that have one, where a script has them
     "beta2": (0, 0.9999999),
     **dict.fromkeys(("weight_iterations", "step_iterations"), (0, 10**9)),
     **dict.fromkeys(("lr_rounding", "lr_step", "rounding_weight"), (0, 1e30)),
-    "ptq_batch_size": (1, 10**6),
+    **dict.fromkeys(("ptq_batch_size", "qat_batch_size", "qat_steps", "points"), (1, 10**9)),
+    **dict.fromkeys(("qat_lr", "qat_weight_decay", "feature_weight", "ridge"), (0, 1e30)),
+    "sparsity": (0, 0.99),
     "ends_bits": (2, 8),
     **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
 }

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
 from test_data import make_folder
+from torch import nn
 
 import mixmix
 from common import InputError
@@ -20,7 +21,7 @@ from common.bns import BatchNormStatistics
 from common.export import load_quantized
 from common.models import build
 from common.ops import box_mix
-from common.quant import fold_batchnorm, observe, quantize, quantized_activations, quantized_layers
+from common.quant import QuantConv2d, fold_batchnorm, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from mixmix import (
     LossWeights,
@@ -28,16 +29,21 @@ from mixmix import (
     compress,
     config,
     draw_boxes,
+    feature_loss,
     find_blocks,
     image_prior,
     inception_score,
     invert,
     jitter,
+    least_squares,
+    load_pruned,
     load_zoo,
     make_labels,
     mixed_cross_entropy,
     mixmix_loss,
+    patches,
     read_images,
+    removable,
 )
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 10, "count": 25, "iterations": 6}
@@ -304,7 +310,7 @@ PTQ |= {"device": "cpu", "precision": "fp32", "dataset": "folder", "num_classes"
 
 def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
     images = torch.randn(128, 3, 16, 16)
-    learned, nearest = (compress(net, config(**PTQ | {"weight_iterations": n}), images=images) for n in (300, 0))
+    learned, nearest = (compress(net, images, config(**PTQ | {"weight_iterations": n})) for n in (300, 0))
     seen = []
     for student in (learned, nearest):
         modules = dict(student.named_modules())
@@ -350,6 +356,138 @@ def test_a_ptq_run_interrupted_at_any_block_gives_the_same_file(tmp_path, monkey
     again = mixmix.main(["--eval", str(tmp_path / "whole" / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)])
     loaded = load_quantized(tmp_path / "whole" / "quantized.pt", tiny.net())
     assert again["images"] == 20 and [layer.bits for _, layer in quantized_layers(loaded)] == [8, 2, 2, 8]
+
+
+QAT = {"task": "qat", "wbits": 3, "abits": 4, "qat_steps": 40, "qat_batch_size": 16, "device": "cpu", "precision": "fp32"}
+QAT |= {"dataset": "folder", "num_classes": 5, "image_size": 16, "zoo": ["tiny:net"], "qat_lr": 0.02}
+
+
+def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
+    torch.manual_seed(0)
+    images, losses = torch.randn(64, 3, 16, 16), []
+    for steps in (1, 600):
+        cfg = config(**QAT | {"qat_steps": steps}, capture="none")
+        run = Run(cfg)
+        student = compress(net, images, cfg, run)
+        losses.append((student(images) - net(images)).square().mean().item())
+    assert losses[1] < 0.5 * losses[0] and run.iterations == 1000 and {"kd", "features"} < set(run.history[-1])
+    layers = quantized_layers(student)
+    assert [layer.bits for _, layer in layers] == [8, 3, 3, 8] and [a.bits for _, a in quantized_activations(student)] == [
+        8,
+        4,
+        4,
+    ]
+    assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
+    assert (
+        type(layers[1][1]) is QuantConv2d and not net.training and torch.equal(student.bn1.running_mean, net.bn1.running_mean)
+    )
+
+
+def test_feature_loss_is_relative_to_the_teachers_variance():
+    ours, theirs = [torch.randn(4, 3), torch.randn(4, 2, 5)], [torch.randn(4, 3), 9 * torch.randn(4, 2, 5)]
+    expected = sum(((a - b) ** 2).mean() / b.var() for a, b in zip(ours, theirs)) / 2
+    assert feature_loss(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["qat", "prune"])
+def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task):
+    flags = {**{name: value for name, value in QAT.items() if name not in ("zoo", "qat_steps")}, "task": task}
+    flags = [*command_line(flags | {"qat_steps": 4, "data_source": "noise", "count": 40}), "--arch", "tiny:net"]
+    images, run = tmp_path / "images", tmp_path / "run"
+    mixmix.main([*flags, "--task", "synth", "--out", str(images)])
+    result = mixmix.main([*flags, "--images", str(images), "--out", str(run)])
+    assert result["data_source"] == str(images) and result["images_used"] == 40 and result["flops"] == result["flops_fp32"]
+    if task == "qat":
+        loaded = load_quantized(run / "quantized.pt", tiny.net())
+        assert [layer.bits for _, layer in quantized_layers(loaded)] == [8, 3, 3, 8]
+    else:
+        loaded = load_pruned(run / "student.pt", tiny.net())
+        assert result["zero_weights"] / result["weights"] == pytest.approx(0.5, abs=0.01) and result["wbits"] is None
+    x = torch.randn(8, 3, 16, 16)
+    cfg = mixmix.parse_args([*flags, "--images", str(images)])
+    cfg.mean, cfg.std = result["arguments"]["mean"], result["arguments"]["std"]
+    again = compress(tiny.net(), read_images(images, cfg)[0], cfg)
+    torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-4)
+
+
+def test_least_squares_against_numpys(net):
+    rng = np.random.default_rng(0)
+    x, true = rng.normal(size=(60, 7)), rng.normal(size=(3, 7))
+    y = x @ true.T + 2 + 0.1 * rng.normal(size=(60, 3))
+    keep = rng.random((3, 7)) < 0.6
+    for mask in (keep, np.ones((3, 7), bool)):
+        weights, intercept = least_squares(*map(torch.from_numpy, (x, y)), torch.from_numpy(mask), 0.0)
+        for row in range(3):
+            columns = np.concatenate([x[:, mask[row]], np.ones((60, 1))], 1)
+            expected = np.linalg.lstsq(columns, y[:, row], rcond=None)[0]
+            np.testing.assert_allclose(weights[row].numpy()[mask[row]], expected[:-1], atol=1e-5)
+            assert intercept[row].item() == pytest.approx(expected[-1], abs=1e-5) and not weights[row].numpy()[~mask[row]].any()
+    tamed, _ = least_squares(torch.randn(4, 7), torch.randn(4, 3), torch.ones(3, 7, dtype=torch.bool), 1.0)  # fewer rows
+    assert tamed.isfinite().all() and tamed.abs().max() < 3
+
+
+CONVS = [(4, 6, 3, 2, 1), (4, 8, (3, 1), 1, (1, 0), 1, 2), (4, 4, 3, 1, 2, 2, 4)]  # a stride, groups, depthwise with holes
+
+
+@pytest.mark.parametrize("layer", [*(nn.Conv2d(*settings) for settings in CONVS), nn.Linear(5, 3)])
+def test_patches_are_what_each_output_sees(layer):
+    x = torch.randn(3, 5) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 9, 9)
+    y, places = layer(x), None
+    if y.ndim == 4:
+        count = y.shape[2] * y.shape[3]
+        places = torch.rand(3, count).argsort(1)[:, :5]
+        y = y.flatten(2).gather(2, places[:, None].expand(-1, y.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+    seen, groups = patches(layer, x, places), getattr(layer, "groups", 1)
+    weights = layer.weight.flatten(1).view(groups, -1, seen.shape[2])
+    ours = torch.cat([seen[g] @ weights[g].T for g in range(groups)], 1) + layer.bias
+    torch.testing.assert_close(ours, y, atol=1e-5, rtol=1e-5)
+
+
+def test_unstructured_pruning_and_its_reconstruction(net):
+    torch.manual_seed(0)
+    images, outputs = torch.randn(128, 3, 16, 16), []
+    for no_refit in (True, False):
+        pruned = compress(net, images, config(**QAT | {"task": "prune"}, no_refit=no_refit))
+        outputs.append((pruned(images) - net(images)).square().mean().item())
+        for name in ("conv1", "conv2", "conv3", "fc"):
+            weight = pruned.get_submodule(name).weight
+            assert (weight == 0).sum() == round(0.5 * weight.numel())
+    kept, magnitude = pruned.conv2.weight != 0, fold_batchnorm(net).conv2.weight.abs()
+    assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
+
+
+def test_only_channels_without_a_residual_sum_are_removed():
+    found = removable(fold_batchnorm(build("resnet20", 5, 16)))
+    assert found == {f"layer{i}.{j}.conv1": ([], [f"layer{i}.{j}.conv2"]) for i in (1, 2, 3) for j in (0, 1, 2)}
+    mobile = removable(fold_batchnorm(build("mobilenet_v2", 5, 16)))
+    assert (
+        mobile["features.2.conv.0.0"] == (["features.2.conv.1.0"], ["features.2.conv.2"]) and "features.2.conv.2" not in mobile
+    )
+    assert list(removable(fold_batchnorm(build("vgg11_bn_x0_25", 5, 16)))) == [
+        f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22)
+    ]
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "mobilenet_v2"])
+def test_a_network_without_channels_computes_what_it_does_with_them_silenced(arch, tmp_path):
+    torch.manual_seed(0)
+    net = trained(build(arch, 5, 16), steps=2)
+    images = torch.randn(16, 3, 16, 16)
+    cfg = config(**QAT | {"task": "prune"}, prune="structured", sparsity=0.25, no_refit=True)
+    run = Run(cfg)
+    pruned, silenced, full = compress(net, images, cfg, run), fold_batchnorm(net), fold_batchnorm(net)
+    for producer, (way, _) in removable(silenced).items():
+        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
+        gone = norms.argsort()[: round(0.25 * len(norms))]
+        for name in (producer, *way):
+            silenced.get_submodule(name).weight[gone] = 0
+            silenced.get_submodule(name).bias[gone] = 0
+        assert pruned.get_submodule(producer).out_channels == len(norms) - len(gone)
+    torch.testing.assert_close(pruned(images), silenced(images), atol=1e-4, rtol=1e-3)
+    assert run.facts["flops"] < 0.9 * run.facts["flops_fp32"]
+    torch.save(pruned.state_dict(), tmp_path / "student.pt")
+    loaded = load_pruned(tmp_path / "student.pt", build(arch, 5, 16))
+    torch.testing.assert_close(loaded(images), pruned(images))
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):

@@ -11,12 +11,14 @@ from common.models import build
 from common.quant import (
     AdaRound,
     LearnedStep,
+    LearnedWeight,
     QuantAct,
     QuantConv2d,
     affine_parameters,
     channel_parameters,
     fake_quantize,
     fold_batchnorm,
+    learned_step,
     observe,
     quantize,
     quantized_activations,
@@ -209,7 +211,6 @@ def test_adaround_begins_with_the_weights_and_ends_on_codes():
 
 def test_learned_steps_have_the_gradient_of_lsq():
     act = LearnedStep(3)
-    act.ready = True
     with torch.no_grad():
         act.scale.fill_(0.4)
         act.zero_point.fill_(2.0)
@@ -227,9 +228,30 @@ def test_learned_steps_have_the_gradient_of_lsq():
     assert grad_x.tolist() == pytest.approx([0.0, 2.0, -1.0, 0.5, 3.0, 0.0])
     first = LearnedStep(4)
     batch = torch.rand(50)
-    first(batch)
+    first.begin(batch)
     scale, zero_point = search_parameters(batch[None], 4)
     assert first.scale.item() == scale.item() and first.zero_point.item() == zero_point.item()
+
+
+def test_lsq_begins_and_calms_its_steps_as_in_its_paper():
+    torch.manual_seed(0)
+    x, weight = torch.rand(3, 4, 5, 5), torch.randn(6, 4, 3, 3)
+    act, kernel = LearnedStep(4, lsq=True), LearnedWeight(weight, 4)
+    act.begin(x)
+    assert act.scale.item() == pytest.approx(2 * x.mean().item() / 15**0.5) and act.zero_point == 0
+    assert kernel.scale.item() == pytest.approx(2 * weight.abs().mean().item() / 7**0.5)
+    plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4)
+    expected = torch.autograd.grad(plain.sum(), scale)[0] / (4 * 5 * 5 * 15) ** 0.5
+    torch.testing.assert_close(torch.autograd.grad(act(x).sum(), act.scale)[0], expected, atol=1e-4, rtol=1e-4)
+    codes = kernel(weight) / kernel.scale
+    assert codes.min() >= -8 and codes.max() <= 7
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    plain = learned_step(weight, scale := kernel.scale.detach().clone().requires_grad_(), torch.tensor(8.0), 4)
+    expected = torch.autograd.grad(plain.sum(), scale)[0] / (weight.numel() * 7) ** 0.5
+    torch.testing.assert_close(torch.autograd.grad(kernel(weight).sum(), kernel.scale)[0], expected, atol=1e-4, rtol=1e-4)
+    signed = LearnedStep(4, lsq=True)
+    signed.begin(x - 0.5)
+    assert signed.zero_point == 8
 
 
 def test_folded_networks_compute_the_same(net):

@@ -4,7 +4,7 @@ Images are optimised until several trained networks at once see their labels in 
 stored (feature mixing), while parts of every image are covered by a shrunk other one (data mixing). Images made once serve
 to compress any network.
 
-    python mixmix.py --task synth --dataset cifar10 --count 1024
+    python mixmix.py --arch resnet20 --dataset cifar10 --bits 4
 
 Where the equations are:
     mixmix_loss              mean over m' models of lambda_1 L_CE + lambda_2 L_BN      Eq. 3, 6
@@ -15,6 +15,11 @@ Where the equations are:
     image_prior              total variation and L2 norm of the unmixed images         Sec. 3.1
     invert                   one batch of images                                       Algorithm 1
     evaluate                 accuracies, BN losses and Inception Scores of images      Tables 1 and 2
+    ptq                      post-training quantization by block reconstruction        Sec. 5.2, Table 3
+    qat                      quantization-aware training with learned steps            Sec. 5.2, Table 4
+    prune                    magnitude pruning with least-squares reconstruction       Sec. 5.3, Table 5
+    kd                       DAFL's distillation with the terms of Eq. 6               Sec. 5.4, Table 7
+    transfer                 images of one network, quantization of another            Sec. 5.5, Table 6
 
 No code of it was published; this is the first. What the paper leaves open, and what stands here:
 
@@ -54,9 +59,9 @@ from tqdm import tqdm
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.data import load_training_images
-from common.models import ASSETS, fit, input_channels, load_teacher, probe, read_weights
-from common.ops import box_mix
+from common.data import accuracy, load_test_set, load_training_images
+from common.models import ASSETS, SMALL_IMAGE, build, fit, input_channels, load_teacher, probe, read_weights
+from common.ops import box_mix, upsample_conv
 from common.quant import (
     AdaRound,
     LearnedStep,
@@ -401,6 +406,12 @@ def read_images(name, cfg):
             f"{cfg.image_size} pixels and {cfg.num_classes} classes"
         )
     return images, labels, normalisation
+
+
+def renormalise(images, before, after):
+    """Images (N, channels, H, W) normalised by (mean, std) `before`, as they are by `after`."""
+    (mean, std), (own_mean, own_std) = ((torch.tensor(values).view(-1, 1, 1) for values in n) for n in (before, after))
+    return images if before == after else (images * std + mean - own_mean) / own_std
 
 
 def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
@@ -1058,30 +1069,194 @@ def load_pruned(path, model):
     return network.eval()
 
 
+# ------------------------------------------------------------------------------------------------------- distillation
+
+
+class Generator(nn.Module):
+    """DAFL's generator for small images: noise (B, latent_dim) -> images (B, channels, size, size), standardised.
+
+    Args:
+        image_size: side of the images, a multiple of 4.
+        channels: of the images.
+        latent_dim: length of the noise vector.
+    """
+
+    def __init__(self, image_size=32, channels=3, latent_dim=1000):
+        super().__init__()
+        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.bn0 = nn.BatchNorm2d(128)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(128, eps=0.8)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(64, eps=0.8)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.bn3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z):
+        x = self.linear(z).view(len(z), 128, self.side, self.side)
+        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
+        return self.bn3(torch.tanh(self.conv3(x)))
+
+
+def dafl_loss(logits, features, cfg):
+    """What DAFL's generator minimises (Chen et al., ICCV 2019): one-hot, information entropy and activation terms.
+
+    Args:
+        logits: the teacher's, (B, C).
+        features: what enters its last layer, (B, D).
+    """
+    log_p = F.log_softmax(logits, 1)
+    one_hot = F.nll_loss(log_p, logits.argmax(1))
+    mean = log_p.exp().mean(0)
+    information = (mean * mean.clamp(min=1e-12).log10()).sum()
+    return cfg.one_hot_weight * one_hot + cfg.information_weight * information - cfg.activation_weight * features.abs().mean()
+
+
+def kd(teacher, images, cfg, run):
+    """Distil the teacher into --student-arch (Sec. 5.4), from random weights.
+
+    Without --images it is DAFL's loop, in which a generator is trained beside the student; with data source "mixmix" its
+    generator also minimises the MixMix objective (Eq. 6) of its images, pseudo-labelled by the teacher and mixed (Eq. 8, 9),
+    over the teacher and m' - 1 further networks of the zoo, drawn anew in every epoch; "single" is DAFL alone. The weights
+    of the added terms are open in the paper: --ce-weight and --kd-bn-weight. With images the student learns from them alone.
+
+    Args:
+        teacher: a trained network, left as it is.
+        images: (N, channels, H, W), normalised for it, or None.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the loop.
+
+    Returns:
+        The student, in eval mode.
+    """
+    device, channels = run.device, input_channels(teacher)
+    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
+    student = run.place(build(cfg.student_arch, cfg.num_classes, cfg.image_size).eval())
+    probe(student, cfg.num_classes, cfg.image_size)
+    sgd = torch.optim.SGD(student.parameters(), cfg.kd_lr, momentum=0.9, weight_decay=5e-4, fused=run.fused)
+    stateful, optimizers, zoo, generator = {"sgd": sgd}, [sgd], [], None
+    if images is None:
+        if cfg.image_size > SMALL_IMAGE or cfg.image_size % 4:
+            raise InputError(f"--image-size is {cfg.image_size}; DAFL's generator makes up to {SMALL_IMAGE}, in fours")
+        generator = run.place(Generator(cfg.image_size, channels, cfg.kd_latent_dim))
+        adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
+        stateful |= {"generator": generator, "adam": adam}
+        optimizers.append(adam)
+        normalisation = list(cfg.mean), list(cfg.std)
+        zoo.append(ZooModel(cfg.arch, teacher, normalisation, normalisation).to(device))
+        if cfg.data_source == "mixmix":
+            others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, normalisation)
+            zoo += [run.place(model) for model in others]
+    else:
+        images = images.to(device)
+    seen, last = {}, [m for m in teacher.modules() if isinstance(m, nn.Linear)]
+    if images is None and not last:
+        raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
+    if last:
+        last[-1].register_forward_pre_hook(lambda _, args: seen.update(features=args[0]))
+
+    def generator_step(models):
+        with run.autocast():
+            x = generator(torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device)).float()
+            logits = teacher(x).float()
+        loss = dafl_loss(logits, seen["features"].float(), cfg)
+        if cfg.data_source == "mixmix":
+            losses = mixmix_loss([zoo[index] for index in models], x, logits.argmax(1), cfg, run.autocast)
+            loss = loss + cfg.ce_weight * losses["ce"] + cfg.kd_bn_weight * losses["bn"]
+            run.log(bn=losses["bn"])
+        run.update(adam, loss)
+        run.log(loss_g=loss)
+        return x.detach(), logits.detach()
+
+    def iteration(models):
+        if generator is None:
+            x = images[torch.randint(len(images), (cfg.kd_batch_size,), device=device)]
+            with torch.no_grad(), run.autocast():
+                logits = teacher(x).float()
+        else:
+            x, logits = generator_step(models)
+        with run.autocast():
+            ours = student(x).float()
+        loss = F.kl_div(F.log_softmax(ours, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
+        run.update(sgd, loss)
+        run.log(loss_q=loss)
+
+    def synthesize(y):
+        """Images for samples; what they show is the generator's choice."""
+        return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
+
+    step = run.capture(iteration, *optimizers)
+    for epoch in run.epochs(cfg.epochs, student, synthesize, **stateful):
+        sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.epochs for part in (2, 4))
+        drawn = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        others = 1 + torch.randperm(max(len(zoo) - 1, 0), generator=drawn)[: cfg.zoo_sample - 1]
+        models = (0, *sorted(others.tolist()))
+        student.train()
+        for _ in run.steps():
+            step(models)
+        student.eval()
+    return student
+
+
+def transfer(cfg):
+    """--task transfer: Table 6. Post-training quantization of every network of --targets with the images of each of --images.
+
+    Returns:
+        The contents of transfer.json: accuracy in percent by source and target, and the full-precision ones.
+    """
+    run, result = None, {}
+    for row, target in enumerate(cfg.targets):
+        arch, _, weights = target.partition("=")
+        teacher, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
+        cfg.mean, cfg.std = (list(values) for values in normalisation)
+        if run is None:
+            run = Run(cfg, cfg.out)
+            run.start()
+        what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
+        test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
+        if test_set is None:
+            raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
+        result.setdefault("full precision", {})[target] = round(accuracy(run.place(teacher), test_set), 2)
+        for column, source in enumerate(cfg.images):
+            images, _, normalised = read_images(source, cfg)
+            own = Run(cfg, run.folder / f"{row}-{column}")
+            student = ptq(teacher, renormalise(images, normalised, (cfg.mean, cfg.std)), cfg, own)
+            result.setdefault(source, {})[target] = round(accuracy(student, test_set), 2)
+            write_atomically(run.folder / "transfer.json", json.dumps(result, indent=1))
+    width = max(14, *(len(target) + 2 for target in cfg.targets))
+    print(f"{f'w{cfg.wbits}a{cfg.abits}':<28}" + "".join(f"{target:>{width}}" for target in cfg.targets))
+    for source, row in result.items():
+        print(f"  {source[-24:]:<26}" + "".join(f"{row[target]:>{width}.2f}" for target in cfg.targets))
+    print(f"  in {run.folder}/: transfer.json")
+    return result
+
+
 def compress(teacher, images, cfg, run=None):
-    """Quantize or prune a network, as --task says, with images.
+    """Quantize, prune or distil a network, as --task says, with images.
 
     Args:
         teacher: a trained classifier with BatchNorm2d that can be traced; left as it is.
         cfg: from `config(...)`, or the command line.
         run: what surrounds the task; by default nothing is written or shown.
-        images: (N, channels, H, W), normalised for the teacher.
+        images: (N, channels, H, W), normalised for the teacher; None for "kd" with a generator of its own.
 
     Returns:
-        The quantized or pruned network, in eval mode; but for "qat" its BatchNorms are folded.
+        The quantized or pruned network or the student, in eval mode; after "ptq" and "prune" its BatchNorms are folded.
 
     Raises:
         InputError: a network that cannot be traced or quantized.
     """
     run = run or Run(cfg)
     probe(teacher, cfg.num_classes, cfg.image_size)
-    run.announce(f"{cfg.task} with {len(images):,} images")
+    run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     began = time.time()
-    student = {"ptq": ptq, "qat": qat, "prune": prune}[cfg.task](teacher, images, cfg, run)
-    if cfg.task != "qat":  # which has epochs
+    student = {"ptq": ptq, "qat": qat, "prune": prune, "kd": kd}[cfg.task](teacher, images, cfg, run)
+    if cfg.task in ("ptq", "prune"):  # the others have epochs
         run.seconds, run.peak = time.time() - began, peak_memory(run.device)
         run.measure("last_top1", student)
-    example = torch.zeros(1, *images.shape[1:], device=run.device)
+    example = torch.zeros(1, input_channels(teacher), cfg.image_size, cfg.image_size, device=run.device)
     for name, network in (("flops_fp32", teacher), ("flops", student)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(example.to(next(network.parameters()).device))
@@ -1103,20 +1278,23 @@ def find_images(cfg, run):
     images, labels, (mean, std) = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
         raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")
-    mean, std, own_mean, own_std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std, cfg.mean, cfg.std))
+    images = renormalise(images, (mean, std), (list(cfg.mean), list(cfg.std)))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     run.record(data_source=cfg.data_source if cfg.images is None else str(source), images_used=len(images))
-    return (images * std + mean - own_mean) / own_std
+    return images
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
 def parser():
-    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune"))
+    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune", "kd"))
     add = p.add_argument_group("MixMix").add_argument
-    tasks = "post-training quantization, quantization-aware training, pruning; only make images; see what networks make of them"
-    add("--task", choices=("ptq", "qat", "prune", "synth", "evaluate"), default="ptq", help=tasks)
+    tasks = (
+        "quantize after (ptq) or with training (qat), prune, distil (kd) with the images; only make images (synth); see what "
+    )
+    tasks += "networks make of them (evaluate); how images of one network serve others (transfer)"
+    add("--task", choices=("ptq", "qat", "prune", "kd", "synth", "evaluate", "transfer"), default="ptq", help=tasks)
     add("--data-source", choices=SOURCES, default="mixmix", help="of the images; see the top of mixmix.py")
     add("--images", nargs="+", metavar="FILE|RUN", help="images that are there already: images.npz or the run that made them")
     names = "names, arch=weights or package.module:factory"
@@ -1170,6 +1348,20 @@ def parser():
     add("--points", type=int, default=10, help="pixels per image for the least-squares reconstruction")
     add("--ridge", type=float, default=1e-4, help="of the least-squares reconstruction, relative to the inputs' variance")
     add("--no-refit", action="store_true", help="no reconstruction")
+    add = p.add_argument_group("distillation (DAFL)").add_argument
+    add("--student-arch", help="architecture of the student, as for --arch")
+    add("--kd-epochs", type=int, default=2000, help="epochs")
+    add("--kd-iters", type=int, default=120, help="iterations per epoch")
+    add("--kd-batch-size", type=int, default=1024, help="images per iteration")
+    add("--kd-latent-dim", type=int, default=1000, help="length of the generator's noise vector")
+    add("--kd-lr", type=float, default=0.1, help="learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs")
+    add("--kd-lr-g", type=float, default=0.02, help="learning rate of the generator (Adam)")
+    add("--one-hot-weight", type=float, help="of DAFL's one-hot loss (default: 0.05, CIFAR-100 0.5)")
+    add("--information-weight", type=float, help="of DAFL's information entropy (default: 5, CIFAR-100 20)")
+    add("--activation-weight", type=float, help="of DAFL's activation loss (default: 0.01, CIFAR-100 0.1)")
+    add("--kd-bn-weight", type=float, default=0.1, help="of L_BN beside DAFL's losses")
+    add = p.add_argument_group("transfer (Table 6)").add_argument
+    add("--targets", nargs="+", help="networks to quantize, as for --zoo (default: the held-out ones and the zoo)")
     add = p.add_argument_group("both quantizations").add_argument
     add("--ends-bits", type=int, default=8, help="of the first and the last layer's weights and of the first activation")
     return p
@@ -1198,16 +1390,23 @@ def _complete(cfg):
         else cfg.images is not None and (cfg.task == "synth" or len(cfg.images) > 1)
     ):
         raise InputError(
-            f"--task is {cfg.task} and --images {cfg.images}; evaluate needs some, synth makes them, ptq takes one"
+            f"--task is {cfg.task} and --images {cfg.images}; evaluate and transfer need some, synth none, others one"
         )
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
-    if cfg.task in ("ptq", "prune") and cfg.capture == "auto":
+    if cfg.task in ("ptq", "prune", "transfer") and cfg.capture == "auto":
         cfg.capture = "none"
     mobile = cfg.arch.startswith("mobilenet_v2")
     fill_in(cfg, {"qat_lr": 1e-3 if mobile else 0.01, "qat_weight_decay": 0.0 if mobile else 1e-4})
     fill_in(cfg, {"sparsity": 0.5 if cfg.prune == "unstructured" else 0.2})
     cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations  # what a Run reads: an epoch is a batch
+    fill_in(cfg, {"targets": [*cfg.held_out, *cfg.zoo]})
+    dafl = (0.5, 20.0, 0.1) if cfg.dataset == "cifar100" else (0.05, 5.0, 0.01)
+    fill_in(cfg, dict(zip(("one_hot_weight", "information_weight", "activation_weight"), dafl)))
+    if (cfg.task == "kd") != (cfg.student_arch is not None):
+        raise InputError(f"--task is {cfg.task} and --student-arch {cfg.student_arch}; kd needs it, the others do not")
+    if cfg.task == "kd":
+        cfg.epochs, cfg.iters = cfg.kd_epochs, cfg.kd_iters
     if cfg.task == "qat":
         cfg.iters = min(500, cfg.qat_steps)
         cfg.epochs = math.ceil(cfg.qat_steps / cfg.iters)
@@ -1239,8 +1438,11 @@ def main(argv=None):
             return synthesize(cfg, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
         if world > 1:
             raise InputError(f"--task {cfg.task} runs in one process and there are {world}; make the images with --task synth")
+        if cfg.task == "transfer":
+            return transfer(cfg)
         teacher, run = prepare(cfg)
-        images = find_images(cfg, run)
+        makes_its_own = cfg.task == "kd" and cfg.images is None and cfg.data_source in ("mixmix", "single")
+        images = None if makes_its_own else find_images(cfg, run)
         return finish(run, teacher, compress(teacher, images, cfg, run), images, folded=cfg.task == "ptq")
 
 

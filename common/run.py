@@ -50,6 +50,10 @@ RANGES = {  # of the arguments that have one, where a script has them
     "beta2": (0, 0.9999999),
     **dict.fromkeys(("weight_iterations", "step_iterations"), (0, 10**9)),
     **dict.fromkeys(("lr_rounding", "lr_step", "rounding_weight"), (0, 1e30)),
+    **dict.fromkeys(("kd_epochs", "kd_iters", "kd_batch_size", "kd_latent_dim"), (1, 10**9)),
+    **dict.fromkeys(
+        ("kd_lr", "kd_lr_g", "one_hot_weight", "information_weight", "activation_weight", "kd_bn_weight"), (0, 1e30)
+    ),
     **dict.fromkeys(("ptq_batch_size", "qat_batch_size", "qat_steps", "points"), (1, 10**9)),
     **dict.fromkeys(("qat_lr", "qat_weight_decay", "feature_weight", "ridge"), (0, 1e30)),
     "sparsity": (0, 0.99),

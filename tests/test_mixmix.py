@@ -28,6 +28,7 @@ from mixmix import (
     ZooModel,
     compress,
     config,
+    dafl_loss,
     draw_boxes,
     feature_loss,
     find_blocks,
@@ -490,6 +491,56 @@ def test_a_network_without_channels_computes_what_it_does_with_them_silenced(arc
     torch.testing.assert_close(loaded(images), pruned(images))
 
 
+KD = {"task": "kd", "student_arch": "tiny:other", "kd_epochs": 4, "kd_iters": 6, "kd_batch_size": 20, "kd_latent_dim": 8}
+KD |= {name: QAT[name] for name in ("dataset", "num_classes", "image_size", "device", "precision")}
+KD |= {"zoo": ["tiny:net", "tiny:other"], "zoo_sample": 2, "kd_lr_g": 0.001}
+
+
+def test_dafl_losses_in_plain_arithmetic():
+    logits, features, cfg = torch.randn(6, 5), torch.randn(6, 3), config(**KD)
+    p = logits.double().softmax(1)
+    one_hot = -sum(row.max().log() for row in p) / 6
+    mean = p.mean(0)
+    information = sum(v * math.log10(v) for v in mean.tolist())
+    expected = 0.05 * one_hot + 5 * information - 0.01 * features.abs().mean()
+    assert dafl_loss(logits, features, cfg).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_distillation_with_and_without_the_mixmix_terms_and_from_images(net):
+    cfg = config(**KD)
+    cfg.mean, cfg.std = NORMAL
+    histories = {}
+    for name, images, flags in [("mixmix", None, {}), ("dafl", None, {"data_source": "single"}), ("images", 40, {})]:
+        torch.manual_seed(0)
+        cfg = config(**{k: v for k, v in KD.items() if not flags or k not in ("zoo", "zoo_sample")}, **flags, capture="none")
+        cfg.mean, cfg.std = NORMAL
+        run = Run(cfg)
+        images = images and torch.randn(images, 3, 16, 16)
+        student = compress(net, images, cfg, run)
+        assert not student.training and student.bn1.num_batches_tracked > 20
+        histories[name] = run.history
+    assert {name: "bn" in lines[-1] for name, lines in histories.items()} == {"mixmix": True, "dafl": False, "images": False}
+    assert "loss_g" in histories["dafl"][-1] and "loss_g" not in histories["images"][-1]
+    for lines in histories.values():
+        assert lines[-1]["loss_q"] < lines[0]["loss_q"]
+
+
+def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    arguments = [*command_line(KD), "--arch", "tiny:net", "--data-dir", str(data)]
+    result = mixmix.main([*arguments, "--out", str(tmp_path / "kd")])
+    assert result["wbits"] is None and result["images"] == 20 and (tmp_path / "kd" / "samples.png").exists()
+    assert "student, last epoch" in capsys.readouterr().out
+    noise = [*command_line({name: QAT[name] for name in ("dataset", "num_classes", "image_size", "device", "precision")})]
+    mixmix.main([*noise, "--task", "synth", "--data-source", "noise", "--arch", "tiny:net", "--out", str(tmp_path / "noise")])
+    table = [*noise, "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--zoo", "tiny:net", "--data-dir", str(data)]
+    table += ["--images", str(tmp_path / "noise"), "--weight-iterations", "2", "--step-iterations", "2"]
+    result = mixmix.main([*table, "--out", str(tmp_path / "transfer")])
+    assert set(result) == {"full precision", str(tmp_path / "noise")}
+    assert all(set(row) == {"tiny:net", "tiny:other"} for row in result.values())
+    assert result == json.loads((tmp_path / "transfer" / "transfer.json").read_text())
+
+
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--task", "synth", *command_line(TINY)]
@@ -507,11 +558,13 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--data-source", "single"], "--data-source single inverts --arch alone"),
         ([*tiny, "--data-source", "real"], "needs training images; give --data-dir"),
         ([*tiny, "--low-iterations", 7], "--low-iterations is 7; give 0 to --iterations, 6"),
-        ([*tiny, "--task", "evaluate"], "evaluate needs some"),
+        ([*tiny, "--task", "evaluate"], "evaluate and transfer need some"),
         ([*tiny, "--task", "evaluate", "--images", "absent"], "--images absent is not a file or a finished run"),
         ([*tiny, "--task", "evaluate", "--images", "damaged.npz"], "--images damaged.npz is damaged"),
         ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has 8-pixel images of labels up to 0"),
         ([*tiny, "--capture", "compile"], "would compile anew"),
+        ([*tiny, "--task", "kd"], "kd needs it"),
+        ([*tiny, "--task", "transfer"], "evaluate and transfer need some"),
     ]:
         assert words in fails(mixmix.main, *arguments), arguments
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.npz", "other.npz"]

@@ -1384,11 +1384,8 @@ def _complete(cfg):
         raise InputError(
             f"--low-iterations is {cfg.low_iterations}; give 0 to --iterations, {cfg.iterations}; both count from the start"
         )
-    if (
-        cfg.images is None
-        if cfg.task == "evaluate"
-        else cfg.images is not None and (cfg.task == "synth" or len(cfg.images) > 1)
-    ):
+    given, several = len(cfg.images or ()), cfg.task in ("evaluate", "transfer")
+    if (several and not given) or (cfg.task == "synth" and given) or (not several and given > 1):
         raise InputError(
             f"--task is {cfg.task} and --images {cfg.images}; evaluate and transfer need some, synth none, others one"
         )

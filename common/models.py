@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.regnet import BlockParams
 from torchvision.models.vgg import make_layers
 
 from common import InputError, first_line
@@ -173,7 +174,19 @@ def narrow_vgg11(num_classes):
     )
 
 
-NARROW = {"vgg11_bn_x0_25": narrow_vgg11}  # narrower than torchvision has them, to be small enough to bundle
+def narrow_regnet_y(num_classes):
+    """RegNetY with squeeze-and-excitation for small images: nine blocks of 32 to 256 channels, a stem that keeps the
+    resolution (677,562 parameters with 10 classes)."""
+    params = BlockParams([1, 2, 4, 2], [32, 64, 128, 256], [16] * 4, [1.0] * 4, [2, 2, 2, 1], se_ratio=0.25)
+    model = torchvision.models.RegNet(params, num_classes=num_classes, stem_width=32)
+    model.stem[0].stride = (1, 1)
+    return model
+
+
+NARROW = {
+    "vgg11_bn_x0_25": narrow_vgg11,
+    "regnet_y_narrow": narrow_regnet_y,
+}  # narrower than torchvision has them, to be small enough to bundle
 OWN = {*CIFAR_DEPTHS, *NARROW}  # not torchvision's
 
 
@@ -181,8 +194,8 @@ def build(arch, num_classes, image_size, shortcut="projection"):
     """A network with random weights.
 
     Args:
-        arch: resnet20|32|44|56|110 (CIFAR), vgg11_bn_x0_25 (CIFAR), a torchvision classifier, or "package.module:factory"
-            for an own model; the factory is called with num_classes if it takes that argument.
+        arch: resnet20|32|44|56|110, vgg11_bn_x0_25 or regnet_y_narrow (CIFAR), a torchvision classifier, or
+            "package.module:factory" for an own model; the factory is called with num_classes if it takes that argument.
         num_classes: width of the last layer.
         image_size: side of the images in pixels; up to 64, torchvision's architectures get a CIFAR stem.
         shortcut: of the CIFAR ResNets, "projection" or "pad".
@@ -251,10 +264,6 @@ def _cifar_stem(model, num_classes):
         model.features[2].conv[1][0].stride = (1, 1)
     elif isinstance(model, torchvision.models.DenseNet):
         model.features.pool0 = nn.Identity()
-    elif isinstance(model, torchvision.models.MNASNet):
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1  # its own 0.0003 needs far more steps than CIFAR has
     elif hasattr(model, "maxpool"):
         model.maxpool = nn.Identity()
     return model

@@ -94,6 +94,7 @@ def parse_args():
     parser.add_argument("--lr-kernels", type=float, default=0.03, help="peak step of Muon, relative to a kernel's norm")
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of everything else")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="on the last layer's matrix only")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of convolutions")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -144,7 +145,8 @@ def train(args):
             x = (images[index].float() / 255 - mean) / std
             x = augment(x, flips[index], size, args.pad, random).to(device, memory_format=torch.channels_last)
             y = labels[index].to(device)
-            logits = model(x)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                logits = model(x).float()
             loss = F.cross_entropy(logits, y)
             model.zero_grad()
             loss.backward()

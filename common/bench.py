@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from common import InputError
 from common.capture import CHOICES, compiler
 from common.models import load_teacher
-from common.ops import plain_forms, superpose, superposed_labels
+from common.ops import box_mix, plain_forms, superpose, superposed_labels
 from common.run import Run, friendly_errors, peak_memory, pick_device, synchronise, write_atomically
 
 METHODS = {  # and what a method needs to be told to have a step at once
@@ -147,12 +148,27 @@ def compare(name, batch_size, args):
     return {column: round(value, 2) if isinstance(value, float) else value for column, value in zip(COLUMNS, row)}
 
 
-def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=15):
-    """Forward and backward of a superposition of K embeddings: one matrix product against a gather of K rows a sample.
+def side_by_side(device, forms, repeats=15):
+    """Milliseconds of functions (medians, in turns) and the peak of their memory over what was there before, in MB, by name."""
+    result = {form.__name__: {"ms": []} for form in forms}
+    for form in forms:
+        reset_peak(device)
+        before = peak_memory(device)
+        form()
+        result[form.__name__]["mb"] = (peak_memory(device) - before) / 2**20
+    for _ in range(repeats):
+        for form in forms:
+            began = time.perf_counter()
+            form()
+            synchronise(device)
+            result[form.__name__]["ms"].append(1000 * (time.perf_counter() - began))
+    for figures in result.values():
+        figures["ms"] = median(figures["ms"])
+    return result
 
-    Returns:
-        Milliseconds of each form (medians, in turns) and the peak of its memory over what was there before, in MB.
-    """
+
+def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=15):
+    """Forward and backward of a superposition of K embeddings: one matrix product against a gather of K rows a sample."""
     table = torch.randn(num_classes, width, device=device, requires_grad=True)
     classes = torch.randint(num_classes, (batch, k), device=device)
     shares = torch.randn(batch, k, device=device).softmax(1)
@@ -163,21 +179,27 @@ def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=
     def gather():
         (shares[:, :, None] * table[classes]).sum(1).sum().backward()
 
-    result = {"product": {"ms": []}, "gather": {"ms": []}}
-    for form in (product, gather):
-        reset_peak(device)
-        before = peak_memory(device)
-        form()
-        result[form.__name__]["mb"] = (peak_memory(device) - before) / 2**20
-    for _ in range(repeats):
-        for form in (product, gather):
-            began = time.perf_counter()
-            form()
-            synchronise(device)
-            result[form.__name__]["ms"].append(1000 * (time.perf_counter() - began))
-    for figures in result.values():
-        figures["ms"] = median(figures["ms"])
-    return result
+    return side_by_side(device, (product, gather), repeats)
+
+
+def box_mixing(device, batch=256, size=32, repeats=15):
+    """Forward and backward of MixMix's box mixing: one call for the batch against an interpolation per sample."""
+    x1, x2 = (torch.randn(batch, 3, size, size, device=device, requires_grad=True) for _ in range(2))
+    sides = torch.randint(1, size + 1, (batch, 2), device=device)
+    boxes = torch.cat([(torch.rand(batch, 2, device=device) * (size - sides + 1)).long(), sides], 1)
+    rows = boxes.tolist()
+
+    def batched():
+        box_mix(x1, x2, boxes).sum().backward()
+
+    def loop():
+        mixed = x1.clone()
+        for i, (left, top, width, height) in enumerate(rows):
+            resized = F.interpolate(x2[i : i + 1], size=(height, width), mode="bilinear")
+            mixed[i, :, top : top + height, left : left + width] = resized[0]
+        mixed.sum().backward()
+
+    return side_by_side(device, (batched, loop), repeats)
 
 
 def main(argv=None):
@@ -196,13 +218,14 @@ def main(argv=None):
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="of a turn, about (default: 2)")
     add("--superposition", action="store_true", help="only Qimera's superposition, batch 16, 1000 classes, K = 500")
+    add("--box-mixing", action="store_true", help="only MixMix's box mixing, 256 images of 32x32")
     add("--json", metavar="FILE", help="write the rows to this file")
     args = parser.parse_args(argv)
     with friendly_errors("common.bench"):
         if args.repeats < 5:
             raise InputError(f"--repeats is {args.repeats}; medians need at least 5")
-        if args.superposition:
-            figures = superposition(pick_device(args.device))
+        if args.superposition or args.box_mixing:
+            figures = (superposition if args.superposition else box_mixing)(pick_device(args.device))
             for form, figure in figures.items():
                 print(f"{form:<10}{figure['ms']:>8.2f} ms{figure['mb']:>8.1f} MB")
             return figures

@@ -54,3 +54,8 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
 def test_superposition_by_product_needs_less_memory_than_by_gathering():
     figures = bench.superposition(torch.device("cpu"), repeats=5)
     assert figures["product"]["mb"] < figures["gather"]["mb"] > 16 * 500 * 512 * 4 / 2**20
+
+
+def test_box_mixing_in_one_call_and_in_a_loop():
+    figures = bench.box_mixing(torch.device("cpu"), batch=8, size=8, repeats=5)
+    assert set(figures) == {"batched", "loop"} and all(figure["ms"] > 0 for figure in figures.values())

@@ -123,7 +123,10 @@ def test_grey_images_and_a_convolution_as_classifier(tmp_path, monkeypatch):
     assert result["images"] == 20 and result["arguments"]["mean"] == [0.5]
 
 
-def test_the_readmes_commands_do_not_collide():
+def test_the_readmes_commands_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "found").mkdir(parents=True)  # what one of the commands leaves for another
+    (tmp_path / "runs" / "found" / "genotype.json").write_text(json.dumps({"edges": autorecon.read_genotype("random")}))
     runs = []
     for method in (gdfq, qimera, adadfq, autorecon, mixmix):
         name = f"python {method.__name__}.py"

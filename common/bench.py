@@ -193,11 +193,14 @@ def box_mixing(device, batch=256, size=32, repeats=15):
         box_mix(x1, x2, boxes).sum().backward()
 
     def loop():
-        mixed = x1.clone()
+        mixed = []
         for i, (left, top, width, height) in enumerate(rows):
-            resized = F.interpolate(x2[i : i + 1], size=(height, width), mode="bilinear")
-            mixed[i, :, top : top + height, left : left + width] = resized[0]
-        mixed.sum().backward()
+            image = x1[i].clone()
+            image[:, top : top + height, left : left + width] = F.interpolate(x2[i : i + 1], (height, width), mode="bilinear")[
+                0
+            ]
+            mixed.append(image)
+        torch.stack(mixed).sum().backward()
 
     return side_by_side(device, (batched, loop), repeats)
 

@@ -194,11 +194,9 @@ def box_mixing(device, batch=256, size=32, repeats=15):
 
     def loop():
         mixed = []
-        for i, (left, top, width, height) in enumerate(rows):
-            image = x1[i].clone()
-            image[:, top : top + height, left : left + width] = F.interpolate(x2[i : i + 1], (height, width), mode="bilinear")[
-                0
-            ]
+        for image, other, (left, top, width, height) in zip(x1.unbind(), x2.unbind(), rows):
+            image = image.clone()
+            image[:, top : top + height, left : left + width] = F.interpolate(other[None], (height, width), mode="bilinear")[0]
             mixed.append(image)
         torch.stack(mixed).sum().backward()
 

@@ -46,6 +46,7 @@ import argparse
 import copy
 import json
 import math
+import operator
 import os
 import shutil
 import time
@@ -85,6 +86,7 @@ from common.run import (
     finish,
     friendly_errors,
     peak_memory,
+    per_channel,
     pick_device,
     prepare,
     write_atomically,
@@ -159,11 +161,9 @@ def load_zoo(names, cfg, shared=None):
         try:
             model, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
             probe(model, cfg.num_classes, cfg.image_size)
-            channels = input_channels(model)
-            if len(normalisation[0]) != channels:
-                normalisation = ([0.5] * channels, [0.5] * channels)
-            normalisation = tuple(list(values) for values in normalisation)
-            shared = shared or normalisation
+            channels, own = input_channels(model), argparse.Namespace(mean=None, std=None)
+            shared = shared or tuple(per_channel(cfg, normalisation, channels))
+            normalisation = tuple(per_channel(cfg if arch == cfg.arch else own, normalisation, channels))
             if len(shared[0]) != channels:
                 raise InputError(f"it takes images of {channels} channels and the others of {len(shared[0])}")
             zoo.append(ZooModel(name, model, normalisation, shared))
@@ -187,10 +187,12 @@ def draw_boxes(batch, height, width, device):
     Returns:
         int64 (B, 4): left, top, width, height in pixels.
     """
-    size = torch.tensor([width, height], device=device)
-    sides = 1 + (torch.rand(batch, 2, device=device) * size).long().clamp(max=size - 1)
-    places = (torch.rand(batch, 2, device=device) * (size - sides + 1)).long().minimum(size - sides)
-    return torch.cat([places, sides], 1)
+    places, sides = [], []
+    for size in (width, height):
+        side = 1 + (torch.rand(batch, device=device) * size).long().clamp(max=size - 1)
+        places.append((torch.rand(batch, device=device) * (size - side + 1)).long().minimum(size - side))
+        sides.append(side)
+    return torch.stack([*places, *sides], 1)
 
 
 def mixed_cross_entropy(logits, y, partner, beta):
@@ -338,7 +340,8 @@ def make_labels(cfg):
 def make_batches(zoo, cfg, run, rank=0, world=1):
     """Make the batches of `cfg` that are not in the run's folder yet; each is written when it is finished.
 
-    A batch depends on its number and the seed only, so any number of processes makes the same images.
+    A batch depends on its number and the seed only, so any number of processes makes the same images, if each has as many
+    threads (torchrun gives one, OMP_NUM_THREADS): other numbers of threads round differently.
 
     Args:
         zoo: from `load_zoo`.
@@ -346,12 +349,12 @@ def make_batches(zoo, cfg, run, rank=0, world=1):
         run: with a folder.
         rank, world: this process makes the batches rank, rank + world, ...
     """
-    labels = make_labels(cfg).split(cfg.batch_size)
+    labels = make_labels(cfg).tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     own = [index for index in range(rank, len(labels), world) if not batch_file(run, index).exists()]
     zoo = [model.to(run.device, memory_format=run.layout) for model in zoo]
     with tqdm(total=cfg.iterations * len(own), unit="it", position=rank, disable=not own) as bar:
         for index in own:
-            torch.manual_seed(cfg.seed * 1_000_003 + index)
+            torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
             chosen = sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())
             bar.set_description(f"batch {index + 1}/{len(labels)}, {', '.join(zoo[i].name for i in chosen)}")
 
@@ -401,7 +404,7 @@ def read_images(name, cfg):
         raise InputError(f"--images {name} is not a file or a finished run of --task synth; give one")
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+            images, labels = torch.from_numpy(file["images"]).float(), torch.from_numpy(file["labels"])
             normalisation = file["mean"].tolist(), file["std"].tolist()
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--images {path} is damaged or not an images.npz of this script; make it again") from None
@@ -448,7 +451,7 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
         names = cfg.zoo
     began = time.time()
     zoo, shared = load_zoo(names, cfg)
-    cfg.mean, cfg.std = cfg.mean or shared[0], cfg.std or shared[1]
+    cfg.mean, cfg.std = shared
     if cfg.zoo_sample > len(zoo):
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({', '.join(names)}); lower it")
     if cfg.capture == "auto":
@@ -457,6 +460,8 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
     if rank == 0:
         run.start()
     barrier()
+    if cfg.resume and (run.folder / "images.npz").exists():
+        return json.loads((run.folder / "result.json").read_text()) if rank == 0 else None
     if cfg.data_source in ("mixmix", "single", "zeroq"):
         make_batches(zoo, cfg, run, rank, world)
     barrier()
@@ -569,7 +574,7 @@ class Block(NamedTuple):
             elif node.op == "call_method":
                 env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
-                env[node] = modules[node.target]
+                env[node] = operator.attrgetter(node.target)(modules[""])
         return env[self.nodes[-1]]
 
 
@@ -600,7 +605,8 @@ def find_blocks(student, teacher):
             groups.append(group[:latest])
             group, latest = group[latest:], 0
         group.append(node)
-        if reach <= index and layers(group):  # a cut: nothing before this node is used behind it
+        is_tuple = any(user.target is operator.getitem for user in node.users)
+        if reach <= index and layers(group) and not is_tuple:  # a cut: nothing before this node is used behind it
             latest = len(group)
         reach = max(reach, last_use(node))
     groups.append(group)
@@ -740,7 +746,7 @@ def ptq(teacher, images, cfg, run):
         path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
         if path and path.exists():
             return torch.load(path, map_location=run.device, weights_only=True)
-        torch.manual_seed(cfg.seed * 1_000_003 + index)
+        torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
         made = make()
         if path:
             path.parent.mkdir(exist_ok=True)
@@ -790,7 +796,8 @@ def ptq(teacher, images, cfg, run):
 def feature_loss(ours, theirs):
     """How far the students' block outputs are from the teacher's: mean over the blocks of the mean squared difference over
     the variance of the teacher's. Lists of (B, ...)."""
-    return torch.stack([F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]).mean()
+    losses = [F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]
+    return torch.stack(losses).mean() if losses else torch.zeros(())
 
 
 def qat(teacher, images, cfg, run):
@@ -802,7 +809,8 @@ def qat(teacher, images, cfg, run):
     Arguments and result as `ptq`.
     """
     teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    student = run.place(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement))
+    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    student = run.place(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example))
     if not isinstance(student, fx.GraphModule):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
     blocks = find_blocks(student, teacher)
@@ -900,7 +908,9 @@ def patches(layer, x, places):
     """
     if isinstance(layer, nn.Linear):
         return x[None]
-    columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, D, pixels)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as the convolution does
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, D, pixels)
     columns = columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
     return columns.view(len(columns), layer.groups, -1).movedim(1, 0)
 
@@ -910,8 +920,8 @@ def observe_layer(name, full, pruned, images, cfg):
     layer, reference = pruned.get_submodule(name), full.get_submodule(name)
     inputs, targets, seen = [], [], {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
-        reference.register_forward_hook(lambda *args: seen.update(y=args[2])),
+        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone())),  # what comes behind may
+        reference.register_forward_hook(lambda *args: seen.update(y=args[2].clone())),  # work in place
     ]
     with torch.no_grad():
         for part in images.split(64):
@@ -1042,7 +1052,7 @@ def prune(teacher, images, cfg, run):
         return pruned
     for producer, (way, consumers) in tqdm(removable(pruned).items(), desc="convolutions", disable=quiet):
         norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
-        keep = norms.argsort(descending=True)[: len(norms) - round(cfg.sparsity * len(norms))].sort().values
+        keep = norms.argsort(descending=True)[: max(1, len(norms) - round(cfg.sparsity * len(norms)))].sort().values
         remove_channels(pruned, producer, way, consumers, keep)
         for name in sorted(consumers, key=ordered.index):
             if not cfg.no_refit:
@@ -1068,7 +1078,8 @@ def load_pruned(path, model):
                 nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias")
             )
             if isinstance(layer, nn.Conv2d):
-                layer.groups = len(weight) if layer.groups > 1 and layer.groups == layer.in_channels else layer.groups
+                if len(weight) != layer.out_channels and layer.groups == layer.in_channels == layer.out_channels:
+                    layer.groups = len(weight)
                 layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
     fit(network, state, path)
     return network.eval()
@@ -1149,11 +1160,13 @@ def kd(teacher, images, cfg, run):
         adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
         stateful |= {"generator": generator, "adam": adam}
         optimizers.append(adam)
-        normalisation = list(cfg.mean), list(cfg.std)
+        normalisation = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
         zoo.append(ZooModel(cfg.arch, teacher, normalisation, normalisation).to(device))
         if cfg.data_source == "mixmix":
             others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, normalisation)
             zoo += [run.place(model) for model in others]
+            if cfg.zoo_sample > len(zoo):
+                raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(zoo)} models with the teacher; lower it")
     else:
         images = images.to(device)
     seen, last = {}, [m for m in teacher.modules() if isinstance(m, nn.Linear)]
@@ -1195,7 +1208,7 @@ def kd(teacher, images, cfg, run):
     step = run.capture(iteration, *optimizers)
     for epoch in run.epochs(cfg.epochs, student, synthesize, **stateful):
         sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.epochs for part in (2, 4))
-        drawn = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        drawn = torch.Generator().manual_seed((cfg.seed * 1_000_003 + epoch) % 2**63)
         others = 1 + torch.randperm(max(len(zoo) - 1, 0), generator=drawn)[: cfg.zoo_sample - 1]
         models = (0, *sorted(others.tolist()))
         student.train()
@@ -1215,7 +1228,7 @@ def transfer(cfg):
     for row, target in enumerate(cfg.targets):
         arch, _, weights = target.partition("=")
         teacher, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
-        cfg.mean, cfg.std = (list(values) for values in normalisation)
+        cfg.mean, cfg.std = per_channel(argparse.Namespace(mean=None, std=None), normalisation, input_channels(teacher))
         if run is None:
             run = Run(cfg, cfg.out)
             run.start()
@@ -1257,6 +1270,7 @@ def compress(teacher, images, cfg, run=None):
     probe(teacher, cfg.num_classes, cfg.image_size)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     began = time.time()
+    torch.manual_seed(cfg.seed)  # whether the images were made just now or before
     student = {"ptq": ptq, "qat": qat, "prune": prune, "kd": kd}[cfg.task](teacher, images, cfg, run)
     if cfg.task in ("ptq", "prune"):  # the others have epochs
         run.seconds, run.peak = time.time() - began, peak_memory(run.device)
@@ -1278,7 +1292,7 @@ def find_images(cfg, run):
     run.start()
     if source is None:
         source = run.folder / "images"
-        own = {"out": str(source), "task": "synth", "mean": None, "std": None, "capture": "auto"}
+        own = {"out": str(source), "task": "synth", "capture": "auto"}
         synthesize(argparse.Namespace(**vars(cfg) | own))
     images, labels, (mean, std) = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
@@ -1380,7 +1394,8 @@ def _complete(cfg):
         raise InputError(f"--data-source {cfg.data_source} inverts --arch alone; leave --zoo and --zoo-sample out")
     fill_in(cfg, {"held_out": HELD_OUT.get(cfg.dataset, []), "zoo_sample": 1 if cfg.data_source != "mixmix" else 3})
     fill_in(cfg, {"zoo": default_zoo(cfg)})
-    if not cfg.zoo and (cfg.data_source == "mixmix" or cfg.task == "evaluate"):
+    makes_images = cfg.eval is None and not cfg.images and cfg.data_source == "mixmix"
+    if not cfg.zoo and (makes_images or cfg.task == "evaluate"):
         raise InputError(f"--dataset {cfg.dataset} has no zoo of its own; give --zoo")
     cfg.no_dmix = cfg.no_dmix or single
     if cfg.data_source == "zeroq":
@@ -1398,7 +1413,7 @@ def _complete(cfg):
         )
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
-    if cfg.task in ("ptq", "prune", "transfer") and cfg.capture == "auto":
+    if cfg.capture == "auto" and (cfg.task in ("ptq", "prune", "transfer") or pick_device(cfg.device).type == "cpu"):
         cfg.capture = "none"
     mobile = cfg.arch.startswith("mobilenet_v2")
     fill_in(cfg, {"qat_lr": 1e-3 if mobile else 0.01, "qat_weight_decay": 0.0 if mobile else 1e-4})
@@ -1412,8 +1427,8 @@ def _complete(cfg):
     if cfg.task == "kd":
         cfg.epochs, cfg.iters = cfg.kd_epochs, cfg.kd_iters
     if cfg.task == "qat":
-        cfg.iters = min(500, cfg.qat_steps)
-        cfg.epochs = math.ceil(cfg.qat_steps / cfg.iters)
+        cfg.epochs = math.ceil(cfg.qat_steps / 500)
+        cfg.iters = math.ceil(cfg.qat_steps / cfg.epochs)
     return cfg
 
 

@@ -305,11 +305,19 @@ def fold_batchnorm(model):
         InputError: a network that cannot be traced.
     """
     try:
-        return fuse(copy.deepcopy(model).eval()).requires_grad_(False)
+        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
     except Exception as error:  # whatever the model's own forward raises when it is traced
         raise InputError(
-            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; use --task qat"
+            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; give one whose forward "
+            "does not branch on its data"
         ) from None
+    modules, called = dict(traced.named_modules()), [n.target for n in traced.graph.nodes if n.op == "call_module"]
+    for name in set(called):
+        if called.count(name) > 1 and any(True for _ in modules[name].parameters()):
+            raise InputError(
+                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call its own"
+            )
+    return fuse(traced).requires_grad_(False)
 
 
 def search_parameters(rows, bits, steps=80, power=2.4):
@@ -349,7 +357,7 @@ class AdaRound(nn.Module):
         weight = weight.detach().float()
         shape = (-1,) + (1,) * (weight.ndim - 1)
         scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits))
-        self.bits, self.nearest = bits, torch.round(weight / scale)
+        self.bits = bits
         for name, value in (("scale", scale), ("zero_point", zero_point), ("floor", torch.floor(weight / scale))):
             self.register_buffer(name, value)
         rest = weight / scale - self.floor
@@ -386,9 +394,9 @@ def learned_step(x, scale, zero_point, bits):
     return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
 
 
-def _calmed(scale, count, bits):
+def _calmed(scale, count, largest):
     """`scale` with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
-    factor = (count * (2**bits - 1)) ** -0.5
+    factor = (count * largest) ** -0.5
     return (scale - scale * factor).detach() + scale * factor
 
 
@@ -421,7 +429,7 @@ class LearnedStep(nn.Module):
         self.ready.fill_(True)
 
     def forward(self, x):
-        scale = _calmed(self.scale, x[0].numel(), self.bits) if self.lsq else self.scale
+        scale = _calmed(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
         return learned_step(x.float(), scale, self.zero_point, self.bits)
 
 
@@ -440,7 +448,7 @@ class LearnedWeight(nn.Module):
         self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
 
     def forward(self, weight):
-        scale = _calmed(self.scale, weight.numel(), self.bits - 1)
+        scale = _calmed(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
         return learned_step(weight, scale, self.zero_point, self.bits)
 
 

@@ -55,7 +55,8 @@ RANGES = {  # of the arguments that have one, where a script has them
         ("kd_lr", "kd_lr_g", "one_hot_weight", "information_weight", "activation_weight", "kd_bn_weight"), (0, 1e30)
     ),
     **dict.fromkeys(("ptq_batch_size", "qat_batch_size", "qat_steps", "points"), (1, 10**9)),
-    **dict.fromkeys(("qat_lr", "qat_weight_decay", "feature_weight", "ridge"), (0, 1e30)),
+    **dict.fromkeys(("qat_lr", "qat_weight_decay", "feature_weight"), (0, 1e30)),
+    "ridge": (1e-12, 1e30),
     "sparsity": (0, 0.99),
     "ends_bits": (2, 8),
     **dict.fromkeys(("zaq_beta", "zaq_gamma", "zaq_rho"), (0, 1e6)),
@@ -444,6 +445,7 @@ class Run:
     def arguments(self):
         """The arguments as plain values, without those in which a resumed run may differ."""
         arguments = {k: v for k, v in vars(self.cfg).items() if k not in NOT_COMPARED}
+        arguments["device"] = self.device.type  # each of several processes has its own
         return json.loads(json.dumps(arguments))
 
     def _claim_folder(self):
@@ -692,7 +694,7 @@ def finish(run, teacher, student, images=None, folded=False):
         "abits": cfg.abits if quantized else None,
         "bytes_fp32": saved_bytes(teacher),
         "bytes_quantized" if quantized else "bytes_student": file.stat().st_size,
-        "ms_per_iter": round(1000 * run.seconds / max(run.iterations, 1), 1),
+        "ms_per_iter": round(1000 * run.seconds / run.iterations, 1) if run.iterations else None,
         "peak_mb": round(run.peak / 2**20),
         "seconds": round(run.seconds, 1),
         "method": cfg.method,
@@ -727,8 +729,8 @@ def print_table(result, file):
     on = f"of {result['images']:,} test images" if result["test_set"] else ""
     task = result["arguments"].get("task", "quantize")
     what = f"w{result['wbits']}a{result['abits']}" if result["wbits"] else task
-    learned = {"kd": "student", "ptq": "quantized"}.get(task, "fine-tuned")
-    last = learned if task == "ptq" else f"{learned}, last epoch"
+    learned = {"kd": "student", "ptq": "quantized", "prune": "pruned"}.get(task, "fine-tuned")
+    last = learned if task in ("ptq", "prune") else f"{learned}, last epoch"
     rows = [
         ("full precision", result["fp_top1"], "%"),
         ("calibrated only", result["calibrated_top1"], "%"),
@@ -742,7 +744,13 @@ def print_table(result, file):
             print(f"  {name:<30}{value:>8.2f} {unit}")
     before, after = result["bytes_fp32"] / 1024, file.stat().st_size / 1024
     print(f"  {'file':<30}{after:>8.0f} KB  (full precision {before:.0f} KB, {before / after:.1f}x)")
-    print(f"  {'time':<30}{result['seconds']:>8.0f} s  ({result['ms_per_iter']} ms per iteration)")
+    if "flops" in result:
+        before, after = result["flops_fp32"] / 1e6, result["flops"] / 1e6
+        print(f"  {'arithmetic, per image':<30}{after:>8.1f} MFLOPs  (full precision {before:.1f})")
+    if "data_source" in result:
+        print(f"  {'images':<30}{result['images_used'] or '':>8} {result['data_source']}")
+    each = f"  ({result['ms_per_iter']} ms per iteration)" if result["ms_per_iter"] else ""
+    print(f"  {'time':<30}{result['seconds']:>8.0f} s{each}")
     made = [name for name in LEFT if (file.parent / name).exists() and name not in ("checkpoint.pt", "images.npz")]
     print(f"  in {file.parent}/: {', '.join(made)}", flush=True)
 

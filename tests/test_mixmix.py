@@ -242,7 +242,6 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "images.npz").exists()
-    first = (tmp_path / "killed" / "batches" / "00000.npz").stat().st_mtime_ns
     resumed = start(tmp_path / "killed", *slow, "--resume")
     for process in (whole, two, resumed):
         out, err = process.communicate()
@@ -251,7 +250,7 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
     for key in ("images", "labels", "mean", "std"):
         assert all(np.array_equal(contents[0][key], other[key]) for other in contents[1:])
     assert contents[0]["images"].shape == (25, 3, 16, 16) and not (tmp_path / "whole" / "batches").exists()
-    assert (tmp_path / "killed" / "images.npz").stat().st_mtime_ns > first and (tmp_path / "two" / "grid.png").exists()
+    assert (tmp_path / "two" / "grid.png").exists()
     batches = contents[0]["images"][:10], contents[0]["images"][10:20]
     assert not np.array_equal(*batches)
 
@@ -283,6 +282,7 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
 @pytest.mark.parametrize("arch, names", [
     ("resnet20", ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)), "fc"]),
     ("mobilenet_v2", ["features.0.0", *(f"features.{i}" for i in range(1, 18)), "features.18.0", "classifier.1"]),
+    ("shufflenet_v2_x0_5", ["conv1.0", *(f"stage{i}.{j}" for i in (2, 3, 4) for j in range(8 if i == 3 else 4)), "conv5.0", "fc"]),
     ("vgg11_bn_x0_25", [f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22, 25)] + ["fc"]),
 ])  # fmt: skip
 def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names):
@@ -371,7 +371,7 @@ def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
         run = Run(cfg)
         student = compress(net, images, cfg, run)
         losses.append((student(images) - net(images)).square().mean().item())
-    assert losses[1] < 0.5 * losses[0] and run.iterations == 1000 and {"kd", "features"} < set(run.history[-1])
+    assert losses[1] < 0.5 * losses[0] and run.iterations == 600 and {"kd", "features"} < set(run.history[-1])
     layers = quantized_layers(student)
     assert [layer.bits for _, layer in layers] == [8, 3, 3, 8] and [a.bits for _, a in quantized_activations(student)] == [
         8,
@@ -396,6 +396,11 @@ def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task):
     flags = [*command_line(flags | {"qat_steps": 4, "data_source": "noise", "count": 40}), "--arch", "tiny:net"]
     images, run = tmp_path / "images", tmp_path / "run"
     mixmix.main([*flags, "--task", "synth", "--out", str(images)])
+    made = (images / "images.npz").stat().st_mtime_ns
+    mixmix.main([*flags, "--task", "synth", "--out", str(images), "--resume"])  # finished images stay
+    assert (images / "images.npz").stat().st_mtime_ns == made
+    config_file = json.loads((images / "config.json").read_text())
+    assert config_file["arguments"]["device"] == "cpu"  # the kind alone: each process has a device of its own
     result = mixmix.main([*flags, "--images", str(images), "--out", str(run)])
     assert result["data_source"] == str(images) and result["images_used"] == 40 and result["flops"] == result["flops_fp32"]
     if task == "qat":
@@ -455,6 +460,24 @@ def test_unstructured_pruning_and_its_reconstruction(net):
             assert (weight == 0).sum() == round(0.5 * weight.numel())
     kept, magnitude = pruned.conv2.weight != 0, fold_batchnorm(net).conv2.weight.abs()
     assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
+
+
+def test_a_reconstruction_with_nothing_pruned_changes_nothing():
+    """Although what comes behind the convolutions works in place."""
+    torch.manual_seed(0)
+    net, images = trained(build("resnet18", 5, 16), steps=2), torch.randn(48, 3, 16, 16)
+    pruned = compress(net, images, config(**QAT | {"task": "prune"}, sparsity=0.0, points=20))
+    torch.testing.assert_close(pruned(images), net(images), atol=2e-3, rtol=1e-2)
+
+
+def test_a_layer_that_is_called_twice_is_refused():
+    class Twice(FunctionalNet):
+        def forward(self, x):
+            x = F.relu(self.bn2(self.conv2(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))))
+            return self.fc(x.mean((2, 3)))
+
+    with pytest.raises(InputError, match="is called 2 times"):
+        fold_batchnorm(trained(Twice()))
 
 
 def test_only_channels_without_a_residual_sum_are_removed():

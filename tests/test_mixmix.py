@@ -279,10 +279,13 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
     assert "tiny:other (held out)" in out and "Inception Score" in out
 
 
+STAGES = ((2, 4), (3, 8), (4, 4))  # of ShuffleNetV2, with their units
+
+
 @pytest.mark.parametrize("arch, names", [
     ("resnet20", ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)), "fc"]),
     ("mobilenet_v2", ["features.0.0", *(f"features.{i}" for i in range(1, 18)), "features.18.0", "classifier.1"]),
-    ("shufflenet_v2_x0_5", ["conv1.0", *(f"stage{i}.{j}" for i in (2, 3, 4) for j in range(8 if i == 3 else 4)), "conv5.0", "fc"]),
+    ("shufflenet_v2_x0_5", ["conv1.0", *(f"stage{i}.{j}" for i, n in STAGES for j in range(n)), "conv5.0", "fc"]),
     ("vgg11_bn_x0_25", [f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22, 25)] + ["fc"]),
 ])  # fmt: skip
 def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names):

@@ -450,7 +450,11 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
     if cfg.data_source == "mixmix":
         names = cfg.zoo
     began = time.time()
+    if rank:
+        barrier()  # the first process downloads what there is to download
     zoo, shared = load_zoo(names, cfg)
+    if rank == 0:
+        barrier()
     cfg.mean, cfg.std = shared
     if cfg.zoo_sample > len(zoo):
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({', '.join(names)}); lower it")
@@ -1224,23 +1228,25 @@ def transfer(cfg):
     Returns:
         The contents of transfer.json: accuracy in percent by source and target, and the full-precision ones.
     """
-    run, result = None, {}
-    for row, target in enumerate(cfg.targets):
+    sources = {source: read_images(source, cfg) for source in cfg.images}
+    run = Run(argparse.Namespace(**vars(cfg)), cfg.out)
+    networks, result = [], {"full precision": {}}
+    for target in cfg.targets:
         arch, _, weights = target.partition("=")
-        teacher, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
-        cfg.mean, cfg.std = per_channel(argparse.Namespace(mean=None, std=None), normalisation, input_channels(teacher))
-        if run is None:
-            run = Run(cfg, cfg.out)
-            run.start()
+        teacher, known, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
+        cfg.mean, cfg.std = per_channel(argparse.Namespace(mean=None, std=None), known, input_channels(teacher))
         what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
         test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
         if test_set is None:
             raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
-        result.setdefault("full precision", {})[target] = round(accuracy(run.place(teacher), test_set), 2)
-        for column, source in enumerate(cfg.images):
-            images, _, normalised = read_images(source, cfg)
+        networks.append((target, teacher, (cfg.mean, cfg.std), test_set))
+    run.start()
+    for row, (target, teacher, normalisation, test_set) in enumerate(networks):
+        result["full precision"][target] = round(accuracy(run.place(teacher), test_set), 2)
+        for column, (source, (images, _, normalised)) in enumerate(sources.items()):
+            cfg.mean, cfg.std = normalisation
             own = Run(cfg, run.folder / f"{row}-{column}")
-            student = ptq(teacher, renormalise(images, normalised, (cfg.mean, cfg.std)), cfg, own)
+            student = ptq(teacher, renormalise(images, normalised, normalisation), cfg, own)
             result.setdefault(source, {})[target] = round(accuracy(student, test_set), 2)
             write_atomically(run.folder / "transfer.json", json.dumps(result, indent=1))
     width = max(14, *(len(target) + 2 for target in cfg.targets))

@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.models import SMALL_IMAGE, build, input_channels, probe
+from common.models import SMALL_IMAGE, build_student, input_channels, probe
 from common.ops import plain_forms, superpose, upsample_conv, upsample_pointwise
 from common.quant import observe, quantize
 from common.run import Parser, Run, checked_schedule, describe, execute, fill_in, friendly_errors, prepare, write_atomically
@@ -399,9 +399,10 @@ class Architecture(nn.Module):
         rows = {kind: iter(table.unbind()) for kind, table in tables.items()}
         return {name: next(rows[edge.kind]) for name, edge in EDGES.items()}
 
+    @torch.no_grad()
     def probabilities(self):
-        """p of every edge, Eq. 4: dict of edge -> (F,)."""
-        return self.by_edge({kind: self.alpha[kind].softmax(1) for kind in CANDIDATES})
+        """p of every edge, Eq. 4: dict of edge -> (F,), on the CPU."""
+        return self.by_edge({kind: self.alpha[kind].softmax(1).cpu() for kind in CANDIDATES})
 
     def sample(self):
         """A mixture m for `Generator.forward`, Eq. 7: dict of edge -> {operation: scalar tensor}."""
@@ -431,6 +432,20 @@ def reconstruction_loss(teacher_logits, y, bns, bns_weight):
         bns_weight: its weight.
     """
     return F.cross_entropy(teacher_logits, y) + bns_weight * bns
+
+
+def reconstruct(synthesize, teacher, stats, cfg, run):
+    """One batch of either stage: images x of random labels y, and what the teacher makes of them.
+
+    Returns:
+        x, the teacher's logits, y, L_bns and L_r, all with their graph.
+    """
+    y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=run.device)
+    x = synthesize(y)
+    with run.autocast():
+        logits = teacher(x).float()
+    bns = stats.loss(cfg.bns_form)
+    return x, logits, y, bns, reconstruction_loss(logits, y, bns, cfg.bns_weight)
 
 
 def search(teacher, cfg, folder=None):
@@ -464,12 +479,7 @@ def search(teacher, cfg, folder=None):
             return supernet(torch.randn(len(y), cfg.latent_dim, device=run.device), y, mixture).float()
 
     def turn(optimizer, name):
-        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=run.device)
-        x = synthesize(y)
-        with run.autocast():
-            logits = teacher(x).float()
-        bns = stats.loss(cfg.bns_form)
-        loss = reconstruction_loss(logits, y, bns, cfg.bns_weight)
+        *_, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
         run.update(optimizer, loss)
         run.log(**{f"loss_{name}": loss, f"bns_{name}": bns})
 
@@ -483,10 +493,10 @@ def search(teacher, cfg, folder=None):
         architecture.temperature.fill_(cfg.tau_start * (cfg.tau_end / cfg.tau_start) ** (epoch / cfg.search_epochs))
         for index in run.steps():
             (weight_step if index < cfg.search_iters else architecture_step)()
-        p = {name: values.detach().cpu() for name, values in architecture.probabilities().items()}
+        p = architecture.probabilities()
         entropies = {name: torch.special.entr(v).sum().item() / math.log(len(v)) for name, v in p.items()}  # 1: undecided
         run.note(entropy=sum(entropies.values()) / len(entropies), entropy_of_edges=entropies)
-    return derive({name: values.detach().cpu() for name, values in architecture.probabilities().items()}), run.seconds
+    return derive(architecture.probabilities()), run.seconds
 
 
 def find_genotype(teacher, cfg, run):
@@ -547,14 +557,7 @@ def make_student(teacher, cfg, example):
     """The network that stage 2 trains: the quantized teacher, or one of --student-arch with random weights."""
     if cfg.task == "quantize":
         return quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    try:
-        student = build(cfg.student_arch, cfg.num_classes, cfg.image_size).eval()
-        probe(student, cfg.num_classes, cfg.image_size)
-        if (found := input_channels(student)) != (expected := input_channels(teacher)):
-            raise InputError(f"--arch {cfg.student_arch} takes images of {found} channels and the teacher of {expected}")
-        return student
-    except InputError as error:
-        raise InputError(str(error).replace("--arch", "--student-arch")) from None
+    return build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size)
 
 
 def compress(teacher, cfg, run=None):
@@ -592,12 +595,7 @@ def compress(teacher, cfg, run=None):
             return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
 
     def generator_step():
-        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
-        x = synthesize(y)
-        with run.autocast():
-            logits = teacher(x).float()
-        bns = stats.loss(cfg.bns_form)
-        loss = reconstruction_loss(logits, y, bns, cfg.bns_weight)
+        x, logits, y, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
         run.update(optim_g, loss)
         run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y

@@ -44,6 +44,7 @@ BatchNorm statistics only, "real" takes training images from DIR/train, "noise" 
 
 import argparse
 import copy
+import functools
 import json
 import math
 import operator
@@ -60,13 +61,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, replacing
 from common.bns import BatchNormStatistics
 from common.data import accuracy, load_test_set, load_training_images
-from common.models import ASSETS, SMALL_IMAGE, build, fit, input_channels, load_teacher, probe, read_weights
+from common.models import ASSETS, SMALL_IMAGE, build_student, fit, input_channels, load_teacher, probe, read_weights
 from common.ops import box_mix, upsample_conv
 from common.quant import (
     AdaRound,
@@ -89,6 +89,7 @@ from common.run import (
     per_channel,
     pick_device,
     prepare,
+    save_grid,
     write_atomically,
 )
 
@@ -299,25 +300,25 @@ def invert(models, y, cfg, run, progress=lambda step, losses: None):
     weigh = LossWeights(weights, cfg.weights_form == "learned").to(run.device)
     mean, std = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
     low, high = -mean / std, (1 - mean) / std
-    stages = [(2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)]
+
+    def step(shrink, optimizer):
+        seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
+        losses = mixmix_loss(models, jitter(seen, cfg.jitter // shrink, cfg.flip), y, cfg, run.autocast)
+        run.update(optimizer, weigh(losses))
+        if cfg.clip:
+            with torch.no_grad():
+                x.clamp_(low, high)
+        run.log(**losses)
+
     done = 0
-    for shrink, count in stages:
+    for shrink, count in ((2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)):
         rates = [torch.tensor(rate, device=run.device) for rate in (cfg.lr, cfg.lr_weights)]
         groups = [{"params": [x], "lr": rates[0]}, {"params": list(weigh.parameters()), "lr": rates[1]}]
         optimizer = torch.optim.Adam(
             [group for group in groups if group["params"]], betas=(cfg.beta1, cfg.beta2), fused=run.fused
         )
 
-        def step(shrink, optimizer):
-            seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
-            losses = mixmix_loss(models, jitter(seen, cfg.jitter // shrink, cfg.flip), y, cfg, run.autocast)
-            run.update(optimizer, weigh(losses))
-            if cfg.clip:
-                with torch.no_grad():
-                    x.clamp_(low, high)
-            run.log(**losses)
-
-        captured = run.capture(lambda shrink=shrink, optimizer=optimizer: step(shrink, optimizer), optimizer)
+        captured = run.capture(functools.partial(step, shrink, optimizer), optimizer)
         for index in range(count):
             warm = min((index + 1) / cfg.warmup_iterations, 1.0) if cfg.warmup_iterations else 1.0
             factor = warm * 0.5 * (1 + math.cos(math.pi * index / count))
@@ -379,11 +380,9 @@ def batch_file(run, index):
 
 def write_images(path, images, labels, cfg):
     """Write images and labels in one step, so that a killed run never leaves half of them."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
-    os.replace(partial, path)
 
 
 def read_images(name, cfg):
@@ -424,15 +423,9 @@ def renormalise(images, before, after):
 
 def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
     """A picture of some images, one row per class."""
-    classes = labels.unique()[: most_rows if len(labels.unique()) > most_rows else None]
-    rows = [images[labels == label][:columns] for label in classes]
+    rows = [images[labels == label][:columns] for label in labels.unique()[:most_rows]]
     rows = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
-    pictures = (torch.cat(rows) * std + mean).clamp(0, 1)
-    pictures = pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]
-    partial = path.with_name("partial.png")
-    save_image(pictures, partial, nrow=columns, padding=1)
-    os.replace(partial, path)
+    save_grid(torch.cat(rows), cfg, path, columns)
 
 
 def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
@@ -471,17 +464,17 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
     barrier()
     if rank:
         return None
+    labels = make_labels(cfg)
     if cfg.data_source == "noise":
-        labels = make_labels(cfg)
         images = torch.randn(len(labels), len(cfg.mean), cfg.image_size, cfg.image_size)
     elif cfg.data_source == "real":
         what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
-        images, labels = load_training_images(cfg.dataset, cfg.data_dir, make_labels(cfg), *what)
+        pixels = load_training_images(cfg.dataset, cfg.data_dir, labels, *what)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
-        images = (images.float() / 255 - mean) / std
+        images = (pixels.float() / 255 - mean) / std
     else:
         parts = [np.load(batch_file(run, i)) for i in range(math.ceil(cfg.count / cfg.batch_size))]
-        images, labels = (torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in ("images", "labels"))
+        images = torch.from_numpy(np.concatenate([part["images"] for part in parts]))
     write_images(run.folder / "images.npz", images, labels, cfg)
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     shutil.rmtree(run.folder / "batches", ignore_errors=True)
@@ -522,9 +515,10 @@ def evaluate(cfg):
         the zoo, and the Inception Score under the first held-out network (the first of the zoo where none is).
     """
     sources, run, result = {name: read_images(name, cfg) for name in cfg.images}, Run(cfg, cfg.out), {}
+    loaded_for = None
     for name, (images, labels, shared) in sources.items():
-        zoo, _ = load_zoo(cfg.zoo, cfg, shared)
-        held_out, _ = load_zoo(cfg.held_out, cfg, shared)
+        if shared != loaded_for:  # most often once: all sources are normalised alike
+            (zoo, _), (held_out, _), loaded_for = load_zoo(cfg.zoo, cfg, shared), load_zoo(cfg.held_out, cfg, shared), shared
         seen = {}
         for model in tqdm([*zoo, *held_out], desc=name, leave=False):
             top1, bn, probabilities = look(model, images, labels, cfg.batch_size, run.device)
@@ -754,8 +748,8 @@ def ptq(teacher, images, cfg, run):
         made = make()
         if path:
             path.parent.mkdir(exist_ok=True)
-            torch.save(made, path.with_suffix(".partial"))
-            os.replace(path.with_suffix(".partial"), path)
+            with replacing(path) as partial:
+                torch.save(made, partial)
         return made
 
     x_full = x = images.to(run.device)
@@ -764,12 +758,11 @@ def ptq(teacher, images, cfg, run):
         target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
 
         def rounded(block=block, x=x, target=target):
-            found = calls(block, (nn.Conv2d, nn.Linear))
-            roundings = nn.ModuleDict({name.replace(".", "/"): AdaRound(m.weight, m.bits) for name, m in found.items()})
-            by_name = dict(zip(found, roundings.to(run.device).values()))
-            if list(found) != layers[:1]:
-                reconstruct_weights(block, by_name, modules, x, target, cfg, bar.update)
-            return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in by_name.items()}
+            layers_here = calls(block, (nn.Conv2d, nn.Linear))
+            roundings = {name: AdaRound(m.weight, m.bits).to(run.device) for name, m in layers_here.items()}
+            if list(roundings) != layers[:1]:
+                reconstruct_weights(block, roundings, modules, x, target, cfg, bar.update)
+            return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in roundings.items()}
 
         for name, (weight, scale, zero_point) in kept("weights", index, rounded).items():
             modules[name].pack(weight, scale, zero_point)
@@ -899,6 +892,11 @@ def least_squares(inputs, targets, keep, ridge):
     return weights.float(), (y_mean - weights @ x_mean).float()
 
 
+def pick(columns, places):
+    """The columns (B, D, pixels) at `places`, int64 (B, P): (B * P, D)."""
+    return columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+
+
 def patches(layer, x, places):
     """What each output of a layer sees.
 
@@ -915,7 +913,7 @@ def patches(layer, x, places):
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as the convolution does
     columns = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, D, pixels)
-    columns = columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+    columns = pick(columns, places)
     return columns.view(len(columns), layer.groups, -1).movedim(1, 0)
 
 
@@ -935,7 +933,7 @@ def observe_layer(name, full, pruned, images, cfg):
             if y.ndim == 4:
                 count = y.shape[2] * y.shape[3]
                 places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
-                y = y.flatten(2).gather(2, places[:, None].expand(-1, y.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+                y = pick(y.flatten(2), places)
             inputs.append(patches(layer, x, places))
             targets.append(y)
     for hook in hooks:
@@ -1035,13 +1033,11 @@ def prune(teacher, images, cfg, run):
         The pruned network, traced, its BatchNorms folded.
     """
     full = run.place(fold_batchnorm(copy.deepcopy(teacher).cpu()))
+    layers = {name: module for name, module in full.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    for layer in layers.values():
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
     pruned, images = copy.deepcopy(full), images.to(run.device)
-    torch.manual_seed(cfg.seed)
-    layers = [name for name, module in pruned.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    for name in layers:
-        for network in (full, pruned):
-            if (layer := network.get_submodule(name)).bias is None:
-                layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
     ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
     quiet = run.folder is None
     if cfg.prune == "unstructured":
@@ -1153,8 +1149,7 @@ def kd(teacher, images, cfg, run):
     """
     device, channels = run.device, input_channels(teacher)
     teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    student = run.place(build(cfg.student_arch, cfg.num_classes, cfg.image_size).eval())
-    probe(student, cfg.num_classes, cfg.image_size)
+    student = run.place(build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size))
     sgd = torch.optim.SGD(student.parameters(), cfg.kd_lr, momentum=0.9, weight_decay=5e-4, fused=run.fused)
     stateful, optimizers, zoo, generator = {"sgd": sgd}, [sgd], [], None
     if images is None:
@@ -1164,9 +1159,9 @@ def kd(teacher, images, cfg, run):
         adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
         stateful |= {"generator": generator, "adam": adam}
         optimizers.append(adam)
-        normalisation = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-        zoo.append(ZooModel(cfg.arch, teacher, normalisation, normalisation).to(device))
         if cfg.data_source == "mixmix":
+            normalisation = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
+            zoo.append(ZooModel(cfg.arch, teacher, normalisation, normalisation).to(device))
             others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, normalisation)
             zoo += [run.place(model) for model in others]
             if cfg.zoo_sample > len(zoo):
@@ -1303,7 +1298,7 @@ def find_images(cfg, run):
     images, labels, (mean, std) = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
         raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")
-    images = renormalise(images, (mean, std), (list(cfg.mean), list(cfg.std)))
+    images = renormalise(images, (mean, std), (cfg.mean, cfg.std))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     run.record(data_source=cfg.data_source if cfg.images is None else str(source), images_used=len(images))
     return images
@@ -1349,9 +1344,10 @@ def parser():
         "flip": "mirror the images in half of the steps",
         "clip": "keep pixels in the range of images",
     }
-    for name, (small, large) in {k: (RECIPES["small"][k], RECIPES["large"][k]) for k in meanings}.items():
+    for name, meaning in meanings.items():
+        small, large = (RECIPES[size][name] for size in ("small", "large"))
         how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else {"type": type(small)}
-        p.add_by_size(group, "--" + name.replace("_", "-"), small, large, meanings[name], **how)
+        p.add_by_size(group, "--" + name.replace("_", "-"), small, large, meaning, **how)
     add("--warmup-iterations", type=int, default=100, help="steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="lambda_1 ... lambda_3: fixed or learned")
     add("--lr-weights", type=float, default=0.01, help="learning rate of learned weights")

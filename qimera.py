@@ -318,11 +318,9 @@ def make_generator(teacher, cfg, channels):
     if cfg.eei:
         latent.embedding.weight.data.copy_(weight)
     if cfg.generator != "qimera":
-        from autorecon import Generator as Discovered  # only this combination needs the other script
-        from autorecon import read_genotype
+        from autorecon import Generator as Discovered
 
-        genotype = read_genotype(*genotype_of(cfg))
-        body = Discovered(genotype, cfg.num_classes, cfg.image_size, channels, latent.out_features)
+        body = Discovered(discovered_genotype(cfg), cfg.num_classes, cfg.image_size, channels, latent.out_features)
     elif cfg.image_size <= SMALL_IMAGE:
         body = Generator(latent.out_features, cfg.image_size, channels)
     else:
@@ -330,9 +328,11 @@ def make_generator(teacher, cfg, channels):
     return SuperposingGenerator(latent, body, cfg.cbn)
 
 
-def genotype_of(cfg):
-    """Arguments for `autorecon.read_genotype`: what --generator names."""
-    return cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:"
+def discovered_genotype(cfg):
+    """The genotype that --generator names; only this combination needs the other script."""
+    from autorecon import read_genotype
+
+    return read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:")
 
 
 def _width(teacher):
@@ -657,9 +657,7 @@ def _complete(cfg):
         source, _, name = cfg.generator.partition(":")
         if source != "autorecon" or name in ("", "acgan", "gdfq", "search"):
             raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
-        from autorecon import read_genotype
-
-        read_genotype(*genotype_of(cfg))  # an unusable one is told before anything is loaded
+        discovered_genotype(cfg)  # an unusable one is told before anything is loaded
     return checked_schedule(cfg)
 
 

@@ -67,6 +67,7 @@ class BatchNormStatistics:
                 terms.append(sum(d.norm() for d in differences))
             else:
                 raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
-        terms[0] = first * terms[0]
+        if first != 1.0:
+            terms[0] = first * terms[0]
         total = torch.stack(terms).sum()
         return total / len(terms) if form == "gdfq" else total

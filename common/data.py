@@ -187,7 +187,7 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
         seed: of the choice among a class's images.
 
     Returns:
-        Images (N, channels, H, W) uint8, and `labels`.
+        Images (N, channels, H, W) uint8.
 
     Raises:
         InputError: a folder that does not fit.
@@ -204,7 +204,7 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
         members, wanted = (targets == label).nonzero()[:, 0], labels == label
         order = torch.randperm(len(members), generator=source)
         chosen[wanted] = members[order[torch.arange(int(wanted.sum())) % len(members)]]
-    return torch.stack([get(index) for index in tqdm(chosen.tolist(), desc="reading real images", leave=False)]), labels
+    return torch.stack([get(index) for index in tqdm(chosen.tolist(), desc="reading real images", leave=False)])
 
 
 class _Fit:

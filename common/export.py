@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import InputError
+from common import InputError, replacing
 from common.models import build
 from common.quant import (
     channel_parameters,
@@ -72,11 +72,9 @@ def save_quantized(student, path, meta):
         if key not in weights and not key.endswith("num_batches_tracked")
     }
     _share_storage([*layers.values(), *activations.values(), tensors])
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     content = {"format": FORMAT, "meta": meta, "layers": layers, "activations": activations, "tensors": tensors}
-    torch.save(content, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save(content, partial)
 
 
 def _share_storage(dicts):

@@ -269,6 +269,26 @@ def _cifar_stem(model, num_classes):
     return model
 
 
+def build_student(arch, teacher, num_classes, image_size):
+    """A network of --student-arch with random weights, in eval mode, that takes the teacher's images.
+
+    Args:
+        arch, num_classes, image_size: see `build`.
+        teacher: the network it is to learn from.
+
+    Raises:
+        InputError: no such architecture, or one that does not fit.
+    """
+    try:
+        student = build(arch, num_classes, image_size).eval()
+        probe(student, num_classes, image_size)
+        if (found := input_channels(student)) != (expected := input_channels(teacher)):
+            raise InputError(f"--arch {arch} takes images of {found} channels and the teacher of {expected}")
+        return student
+    except InputError as error:
+        raise InputError(str(error).replace("--arch", "--student-arch")) from None
+
+
 def input_channels(model):
     """Image channels that `model` expects, read off its first convolution."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -413,7 +413,6 @@ class LearnedStep(nn.Module):
         self.bits, self.lsq = bits, lsq
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
-        self.register_buffer("ready", torch.tensor(False))
 
     @torch.no_grad()
     def begin(self, x):
@@ -426,7 +425,6 @@ class LearnedStep(nn.Module):
             scale, zero_point = search_parameters(x.flatten()[None], self.bits)
             self.scale.copy_(scale[0, 0])
             self.zero_point.copy_(zero_point[0, 0])
-        self.ready.fill_(True)
 
     def forward(self, x):
         scale = _calmed(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale

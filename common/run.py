@@ -21,7 +21,7 @@ import torchvision
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import InputError, first_line
+from common import InputError, first_line, replacing
 from common.capture import CHOICES, GraphedStep, compiled, pick_capture
 from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized
@@ -505,9 +505,8 @@ class Run:
             "seconds": self.seconds,
             "iterations": self.iterations,
         }
-        partial = self.folder / "checkpoint.pt.partial"
-        torch.save(state, partial)
-        os.replace(partial, self.folder / "checkpoint.pt")
+        with replacing(self.folder / "checkpoint.pt") as partial:
+            torch.save(state, partial)
         self._write_metrics()
 
     def _write_metrics(self):
@@ -534,9 +533,8 @@ class Run:
 
 def write_atomically(path, text):
     """Write a text file in one step, so that a killed run never leaves half of it."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 # ------------------------------------------------------------------------------------------------- start to finish
@@ -646,14 +644,17 @@ def save_samples(run, path, columns=8, most_rows=100):
     """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
     rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
     labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
-    images = draw(run, labels, seed=0).cpu()
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (run.cfg.mean, run.cfg.std))
+    save_grid(draw(run, labels, seed=0).cpu(), run.cfg, path, columns)
+
+
+def save_grid(images, cfg, path, columns):
+    """A picture of images (N, channels, H, W) on the CPU, normalised as `cfg` says, `columns` to a row."""
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
     images = (images.float() * std + mean).clamp(0, 1)
     if images.shape[1] not in (1, 3):
         images = images[:, :1]
-    partial = Path(path).with_name("partial.png")
-    save_image(images, partial, nrow=columns, padding=1)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_image(images, partial, format="png", nrow=columns, padding=1)
 
 
 def finish(run, teacher, student, images=None, folded=False):
@@ -679,9 +680,8 @@ def finish(run, teacher, student, images=None, folded=False):
         save_quantized(student, file, meta)
         student = load_quantized(file, copy.deepcopy(teacher).cpu()).to(run.device)
     else:
-        partial = folder / "student.pt.partial"
-        torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
     if images is None:
         save_samples(run, folder / "samples.png")
     batches = run.test_set or (SyntheticSet(run) if images is None else ImageSet(images, run.device))

@@ -379,10 +379,11 @@ def batch_file(run, index):
 
 
 def write_images(path, images, labels, cfg):
-    """Write images and labels in one step, so that a killed run never leaves half of them."""
+    """Write images (as float16: the paper's 100,000 for training are 30 GB) and labels in one step, so that a killed run never
+    leaves half of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
+        np.savez(file, images=images.half().cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
 
 
 def read_images(name, cfg):
@@ -393,7 +394,7 @@ def read_images(name, cfg):
         cfg: how many classes and how large images there must be.
 
     Returns:
-        Images (N, channels, H, W) float32, labels (N,) int64, and (mean, std) by which they are normalised.
+        Images (N, channels, H, W) float16, labels (N,) int64, and (mean, std) by which they are normalised.
 
     Raises:
         InputError: no such file, a damaged one, or images of another data set.
@@ -403,7 +404,7 @@ def read_images(name, cfg):
         raise InputError(f"--images {name} is not a file or a finished run of --task synth; give one")
     try:
         with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]).float(), torch.from_numpy(file["labels"])
+            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
             normalisation = file["mean"].tolist(), file["std"].tolist()
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--images {path} is damaged or not an images.npz of this script; make it again") from None
@@ -418,7 +419,7 @@ def read_images(name, cfg):
 def renormalise(images, before, after):
     """Images (N, channels, H, W) normalised by (mean, std) `before`, as they are by `after`."""
     (mean, std), (own_mean, own_std) = ((torch.tensor(values).view(-1, 1, 1) for values in n) for n in (before, after))
-    return images if before == after else (images * std + mean - own_mean) / own_std
+    return images if before == after else ((images * std + mean - own_mean) / own_std).to(images.dtype)
 
 
 def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
@@ -471,10 +472,12 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
         what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
         pixels = load_training_images(cfg.dataset, cfg.data_dir, labels, *what)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
-        images = (pixels.float() / 255 - mean) / std
+        images = torch.cat([((part / 255 - mean) / std).half() for part in pixels.split(256)])
     else:
-        parts = [np.load(batch_file(run, i)) for i in range(math.ceil(cfg.count / cfg.batch_size))]
-        images = torch.from_numpy(np.concatenate([part["images"] for part in parts]))
+        files = [batch_file(run, i) for i in range(math.ceil(cfg.count / cfg.batch_size))]
+        images = torch.empty(cfg.count, len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
+        for place, file in zip(images.tensor_split(len(files)), files):
+            place.copy_(torch.from_numpy(np.load(file)["images"]))
     write_images(run.folder / "images.npz", images, labels, cfg)
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     shutil.rmtree(run.folder / "batches", ignore_errors=True)
@@ -494,7 +497,7 @@ def look(model, images, labels, batch_size, device):
     model = model.to(device)
     probabilities, losses = [], []
     for part in images.split(batch_size):
-        probabilities.append(model(part.to(device)).softmax(1).cpu())
+        probabilities.append(model(part.to(device, torch.float32)).softmax(1).cpu())
         losses.append(model.stats.loss("norm").item())
     probabilities = torch.cat(probabilities)
     top1 = 100 * (probabilities.argmax(1) == labels).float().mean().item()
@@ -752,7 +755,7 @@ def ptq(teacher, images, cfg, run):
                 torch.save(made, partial)
         return made
 
-    x_full = x = images.to(run.device)
+    x_full = x = images.to(run.device, torch.float32)
     for index, block in enumerate(blocks):
         bar.set_description(f"weights {index + 1}/{len(blocks)}, {block.name}")
         target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
@@ -768,7 +771,7 @@ def ptq(teacher, images, cfg, run):
             modules[name].pack(weight, scale, zero_point)
         x = in_parts(lambda part, block=block: block(part, modules, quantize_activations=False), x)
         x_full = target
-    x_full = images.to(run.device)
+    x_full = images.to(run.device, torch.float32)
     for index, block in enumerate(blocks):
         bar.set_description(f"activations {index + 1}/{len(blocks)}, {block.name}")
         target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
@@ -788,6 +791,20 @@ def ptq(teacher, images, cfg, run):
 
 
 # --------------------------------------------------------------------------------------- quantization-aware training
+
+
+def sampler(images, size, device):
+    """A batch that stays in its place, and the function that fills it with images drawn at random and returns it.
+
+    Args:
+        images: (N, channels, H, W); where they would take more than a quarter of a GPU's free memory they stay outside.
+        size: images in the batch.
+        device: of the batch, float32 (size, channels, H, W).
+    """
+    crowded = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4
+    images = images.cpu() if crowded else images.to(device)
+    batch = torch.empty(size, *images.shape[1:], device=device)
+    return batch, lambda: batch.copy_(images[torch.randint(len(images), (size,), device=images.device)])
 
 
 def feature_loss(ours, theirs):
@@ -818,8 +835,9 @@ def qat(teacher, images, cfg, run):
     steps = {name: LearnedStep(act.bits, lsq=True).to(run.device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
         student.set_submodule(name, step)
-    full, modules, images = dict(teacher.named_modules()), dict(student.named_modules()), images.to(run.device)
-    begin_steps(lambda: student(images[: cfg.qat_batch_size]), steps.values())
+    full, modules = dict(teacher.named_modules()), dict(student.named_modules())
+    x, draw = sampler(images, cfg.qat_batch_size, run.device)
+    begin_steps(lambda: student(draw()), steps.values())
     scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
     others = [p for name, p in student.named_parameters() if not name.endswith("scale")]
     groups = [{"params": others, "weight_decay": cfg.qat_weight_decay}, {"params": scales, "weight_decay": 0.0}]
@@ -834,7 +852,6 @@ def qat(teacher, images, cfg, run):
         return sent
 
     def iteration():
-        x = images[torch.randint(len(images), (cfg.qat_batch_size,), device=run.device)]
         with run.autocast():
             with torch.no_grad():
                 theirs = outputs(x, full, False)
@@ -850,6 +867,7 @@ def qat(teacher, images, cfg, run):
         for group in optimizer.param_groups:
             group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
         for _ in run.steps():
+            draw()
             step()
     for _, layer in quantized_layers(student):
         learned, weight = layer.parametrizations.weight[0], layer.weight.detach()
@@ -1037,7 +1055,7 @@ def prune(teacher, images, cfg, run):
     for layer in layers.values():
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
-    pruned, images = copy.deepcopy(full), images.to(run.device)
+    pruned, images = copy.deepcopy(full), images.to(run.device, torch.float32)
     ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
     quiet = run.folder is None
     if cfg.prune == "unstructured":
@@ -1167,7 +1185,7 @@ def kd(teacher, images, cfg, run):
             if cfg.zoo_sample > len(zoo):
                 raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(zoo)} models with the teacher; lower it")
     else:
-        images = images.to(device)
+        batch, draw = sampler(images, cfg.kd_batch_size, device)
     seen, last = {}, [m for m in teacher.modules() if isinstance(m, nn.Linear)]
     if images is None and not last:
         raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
@@ -1189,7 +1207,7 @@ def kd(teacher, images, cfg, run):
 
     def iteration(models):
         if generator is None:
-            x = images[torch.randint(len(images), (cfg.kd_batch_size,), device=device)]
+            x = batch
             with torch.no_grad(), run.autocast():
                 logits = teacher(x).float()
         else:
@@ -1212,6 +1230,8 @@ def kd(teacher, images, cfg, run):
         models = (0, *sorted(others.tolist()))
         student.train()
         for _ in run.steps():
+            if generator is None:
+                draw()
             step(models)
         student.eval()
     return student

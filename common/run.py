@@ -626,7 +626,7 @@ class ImageSet:
 
     def __iter__(self):
         for part in self.images.split(250):
-            yield part.to(self.device), None
+            yield part.to(self.device, torch.float32), None
 
 
 @torch.no_grad()

@@ -272,7 +272,7 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
     assert result == json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     (zoo, _), (images, labels, _) = load_zoo(["tiny:net"], config(**TINY)), read_images(tmp_path / "noise", config(**TINY))
     figures = result[str(tmp_path / "noise")]
-    expected = 100 * (zoo[0].model(images).argmax(1) == labels).float().mean().item()
+    expected = 100 * (zoo[0].model(images.float()).argmax(1) == labels).float().mean().item()
     assert figures["models"]["tiny:net"]["top1"] == pytest.approx(expected, abs=0.01) == figures["zoo_top1"]
     assert figures["zoo_deviation"] == 0 and 1 <= figures["inception_score"] <= 5
     out = capsys.readouterr().out

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import InputError
 from common.capture import CHOICES, compiler
 from common.models import load_teacher
-from common.ops import box_mix, plain_forms, superpose, superposed_labels
+from common.ops import box_mix, channel_statistics, plain_forms, superpose, superposed_labels
 from common.run import Run, friendly_errors, peak_memory, pick_device, synchronise, write_atomically
 
 METHODS = {  # and what a method needs to be told to have a step at once
@@ -203,6 +203,24 @@ def box_mixing(device, batch=256, size=32, repeats=15):
     return side_by_side(device, (batched, loop), repeats)
 
 
+def batchnorm_statistics(device, batch=256, channels=16, size=32, repeats=15):
+    """Forward and backward of a layer's BatchNorm statistics in bf16, channels last: one pass each way against the formula."""
+    x = torch.randn(batch, channels, size, size, device=device).to(torch.bfloat16, memory_format=torch.channels_last)
+    x.requires_grad_()
+
+    def one_pass():
+        sum(value.sum() for value in channel_statistics(x)).backward()
+
+    def formula():
+        with plain_forms():
+            one_pass()
+
+    return side_by_side(device, (one_pass, formula), repeats)
+
+
+OPERATIONS = {"superposition": superposition, "box-mixing": box_mixing, "bn-statistics": batchnorm_statistics}
+
+
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__, formatter_class=formatter)
@@ -218,15 +236,14 @@ def main(argv=None):
     add("--capture", default="auto", choices=CHOICES, help="of the fast path (default: cudagraph on CUDA, compile on a CPU)")
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="of a turn, about (default: 2)")
-    add("--superposition", action="store_true", help="only Qimera's superposition, batch 16, 1000 classes, K = 500")
-    add("--box-mixing", action="store_true", help="only MixMix's box mixing, 256 images of 32x32")
+    add("--operation", choices=OPERATIONS, help="only this one, as it is here and as its formula is written")
     add("--json", metavar="FILE", help="write the rows to this file")
     args = parser.parse_args(argv)
     with friendly_errors("common.bench"):
         if args.repeats < 5:
             raise InputError(f"--repeats is {args.repeats}; medians need at least 5")
-        if args.superposition or args.box_mixing:
-            figures = (superposition if args.superposition else box_mixing)(pick_device(args.device))
+        if args.operation:
+            figures = OPERATIONS[args.operation](pick_device(args.device))
             for form, figure in figures.items():
                 print(f"{form:<10}{figure['ms']:>8.2f} ms{figure['mb']:>8.1f} MB")
             return figures

@@ -56,6 +56,8 @@ def test_superposition_by_product_needs_less_memory_than_by_gathering():
     assert figures["product"]["mb"] < figures["gather"]["mb"] > 16 * 500 * 512 * 4 / 2**20
 
 
-def test_box_mixing_in_one_call_and_in_a_loop():
-    figures = bench.box_mixing(torch.device("cpu"), batch=8, size=8, repeats=5)
-    assert set(figures) == {"batched", "loop"} and all(figure["ms"] > 0 for figure in figures.values())
+@pytest.mark.parametrize("operation", ["box-mixing", "bn-statistics"])
+def test_an_operation_and_its_formula_side_by_side(operation, capsys):
+    figures = bench.main(["--operation", operation, "--device", "cpu"])
+    assert len(figures) == 2 and all(figure["ms"] > 0 for figure in figures.values())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(figures)

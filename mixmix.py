@@ -1154,7 +1154,8 @@ def kd(teacher, images, cfg, run):
     Without --images it is DAFL's loop, in which a generator is trained beside the student; with data source "mixmix" its
     generator also minimises the MixMix objective (Eq. 6) of its images, pseudo-labelled by the teacher and mixed (Eq. 8, 9),
     over the teacher and m' - 1 further networks of the zoo, drawn anew in every epoch; "single" is DAFL alone. The weights
-    of the added terms are open in the paper: --ce-weight and --kd-bn-weight. With images the student learns from them alone.
+    of the added terms are open in the paper: --ce-weight and --kd-bn-weight. With images the student learns from them alone,
+    shifted and mirrored, labelled anew by the teacher each time.
 
     Args:
         teacher: a trained network, left as it is.
@@ -1207,7 +1208,7 @@ def kd(teacher, images, cfg, run):
 
     def iteration(models):
         if generator is None:
-            x = batch
+            x = jitter(batch, cfg.image_size // 8, flip=True)
             with torch.no_grad(), run.autocast():
                 logits = teacher(x).float()
         else:
@@ -1449,7 +1450,7 @@ def _complete(cfg):
     if cfg.task == "kd":
         cfg.epochs, cfg.iters = cfg.kd_epochs, cfg.kd_iters
     if cfg.task == "qat":
-        cfg.epochs = math.ceil(cfg.qat_steps / 500)
+        cfg.epochs = math.ceil(cfg.qat_steps / max(min(500, cfg.qat_steps // 20), 1))  # the rate decays by epochs
         cfg.iters = math.ceil(cfg.qat_steps / cfg.epochs)
     return cfg
 

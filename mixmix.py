@@ -93,7 +93,7 @@ from common.run import (
     write_atomically,
 )
 
-ZOO = {  # ImageNet: one or more of every family that the paper names
+ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitation is in RegNetY and MobileNetV3
     "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
     "regnet_y_1_6gf mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 vgg11_bn vgg16_bn densenet121 "
     "densenet169 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5".split(),
@@ -102,12 +102,12 @@ ZOO = {  # ImageNet: one or more of every family that the paper names
 HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
 RECIPES = {  # DeepInversion's; its published settings disagree on the weights, the large ones are its README's
     "small": {
-        "batch_size": 256, "iterations": 2000, "low_iterations": 0, "lr": 0.25, "beta1": 0.9, "beta2": 0.999,
+        "batch_size": 256, "iterations": 2000, "lr": 0.25, "beta1": 0.9, "beta2": 0.999,
         "ce_weight": 1.0, "bn_weight": 1.0, "first_bn": 1.0, "tv_weight": 2.5e-5, "l2_weight": 0.0,
         "jitter": 2, "flip": False, "clip": False,
     },
     "large": {
-        "batch_size": 32, "iterations": 5000, "low_iterations": 3333, "lr": 0.25, "beta1": 0.5, "beta2": 0.9,
+        "batch_size": 32, "iterations": 5000, "lr": 0.25, "beta1": 0.5, "beta2": 0.9,
         "ce_weight": 1.0, "bn_weight": 0.01, "first_bn": 10.0, "tv_weight": 1e-4, "l2_weight": 1e-5,
         "jitter": 30, "flip": True, "clip": True,
     },
@@ -164,7 +164,8 @@ def load_zoo(names, cfg, shared=None):
             probe(model, cfg.num_classes, cfg.image_size)
             channels, own = input_channels(model), argparse.Namespace(mean=None, std=None)
             shared = shared or tuple(per_channel(cfg, normalisation, channels))
-            normalisation = tuple(per_channel(cfg if arch == cfg.arch else own, normalisation, channels))
+            given = cfg if (arch, weights or None) == (cfg.arch, cfg.weights) else own
+            normalisation = tuple(per_channel(given, normalisation, channels))
             if len(shared[0]) != channels:
                 raise InputError(f"it takes images of {channels} channels and the others of {len(shared[0])}")
             zoo.append(ZooModel(name, model, normalisation, shared))
@@ -342,7 +343,8 @@ def make_batches(zoo, cfg, run, rank=0, world=1):
     """Make the batches of `cfg` that are not in the run's folder yet; each is written when it is finished.
 
     A batch depends on its number and the seed only, so any number of processes makes the same images, if each has as many
-    threads (torchrun gives one, OMP_NUM_THREADS): other numbers of threads round differently.
+    threads (torchrun gives one, OMP_NUM_THREADS): other numbers of threads round differently, and so do the additions in no
+    fixed order by which a GPU differentiates the resized boxes.
 
     Args:
         zoo: from `load_zoo`.
@@ -359,15 +361,16 @@ def make_batches(zoo, cfg, run, rank=0, world=1):
             chosen = sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())
             bar.set_description(f"batch {index + 1}/{len(labels)}, {', '.join(zoo[i].name for i in chosen)}")
 
-            def progress(step, losses):
+            y = labels[index].to(run.device)
+
+            def progress(step, losses, y=y):
                 bar.update()
                 if step % 50 == 0 or step == cfg.iterations:  # reading the losses waits for the device
-                    rate = bar.n * cfg.batch_size / cfg.iterations / bar.format_dict["elapsed"]
+                    rate = bar.n * len(y) / cfg.iterations / bar.format_dict["elapsed"]
                     values = {name: f"{loss.item():.3g}" for name, loss in losses.items()}
                     bar.set_postfix(values | {"images/s": f"{rate:.2f}"})
 
-            y = labels[index].to(run.device)
-            x = invert([zoo[i] for i in chosen], y, cfg, run, progress)
+            x = invert([zoo[i] for i in chosen], y, cfg, run, progress).half()
             if not torch.isfinite(x).all():
                 raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
             write_images(batch_file(run, index), x, y, cfg)
@@ -406,20 +409,25 @@ def read_images(name, cfg):
         with np.load(path, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
             normalisation = file["mean"].tolist(), file["std"].tolist()
+        fits = images.ndim == 4 and len(images) == len(labels) > 0 and labels.min() >= 0
+        if not fits or not images.isfinite().all() or any(len(values) != images.shape[1] for values in normalisation):
+            raise ValueError
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--images {path} is damaged or not an images.npz of this script; make it again") from None
     if images.shape[2:] != (cfg.image_size, cfg.image_size) or labels.max() >= cfg.num_classes:
         raise InputError(
-            f"--images {path} has {images.shape[2]}-pixel images of labels up to {labels.max()}; the network takes "
-            f"{cfg.image_size} pixels and {cfg.num_classes} classes"
+            f"--images {path} has images of {images.shape[2]}x{images.shape[3]} pixels and labels up to {labels.max()}; the "
+            f"network takes {cfg.image_size} pixels and {cfg.num_classes} classes"
         )
     return images, labels, normalisation
 
 
 def renormalise(images, before, after):
     """Images (N, channels, H, W) normalised by (mean, std) `before`, as they are by `after`."""
+    if before == after:
+        return images
     (mean, std), (own_mean, own_std) = ((torch.tensor(values).view(-1, 1, 1) for values in n) for n in (before, after))
-    return images if before == after else ((images * std + mean - own_mean) / own_std).to(images.dtype)
+    return torch.cat([((part * std + mean - own_mean) / own_std).to(images.dtype) for part in images.split(256)])
 
 
 def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
@@ -429,13 +437,14 @@ def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
     save_grid(torch.cat(rows), cfg, path, columns)
 
 
-def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
+def synthesize(cfg, rank=0, world=1, barrier=lambda: None, begin=lambda: None):
     """--task synth: the images of `cfg` in its run folder, from the zoo or one of the baselines' sources.
 
     Args:
         cfg: from `config(...)`, or the command line; --mean and --std are filled in.
         rank, world: as for `make_batches`.
         barrier: function that returns when all processes have called it.
+        begin: called when all is checked, before anything is written.
 
     Returns:
         The contents of result.json, for rank 0.
@@ -454,23 +463,25 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({', '.join(names)}); lower it")
     if cfg.capture == "auto":
         cfg.capture = "cudagraph" if pick_device(cfg.device).type == "cuda" else "none"
-    run = Run(cfg, cfg.out)
+    run, labels = Run(cfg, cfg.out), make_labels(cfg)
+    finished = cfg.resume and (run.folder / "result.json").exists()
+    if cfg.data_source == "real" and rank == 0 and not finished:
+        what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
+        pixels = load_training_images(cfg.dataset, cfg.data_dir, labels, *what)
     if rank == 0:
+        begin()
         run.start()
     barrier()
-    if cfg.resume and (run.folder / "images.npz").exists():
+    if finished:
         return json.loads((run.folder / "result.json").read_text()) if rank == 0 else None
     if cfg.data_source in ("mixmix", "single", "zeroq"):
         make_batches(zoo, cfg, run, rank, world)
     barrier()
     if rank:
         return None
-    labels = make_labels(cfg)
     if cfg.data_source == "noise":
-        images = torch.randn(len(labels), len(cfg.mean), cfg.image_size, cfg.image_size)
+        images = torch.randn(len(labels), len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
     elif cfg.data_source == "real":
-        what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
-        pixels = load_training_images(cfg.dataset, cfg.data_dir, labels, *what)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
         images = torch.cat([((part / 255 - mean) / std).half() for part in pixels.split(256)])
     else:
@@ -480,9 +491,9 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None):
             place.copy_(torch.from_numpy(np.load(file)["images"]))
     write_images(run.folder / "images.npz", images, labels, cfg)
     draw_grid(images, labels, cfg, run.folder / "grid.png")
-    shutil.rmtree(run.folder / "batches", ignore_errors=True)
     result = {"images": len(labels), "data_source": cfg.data_source, "zoo": names, "seconds": round(time.time() - began, 1)}
     write_atomically(run.folder / "result.json", json.dumps(result | {"arguments": run.arguments()}, indent=1))
+    shutil.rmtree(run.folder / "batches", ignore_errors=True)
     print(f"\n{len(labels):,} images of source {cfg.data_source} in {result['seconds']:.0f} s")
     print(f"  in {run.folder}/: images.npz, grid.png, result.json; --images {run.folder} uses them")
     return result
@@ -797,11 +808,11 @@ def sampler(images, size, device):
     """A batch that stays in its place, and the function that fills it with images drawn at random and returns it.
 
     Args:
-        images: (N, channels, H, W); where they would take more than a quarter of a GPU's free memory they stay outside.
+        images: (N, channels, H, W); where they would take more than a quarter of a GPU's memory they stay outside.
         size: images in the batch.
         device: of the batch, float32 (size, channels, H, W).
     """
-    crowded = device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4
+    crowded = device.type == "cuda" and images.nbytes > torch.cuda.get_device_properties(device).total_memory / 4
     images = images.cpu() if crowded else images.to(device)
     batch = torch.empty(size, *images.shape[1:], device=device)
     return batch, lambda: batch.copy_(images[torch.randint(len(images), (size,), device=images.device)])
@@ -811,7 +822,7 @@ def feature_loss(ours, theirs):
     """How far the students' block outputs are from the teacher's: mean over the blocks of the mean squared difference over
     the variance of the teacher's. Lists of (B, ...)."""
     losses = [F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return torch.stack(losses).mean()
 
 
 def qat(teacher, images, cfg, run):
@@ -835,7 +846,7 @@ def qat(teacher, images, cfg, run):
     steps = {name: LearnedStep(act.bits, lsq=True).to(run.device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
         student.set_submodule(name, step)
-    full, modules = dict(teacher.named_modules()), dict(student.named_modules())
+    full, modules = dict(fx.symbolic_trace(teacher).named_modules()), dict(student.named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
     begin_steps(lambda: student(draw()), steps.values())
     scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
@@ -858,11 +869,11 @@ def qat(teacher, images, cfg, run):
             ours = outputs(x, modules, True)
         p, q = (F.log_softmax(sent[-1].float() / cfg.temperature, 1) for sent in (theirs, ours))
         kd = cfg.temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
-        features = feature_loss(ours[:-1], theirs[:-1])
+        features = feature_loss(ours[:-1], theirs[:-1]) if len(blocks) > 1 else torch.zeros_like(kd)
         run.update(optimizer, kd + cfg.feature_weight * features)
         run.log(kd=kd, features=features)
 
-    step = run.capture(iteration, optimizer)
+    step, run.rates = run.capture(iteration, optimizer), "--qat-lr"
     for epoch in run.epochs(cfg.epochs, student, None, optimizer=optimizer):
         for group in optimizer.param_groups:
             group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
@@ -1223,7 +1234,7 @@ def kd(teacher, images, cfg, run):
         """Images for samples; what they show is the generator's choice."""
         return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
 
-    step = run.capture(iteration, *optimizers)
+    step, run.rates = run.capture(iteration, *optimizers), "--kd-lr or --kd-lr-g"
     for epoch in run.epochs(cfg.epochs, student, synthesize, **stateful):
         sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.epochs for part in (2, 4))
         drawn = torch.Generator().manual_seed((cfg.seed * 1_000_003 + epoch) % 2**63)
@@ -1250,17 +1261,26 @@ def transfer(cfg):
     for target in cfg.targets:
         arch, _, weights = target.partition("=")
         teacher, known, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
-        cfg.mean, cfg.std = per_channel(argparse.Namespace(mean=None, std=None), known, input_channels(teacher))
+        try:
+            probe(teacher, cfg.num_classes, cfg.image_size)
+        except InputError as error:
+            raise InputError(str(error).replace("--arch", "--targets")) from None
+        channels = input_channels(teacher)
+        for source, (images, *_) in sources.items():
+            if images.shape[1] != channels:
+                raise InputError(f"--images {source} has {images.shape[1]} channels and {target} {channels}; give others")
+        cfg.mean, cfg.std = per_channel(argparse.Namespace(mean=None, std=None), known, channels)
         what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
-        test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
+        test_set = load_test_set(*what, run.device, cfg.download, channels=channels)
         if test_set is None:
             raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
-        networks.append((target, teacher, (cfg.mean, cfg.std), test_set))
+        networks.append((target, arch, weights, teacher, (cfg.mean, cfg.std), test_set))
     run.start()
-    for row, (target, teacher, normalisation, test_set) in enumerate(networks):
+    for row, (target, arch, weights, teacher, normalisation, test_set) in enumerate(networks):
         result["full precision"][target] = round(accuracy(run.place(teacher), test_set), 2)
         for column, (source, (images, _, normalised)) in enumerate(sources.items()):
             cfg.mean, cfg.std = normalisation
+            cfg.arch, cfg.weights = arch, weights or None
             own = Run(cfg, run.folder / f"{row}-{column}")
             student = ptq(teacher, renormalise(images, normalised, normalisation), cfg, own)
             result.setdefault(source, {})[target] = round(accuracy(student, test_set), 2)
@@ -1311,14 +1331,14 @@ def compress(teacher, images, cfg, run=None):
 def find_images(cfg, run):
     """The images to compress with, normalised as `cfg` says: those of --images, or new ones in the run's folder."""
     source = cfg.images and cfg.images[0]
-    run.start()
     if source is None:
         source = run.folder / "images"
-        own = {"out": str(source), "task": "synth", "capture": "auto"}
-        synthesize(argparse.Namespace(**vars(cfg) | own))
+        own = {"out": str(source), "task": "synth", **cfg.synthesis}
+        synthesize(argparse.Namespace(**vars(cfg) | own), begin=run.start)
     images, labels, (mean, std) = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
         raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")
+    run.start()
     images = renormalise(images, (mean, std), (cfg.mean, cfg.std))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     run.record(data_source=cfg.data_source if cfg.images is None else str(source), images_used=len(images))
@@ -1339,7 +1359,8 @@ def parser():
     add("--data-source", choices=SOURCES, default="mixmix", help="of the images; see the top of mixmix.py")
     add("--images", nargs="+", metavar="FILE|RUN", help="images that are there already: images.npz or the run that made them")
     names = "names, arch=weights or package.module:factory"
-    add("--zoo", nargs="+", help=f"networks to invert: {names} (default: by data set, those of the held-out left out)")
+    zoo = f"networks to invert: {names}; normalised as their weights say (default: by data set, those of the held-out left out)"
+    add("--zoo", nargs="+", help=zoo)
     held_out = (
         "networks that only judge (default: CIFAR-10 regnet_y_narrow, CIFAR-100 resnet32, ImageNet resnet18 efficientnet_b0)"
     )
@@ -1352,7 +1373,6 @@ def parser():
     meanings = {
         "batch_size": "images that are optimised together",
         "iterations": "steps per batch",
-        "low_iterations": "the first of them at half the resolution",
         "lr": "peak learning rate of the pixels (Adam, cosine decay)",
         "beta1": "of Adam",
         "beta2": "of Adam",
@@ -1369,6 +1389,7 @@ def parser():
         small, large = (RECIPES[size][name] for size in ("small", "large"))
         how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else {"type": type(small)}
         p.add_by_size(group, "--" + name.replace("_", "-"), small, large, meaning, **how)
+    add("--low-iterations", type=int, help="the first of them at half the resolution (default: CIFAR 0, ImageNet two thirds)")
     add("--warmup-iterations", type=int, default=100, help="steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="lambda_1 ... lambda_3: fixed or learned")
     add("--lr-weights", type=float, default=0.01, help="learning rate of learned weights")
@@ -1380,7 +1401,7 @@ def parser():
     add("--lr-step", type=float, default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
     add("--rounding-weight", type=float, default=0.01, help="weight of the regulariser that decides the rounding")
     add = p.add_argument_group("quantization-aware training (LSQ)").add_argument
-    add("--qat-steps", type=int, default=44000, help="steps")
+    add("--qat-steps", type=int, default=44000, help="steps, rounded up to whole epochs")
     add("--qat-batch-size", type=int, default=128, help="images per step")
     add("--qat-lr", type=float, help="peak learning rate (SGD, cosine decay; default: 0.01, mobilenet_v2 0.001)")
     add("--qat-weight-decay", type=float, help="of all but the step sizes (default: 1e-4, mobilenet_v2 0)")
@@ -1415,7 +1436,8 @@ def _complete(cfg):
     single = cfg.data_source in ("single", "zeroq")
     if single and (cfg.zoo or (cfg.zoo_sample or 1) > 1):
         raise InputError(f"--data-source {cfg.data_source} inverts --arch alone; leave --zoo and --zoo-sample out")
-    fill_in(cfg, {"held_out": HELD_OUT.get(cfg.dataset, []), "zoo_sample": 1 if cfg.data_source != "mixmix" else 3})
+    others = [name for name in HELD_OUT.get(cfg.dataset, []) if name not in (cfg.zoo or ())]
+    fill_in(cfg, {"held_out": others, "zoo_sample": 1 if cfg.data_source != "mixmix" else 3})
     fill_in(cfg, {"zoo": default_zoo(cfg)})
     makes_images = cfg.eval is None and not cfg.images and cfg.data_source == "mixmix"
     if not cfg.zoo and (makes_images or cfg.task == "evaluate"):
@@ -1423,8 +1445,11 @@ def _complete(cfg):
     cfg.no_dmix = cfg.no_dmix or single
     if cfg.data_source == "zeroq":
         cfg.ce_weight, cfg.tv_weight, cfg.l2_weight, cfg.jitter, cfg.flip = 0.0, 0.0, 0.0, 0, False
+    if cfg.ce_weight == cfg.bn_weight == cfg.tv_weight == cfg.l2_weight == 0:
+        raise InputError(f"--data-source {cfg.data_source} with these weights minimises nothing; raise --bn-weight")
     if cfg.data_source == "real" and cfg.data_dir is None:
         raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
+    fill_in(cfg, {"low_iterations": 0 if cfg.image_size <= SMALL_IMAGE else round(cfg.iterations * 2 / 3)})
     if not 0 <= cfg.low_iterations <= cfg.iterations:
         raise InputError(
             f"--low-iterations is {cfg.low_iterations}; give 0 to --iterations, {cfg.iterations}; both count from the start"
@@ -1434,9 +1459,14 @@ def _complete(cfg):
         raise InputError(
             f"--task is {cfg.task} and --images {cfg.images}; evaluate and transfer need some, synth none, others one"
         )
+    if cfg.clipped_ste:
+        raise InputError("--clipped-ste is set and MixMix's quantizers have the gradients of BRECQ and LSQ; leave it out")
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
-    if cfg.capture == "auto" and (cfg.task in ("ptq", "prune", "transfer") or pick_device(cfg.device).type == "cpu"):
+    cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images that another task makes itself
+    if cfg.task in ("ptq", "prune", "transfer"):
+        cfg.capture, cfg.precision = "none", "fp32"
+    elif cfg.capture == "auto" and pick_device(cfg.device).type == "cpu":
         cfg.capture = "none"
     mobile = cfg.arch.startswith("mobilenet_v2")
     fill_in(cfg, {"qat_lr": 1e-3 if mobile else 0.01, "qat_weight_decay": 0.0 if mobile else 1e-4})

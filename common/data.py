@@ -167,13 +167,18 @@ def _load_cifar(dataset, data_dir, image_size, fetch):
             return (*read_slice(), "the bundled CIFAR-10 slice")
         archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
         datasets.utils.extract_archive(str(archive), str(root))
+    files = _cifar_files(kind, root, train=False)
+    return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
+
+
+def _cifar_files(kind, root, train):
+    """torchvision's own files of a CIFAR data set, which are there."""
     try:
-        files = kind(root, train=False)
+        return kind(root, train=train)
     except RuntimeError:
         raise InputError(
             f"--data-dir '{root}' holds a damaged {kind.base_folder}; remove that folder and fetch it again"
         ) from None
-    return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
 
 
 def load_training_images(dataset, data_dir, labels, num_classes, image_size, seed=0, channels=3):
@@ -194,7 +199,7 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
     """
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
     if kind and (Path(data_dir) / kind.base_folder).is_dir():
-        files = kind(data_dir, train=True)
+        files = _cifar_files(kind, data_dir, train=True)
         targets, get = torch.tensor(files.targets), lambda index: torch.from_numpy(files.data[index]).permute(2, 0, 1)
     else:
         folder = _class_folder(data_dir, num_classes, image_size, channels, ("train",))

@@ -31,11 +31,7 @@ class _ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        if x.is_cuda:
-            mean, variance = _plain_statistics(x)
-        else:
-            mean, variance = (torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
-            mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)  # the accumulators are thrown away
+        mean, variance = _plain_statistics(x) if x.is_cuda else _statistics_in_parts(x)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
@@ -46,6 +42,18 @@ class _ChannelStatistics(torch.autograd.Function):
         n = x.numel() // x.shape[1]
         # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 has the kernel for it
         return F.batch_norm(x, mean, torch.ones_like(mean), 2 * grad_variance / n, grad_mean / n, False, 0.0, 0.0)
+
+
+def _statistics_in_parts(x):
+    """By the kernel that updates running statistics. It adds up in float32, so it gets some 10,000 values at a time."""
+    parts = x.split(max(1, 2**14 // x[0, 0].numel()))
+    unused = [torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)]
+    found = zip(*(torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts))
+    means, variances = (torch.stack(values).double() for values in found)
+    shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)
+    mean = shares @ means
+    variance = shares @ (variances + (means - mean).square())
+    return mean.to(unused[0].dtype), variance.to(unused[0].dtype)
 
 
 def _plain_statistics(x):
@@ -63,7 +71,7 @@ def channel_statistics(x):
         x: (B, C, H, W), floating point.
 
     Returns:
-        Two tensors (C,), float32 (float64 for float64), with a graph to x; the variance's has no second derivative.
+        Two tensors (C,), float32 (float64 for float64), with a graph to x that has no second derivative.
     """
     with torch.autocast(x.device.type, enabled=False):
         # a compiler fuses the plain form better than anything it would have to call

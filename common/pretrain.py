@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, replacing
 from common.data import NORMALISATION, TestSet, accuracy, read_folder
 from common.models import build
 from common.run import friendly_errors, pick_device
@@ -160,15 +160,16 @@ def train(args):
             flush=True,
         )
         state = {"epoch": epoch + 1, "arguments": vars(args), "stateful": [item.state_dict() for item in stateful]}
-        torch.save(state, str(checkpoint) + ".tmp")
-        Path(str(checkpoint) + ".tmp").replace(checkpoint)
+        with replacing(checkpoint) as partial:
+            torch.save(state, partial)
 
     model.eval()
     images, labels = load_split(args.data_dir, "test")
     batches = list(zip(images.split(500), labels.split(500)))
     top1 = accuracy(model, TestSet(batches, len(labels), args.data_dir, NORMALISATION["cifar10"], device))
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)
-    torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, args.out)
+    with replacing(args.out) as partial:
+        torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
     checkpoint.unlink()
 
 

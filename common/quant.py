@@ -394,10 +394,17 @@ def learned_step(x, scale, zero_point, bits):
     return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
 
 
-def _calmed(scale, count, largest):
-    """`scale` with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
-    factor = (count * largest) ** -0.5
-    return (scale - scale * factor).detach() + scale * factor
+class _Calm(torch.autograd.Function):
+    """A step size with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
+
+    @staticmethod
+    def forward(ctx, scale, count, largest):
+        ctx.factor = (count * largest) ** -0.5
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None, None
 
 
 class LearnedStep(nn.Module):
@@ -427,7 +434,7 @@ class LearnedStep(nn.Module):
             self.zero_point.copy_(zero_point[0, 0])
 
     def forward(self, x):
-        scale = _calmed(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
+        scale = _Calm.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
         return learned_step(x.float(), scale, self.zero_point, self.bits)
 
 
@@ -442,11 +449,11 @@ class LearnedWeight(nn.Module):
     def __init__(self, weight, bits):
         super().__init__()
         self.bits = bits
-        self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1)))
+        self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1), device=weight.device))
         self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
 
     def forward(self, weight):
-        scale = _calmed(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
+        scale = _Calm.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
         return learned_step(weight, scale, self.zero_point, self.bits)
 
 

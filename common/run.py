@@ -3,6 +3,7 @@
 import argparse
 import copy
 import difflib
+import hashlib
 import io
 import json
 import os
@@ -91,8 +92,10 @@ class Parser(argparse.ArgumentParser):
         names = "resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory"
         add("--arch", help=f"{names} (default: resnet20, for ImageNet resnet18)")
         add("--dataset", default="cifar10", type=_one_of(DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
-        test_images = "test images: a folder per class under val/ or test/, or torchvision's CIFAR files"
-        add("--data-dir", help=f"{test_images} (default: ./data, then the bundled slice of CIFAR-10)")
+        images = (
+            "test images: a folder per class under val/ or test/ (MixMix's real ones: train/), or torchvision's CIFAR files"
+        )
+        add("--data-dir", help=f"{images} (default: ./data, then the bundled slice of CIFAR-10)")
         add("--download", action="store_true", help="fetch the full CIFAR test set")
         add("--weights", help="file, address, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)")
         add("--num-classes", type=int, help="of an own model (default: by data set)")
@@ -166,6 +169,8 @@ class Parser(argparse.ArgumentParser):
         if args.out is None:
             arch = re.sub(r"[^\w]+", "-", args.arch)
             bits = "" if getattr(args, "task", None) in self.unquantized else f"-w{args.wbits}a{args.abits}"
+            if len(changed) > 120:  # a file system takes 255
+                changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:12]}"
             args.out = f"runs/{self.method}-{arch}-{args.dataset}{bits}-s{args.seed}{changed}"
         if not args.out:
             raise InputError("--out is empty; give a folder")

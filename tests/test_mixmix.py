@@ -266,6 +266,9 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
         mixmix.main([*flags, "--data-source", name, "--out", str(tmp_path / name)])
         images, labels, _ = read_images(tmp_path / name, config(**TINY))
         assert images.shape == (25, 3, 16, 16) and labels.bincount().tolist() == [5] * 5
+    images, labels, (mean, std) = read_images(tmp_path / "real", config(**TINY))
+    pixels = 255 * (images[:, 0, 0, 0] * std[0] + mean[0])  # every image is one grey: 20 times its class, and up to 5
+    assert torch.equal(pixels.round().long() // 20, labels) and len(pixels.round().unique()) == 25
     judge = ["--task", "evaluate", "--held-out", "tiny:other", "--images", *(str(tmp_path / name) for name in runs)]
     judge += [*fast[2 : fast.index("--zoo")], "--zoo", "tiny:net", "--out", str(tmp_path / "evaluation")]
     result = mixmix.main(judge)
@@ -413,6 +416,49 @@ def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task):
     cfg.mean, cfg.std = result["arguments"]["mean"], result["arguments"]["std"]
     again = compress(tiny.net(), read_images(images, cfg)[0], cfg)
     torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-4)
+    left = sorted(run.iterdir())
+    with pytest.raises(SystemExit):  # what is there stays when the images are not
+        mixmix.main([*flags, "--images", str(tmp_path / "absent"), "--out", str(run)])
+    assert sorted(run.iterdir()) == left
+
+
+@pytest.mark.parametrize("task", ["qat", "kd"])
+def test_a_training_interrupted_after_an_epoch_gives_the_same_file(tmp_path, monkeypatch, task):
+    settings = {**QAT, **KD, "task": task, "data_source": "noise", "count": 40, "batch_size": 20, "qat_steps": 3}
+    unused = ("zoo", "zoo_sample", *(["student_arch"] if task == "qat" else []))
+    flags = command_line({name: value for name, value in settings.items() if name not in unused})
+    flags += ["--arch", "tiny:net", "--resume"]
+    file, epochs = "quantized.pt" if task == "qat" else "student.pt", []
+
+    def save(run, epoch, stateful, real=Run._save_checkpoint):
+        real(run, epoch, stateful)
+        epochs.append(epoch)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Run, "_save_checkpoint", save)
+        mixmix.main([*flags, "--out", str(tmp_path / "stopped")])
+    assert len(epochs) == 2 and not (tmp_path / "stopped" / file).exists()
+    for name in ("stopped", "whole"):
+        mixmix.main([*flags, "--out", str(tmp_path / name)])
+    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+class Centred(FunctionalNet):
+    """With a constant that tracing turns into an attribute of its own."""
+
+    def forward(self, x):
+        return super().forward(x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+
+
+@pytest.mark.parametrize("task", ["ptq", "qat", "prune"])
+def test_a_network_with_a_constant_in_its_forward_pass(task):
+    torch.manual_seed(0)
+    cfg = config(**QAT | {"task": task, "qat_steps": 2, "weight_iterations": 2, "step_iterations": 2, "wbits": 8, "abits": 8})
+    net, images = trained(Centred()), torch.randn(64, 3, 16, 16)
+    student = compress(net, images, cfg)
+    assert (student(images).argmax(1) == net(images).argmax(1)).float().mean() > 0.8
 
 
 def test_least_squares_against_numpys(net):
@@ -441,7 +487,7 @@ def test_patches_are_what_each_output_sees(layer):
     if y.ndim == 4:
         count = y.shape[2] * y.shape[3]
         places = torch.rand(3, count).argsort(1)[:, :5]
-        y = y.flatten(2).gather(2, places[:, None].expand(-1, y.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+        y = torch.stack([image.flatten(1)[:, place] for image, rows in zip(y, places) for place in rows])
     seen, groups = patches(layer, x, places), getattr(layer, "groups", 1)
     weights = layer.weight.flatten(1).view(groups, -1, seen.shape[2])
     ours = torch.cat([seen[g] @ weights[g].T for g in range(groups)], 1) + layer.bias
@@ -566,7 +612,16 @@ def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--task", "synth", *command_line(TINY)]
-    np.savez(tmp_path / "other.npz", images=np.zeros((2, 3, 8, 8)), labels=np.zeros(2, int), mean=[0.0] * 3, std=[1.0] * 3)
+    whole = {"images": np.zeros((2, 3, 8, 8)), "labels": np.zeros(2, int), "mean": [0.0] * 3, "std": [1.0] * 3}
+    np.savez(tmp_path / "other.npz", **whole)
+    broken = {
+        "flat": {"images": np.zeros((2, 3))},
+        "short": {"labels": np.zeros(1, int)},
+        "negative": {"labels": -np.ones(2, int)},
+    }
+    broken |= {"infinite": {"images": np.full((2, 3, 8, 8), np.inf)}, "grey": {"mean": [0.0]}}
+    for name, change in broken.items():
+        np.savez(tmp_path / f"{name}.npz", **whole | change)
     (tmp_path / "damaged.npz").write_bytes(b"PK")
     for arguments, words in [
         ([*tiny, "--zoo-sample", 3], "--zoo-sample is 3 and the zoo has 2 models (tiny:net, tiny:other)"),
@@ -583,12 +638,15 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--task", "evaluate"], "evaluate and transfer need some"),
         ([*tiny, "--task", "evaluate", "--images", "absent"], "--images absent is not a file or a finished run"),
         ([*tiny, "--task", "evaluate", "--images", "damaged.npz"], "--images damaged.npz is damaged"),
-        ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has 8-pixel images of labels up to 0"),
+        *(([*tiny, "--task", "evaluate", "--images", f"{name}.npz"], f"{name}.npz is damaged") for name in broken),
+        ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has images of 8x8 pixels and labels up to 0"),
         ([*tiny, "--capture", "compile"], "would compile anew"),
+        ([*tiny, "--clipped-ste"], "--clipped-ste is set"),
+        ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
         ([*tiny, "--task", "kd"], "kd needs it"),
         ([*tiny, "--task", "transfer"], "evaluate and transfer need some"),
     ]:
         assert words in fails(mixmix.main, *arguments), arguments
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.npz", "other.npz"]
+    assert all(path.suffix == ".npz" for path in tmp_path.iterdir())
     with pytest.raises(InputError, match="stopped being finite; lower --lr"):
         mixmix.synthesize(config(**TINY, lr=1e30))

@@ -19,8 +19,10 @@ def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)])
-def test_channel_statistics_equal_var_mean(dtype, tolerance, layout):
-    x = (3 * torch.randn(7, 5, 6, 9) + 1).to(dtype, memory_format=layout).requires_grad_()
+@pytest.mark.parametrize("shape", [(7, 5, 6, 9), (130, 5, 32, 32)])
+def test_channel_statistics_equal_var_mean(dtype, tolerance, layout, shape):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape) + 9).to(dtype, memory_format=layout).requires_grad_()
     weights = torch.randn(2, 5, dtype=torch.float64)
     found = channel_statistics(x)
     exact = x.detach().double().requires_grad_()

@@ -243,6 +243,7 @@ def test_lsq_begins_and_calms_its_steps_as_in_its_paper():
     plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4)
     expected = torch.autograd.grad(plain.sum(), scale)[0] / (4 * 5 * 5 * 15) ** 0.5
     torch.testing.assert_close(torch.autograd.grad(act(x).sum(), act.scale)[0], expected, atol=1e-4, rtol=1e-4)
+    assert {value.device.type for value in LearnedWeight(weight.to("meta"), 4).state_dict().values()} == {"meta"}
     codes = kernel(weight) / kernel.scale
     assert codes.min() >= -8 and codes.max() <= 7
     torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)

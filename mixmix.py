@@ -50,6 +50,7 @@ import math
 import operator
 import os
 import shutil
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -1494,6 +1495,14 @@ def config(**settings):
     return _complete(parser().config(**settings))
 
 
+def wait_for_all():
+    """Return when all processes are here; when another has ended, which has said why, so does this one."""
+    try:
+        torch.distributed.barrier()
+    except RuntimeError:
+        sys.exit(2)
+
+
 def main(argv=None):
     with friendly_errors("mixmix.py"):
         cfg = parse_args(argv)
@@ -1507,7 +1516,7 @@ def main(argv=None):
         if cfg.task == "evaluate":
             return evaluate(cfg)
         if cfg.task == "synth":
-            return synthesize(cfg, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+            return synthesize(cfg, rank, world, wait_for_all if world > 1 else lambda: None)
         if world > 1:
             raise InputError(f"--task {cfg.task} runs in one process and there are {world}; make the images with --task synth")
         if cfg.task == "transfer":

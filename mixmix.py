@@ -383,11 +383,11 @@ def batch_file(run, index):
 
 
 def write_images(path, images, labels, cfg):
-    """Write images (as float16: the paper's 100,000 for training are 30 GB) and labels in one step, so that a killed run never
+    """Write images (float16: the paper's 100,000 for training are 30 GB) and labels in one step, so that a killed run never
     leaves half of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, images=images.half().cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
+        np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
 
 
 def read_images(name, cfg):
@@ -1277,13 +1277,14 @@ def transfer(cfg):
         test_set = load_test_set(*what, run.device, cfg.download, channels=channels)
         if test_set is None:
             raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
-        networks.append((target, arch, weights, teacher, (cfg.mean, cfg.std), test_set))
+        networks.append((target, teacher, (cfg.mean, cfg.std), test_set))
     run.start()
-    for row, (target, arch, weights, teacher, normalisation, test_set) in enumerate(networks):
+    for row, (target, teacher, normalisation, test_set) in enumerate(networks):
         result["full precision"][target] = round(accuracy(run.place(teacher), test_set), 2)
         for column, (source, (images, _, normalised)) in enumerate(sources.items()):
             cfg.mean, cfg.std = normalisation
-            cfg.arch, cfg.weights = arch, weights or None
+            cfg.arch, _, weights = target.partition("=")
+            cfg.weights = weights or None
             own = Run(cfg, run.folder / f"{row}-{column}")
             student = ptq(teacher, renormalise(images, normalised, normalisation), cfg, own)
             result.setdefault(source, {})[target] = round(accuracy(student, test_set), 2)

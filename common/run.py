@@ -23,7 +23,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import InputError, first_line, replacing
-from common.capture import CHOICES, GraphedStep, compiled, pick_capture
+from common.capture import CHOICES, GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.data import IMAGE_SIZE, NUM_CLASSES, accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized
 from common.models import OWN, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
@@ -306,9 +306,11 @@ class Run:
         self.device = pick_device(cfg.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams and graphs are those of the current device
+        else:
+            keep_freed_memory()
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
-        cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters * cfg.batch_size * cfg.image_size**2)
+        cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters)
         self.results, self.history, self.latest, self.facts = {}, [], {}, {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
         if self.folder:

@@ -41,15 +41,17 @@ class _ChannelStatistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         n = x.numel() // x.shape[1]
         # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 has the kernel for it
-        return F.batch_norm(x, mean, torch.ones_like(mean), 2 * grad_variance / n, grad_mean / n, False, 0.0, 0.0)
+        return F.batch_norm(x, mean, torch.ones_like(mean), grad_variance * (2 / n), grad_mean / n, False, 0.0, 0.0)
 
 
 def _statistics_in_parts(x):
     """By the kernel that updates running statistics. It adds up in float32, so it gets some 10,000 values at a time."""
     parts = x.split(max(1, 2**14 // x[0, 0].numel()))
     unused = [torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)]
-    found = zip(*(torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts))
-    means, variances = (torch.stack(values).double() for values in found)
+    found = [torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts]
+    if len(parts) == 1:
+        return found[0]
+    means, variances = (torch.stack(values).double() for values in zip(*found))
     shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)
     mean = shares @ means
     variance = shares @ (variances + (means - mean).square())

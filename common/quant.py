@@ -40,7 +40,7 @@ def affine_parameters(low, high, bits):
     Returns:
         scale, zero_point: float32 tensors of that shape; zero_point holds integers, of any sign.
     """
-    narrow = high - low < 1e-6 * torch.maximum(low.abs(), high.abs())
+    narrow = high - low < 1e-6 * torch.maximum(-low, high)
     low, high = torch.where(narrow, low.clamp(max=0), low), torch.where(narrow, high.clamp(min=0), high)
     scale = (high - low).clamp(min=1e-8) / (2**bits - 1)
     return scale, torch.round(-low / scale)
@@ -97,7 +97,7 @@ def channel_parameters(weight, bits):
     """Scale and zero point per output channel (dimension 0) of `weight`, shaped to broadcast against it."""
     flat = weight.detach().float().flatten(1)
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    scale, zero_point = affine_parameters(flat.amin(1), flat.amax(1), bits)
+    scale, zero_point = affine_parameters(*torch.aminmax(flat, dim=1), bits)
     return scale.view(shape), zero_point.view(shape)
 
 

@@ -8,6 +8,7 @@ Both steps live in one process and take turns; figures are medians. --json FILE 
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import time
@@ -47,7 +48,7 @@ class _FastRun(Run):
 
     forms = nullcontext
 
-    def start(self, method, teacher):
+    def reach_full_step(self, method, teacher):
         """Bring `method` to its full step and past its compilation or capture."""
         try:
             with self.forms():
@@ -110,11 +111,12 @@ def step_flops(run):
 
 
 def reset_peak(device):
-    """Start the measurement of peak memory anew; on a CPU where the system allows it (Linux)."""
+    """Start the measurement of peak memory anew; on a CPU where the system allows it (Linux with glibc)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError):
+        with suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)  # give back what runs keep
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -129,15 +131,15 @@ def compare(name, batch_size, args):
 
     cfg = settings()
     teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
-    flops = step_flops(_FastRun(settings(precision="fp32", capture="none")).start(method, teacher))
+    flops = step_flops(_FastRun(settings(precision="fp32", capture="none")).reach_full_step(method, teacher))
     on_cpu = pick_device(args.device).type == "cpu"
     capture = "compile" if args.capture == "auto" and on_cpu and compiler() else args.capture
     fast = _FastRun(settings(precision=args.precision, capture=capture))
     plain = _PlainRun(settings(precision="fp32", capture="none"))
     reset_peak(fast.device)
-    steps = max(1, round(args.seconds / fast.start(method, teacher).seconds_per_step(WARMUP)))
+    steps = max(1, round(args.seconds / fast.reach_full_step(method, teacher).seconds_per_step(WARMUP)))
     peak = peak_memory(fast.device)
-    plain.start(method, teacher)
+    plain.reach_full_step(method, teacher)
     times = {"plain": [], "fast": []}
     for _ in tqdm(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
         times["plain"].append(plain.seconds_per_step(steps))

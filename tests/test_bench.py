@@ -36,17 +36,20 @@ def test_the_floor_counts_the_arithmetic_of_the_step():
         generator -= 2 * batch * inputs * outputs * (9 * 4 * size**2 - 4 * 4 * (size + 1) ** 2)
     # generator: forward, both gradients; teacher: forward, inputs' gradient; student: no gradient of its input
     expected = 3 * generator + 2 * network + 3 * network - first
-    measured = bench.step_flops(bench._FastRun(cfg).start(gdfq, teacher))
+    measured = bench.step_flops(bench._FastRun(cfg).reach_full_step(gdfq, teacher))
     assert measured == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_table_and_its_file(tmp_path, capsys, fails):
     command = ["--batch-size", "2", "--repeats", "5", "--seconds", "0", "--capture", "none", "--device", "cpu"]
-    bench.main([*command, "--precision", "fp32", "--json", str(tmp_path / "rows.json")])
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert tuple(row) == bench.COLUMNS and (row["method"], row["batch_size"], row["device"]) == ("gdfq", 2, "cpu")
-    assert row["speedup"] == pytest.approx(row["plain_ms"] / row["fast_ms"], rel=0.01)
-    assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
+    command += ["--method", *bench.METHODS, "--precision", "fp32", "--json", str(tmp_path / "rows.json")]
+    bench.main(command)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in rows] == list(bench.METHODS)
+    for row in rows:
+        assert tuple(row) == bench.COLUMNS and (row["batch_size"], row["device"]) == (2, "cpu")
+        assert row["speedup"] == pytest.approx(row["plain_ms"] / row["fast_ms"], rel=0.01)
+        assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
     assert "images/s" in capsys.readouterr().out
     assert "--repeats is 4" in fails(bench.main, "--repeats", 4)
 

@@ -1281,10 +1281,9 @@ def transfer(cfg):
     run.start()
     for row, (target, teacher, normalisation, test_set) in enumerate(networks):
         result["full precision"][target] = round(accuracy(run.place(teacher), test_set), 2)
+        cfg.arch, _, weights = target.partition("=")
+        cfg.weights, (cfg.mean, cfg.std) = weights or None, normalisation
         for column, (source, (images, _, normalised)) in enumerate(sources.items()):
-            cfg.mean, cfg.std = normalisation
-            cfg.arch, _, weights = target.partition("=")
-            cfg.weights = weights or None
             own = Run(cfg, run.folder / f"{row}-{column}")
             student = ptq(teacher, renormalise(images, normalised, normalisation), cfg, own)
             result.setdefault(source, {})[target] = round(accuracy(student, test_set), 2)

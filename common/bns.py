@@ -64,6 +64,7 @@ class BatchNormStatistics:
         elif form == "sum":
             terms = [of_layer.sum() for of_layer in difference.square().split(sizes)]
         else:
+            # over both statistics, so half of the sum of their means
             terms = [of_layer.mean() for of_layer in difference.square().split(sizes)]
         if first != 1.0:
             terms[0] = first * terms[0]

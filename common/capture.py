@@ -23,7 +23,7 @@ def keep_freed_memory():
     """Have glibc keep freed memory for the next tensors. As it comes, every step gives its large tensors back to the system
     and receives them again page by page, for up to a seventh of its time. Does nothing where there is no glibc."""
     trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3)
-    with suppress(AttributeError, OSError, TypeError):
+    with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)  # tensors of any size from the heap
         mallopt(trim_threshold, -1)  # whose end is never given back

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.autograd.function import once_differentiable
 
 _plain = False
@@ -80,10 +81,9 @@ def channel_statistics(x):
         return _plain_statistics(x) if _plain or torch.compiler.is_compiling() else _ChannelStatistics.apply(x)
 
 
-@torch.library.custom_op("data_free::interleave", mutates_args=())
-def interleave(phases: torch.Tensor) -> torch.Tensor:
-    """Pixels of the four phases (B, H + 1, W + 1, 2, 2, C) side by side: (B, H, 2, W, 2, C). One copy in each direction; an
-    operator of its own, because torch.compile's code for these slices takes ten times as long on a CPU."""
+def _interleave(phases: torch.Tensor) -> torch.Tensor:
+    """Pixels of the four phases (B, H + 1, W + 1, 2, 2, C) side by side: (B, H, 2, W, 2, C). One copy in each direction; made
+    an operator, because torch.compile's own code for these slices takes ten times as long on a CPU."""
     batch, height, width, _, _, channels = phases.shape
     pixels = phases.new_empty(batch, height - 1, 2, width - 1, 2, channels)
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -91,9 +91,8 @@ def interleave(phases: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-@torch.library.custom_op("data_free::take_apart", mutates_args=())
-def take_apart(pixels: torch.Tensor) -> torch.Tensor:
-    """The adjoint of `interleave`."""
+def _take_apart(pixels: torch.Tensor) -> torch.Tensor:
+    """The adjoint of `_interleave`."""
     batch, height, _, width, _, channels = pixels.shape
     phases = pixels.new_zeros(batch, height + 1, width + 1, 2, 2, channels)  # a border pixel of each phase is not used
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -101,18 +100,10 @@ def take_apart(pixels: torch.Tensor) -> torch.Tensor:
     return phases
 
 
-@interleave.register_fake
-def _(phases):
-    batch, height, width, _, _, channels = phases.shape
-    return phases.new_empty(batch, height - 1, 2, width - 1, 2, channels)
-
-
-@take_apart.register_fake
-def _(pixels):
-    batch, height, _, width, _, channels = pixels.shape
-    return pixels.new_empty(batch, height + 1, width + 1, 2, 2, channels)
-
-
+interleave = library.custom_op("data_free::interleave", _interleave, mutates_args=())
+take_apart = library.custom_op("data_free::take_apart", _take_apart, mutates_args=())
+interleave.register_fake(_interleave)
+take_apart.register_fake(_take_apart)
 interleave.register_autograd(lambda ctx, grad: take_apart(grad))
 
 

@@ -68,7 +68,7 @@ def test_capture_is_decided_by_flags_device_and_length(monkeypatch):
 @pytest.mark.skipif(not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_run_keeps_freed_memory_for_the_next_tensors():
     """Pages that had to be asked for again are counted by the system."""
-    capture.keep_freed_memory()
+    Run(config(**TINY, device="cpu"))
     faults = []
     for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -250,7 +250,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             _replace(student, name, quantized.from_float(module, wbits))
     if not quantized_activations(student):
         raise InputError("the model computes no activation that could be quantized; use --act-placement input")
-    return student
+    return student.to(next(student.parameters()).device)  # the activations' ranges, too
 
 
 def _replace(model, name, module):

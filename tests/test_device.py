@@ -1,0 +1,136 @@
+"""The scripts on a device that is not the host, eager and as graphs; elsewhere.py is that device where there is no GPU."""
+
+import pytest
+import torch
+from conftest import ROOT, FunctionalNet, trained
+from elsewhere import second_device
+from test_capture import STEPS, TINY
+from test_mixmix import KD, NORMAL, QAT
+from test_mixmix import TINY as SYNTH
+
+import autorecon
+import common.run
+import gdfq
+import mixmix
+import qimera
+from common.capture import WARMUP_STEPS, GraphedStep
+from common.run import Run, draw
+
+RUNS = STEPS + [(gdfq, {"mix": "cutmix"}), (gdfq, {"act_placement": "input"}), (qimera, {"noise": "slot"})]
+COUNT = WARMUP_STEPS + 2
+capture = Run.capture
+
+
+def watched(device):
+    """Run.capture whose steps may not read from `device`."""
+
+    def capture_and_watch(run, step, *optimizers):
+        fast = capture(run, step, *optimizers)
+
+        def silent(*args):
+            before = device.reads
+            fast(*args)
+            assert device.reads == before, "the step waits for its device"
+
+        return silent
+
+    return capture_and_watch
+
+
+def on_second_device(monkeypatch, make):
+    """The tensors that `make()` returns, step by step and as graphs, on the host."""
+    results = []
+    for kind in ("none", "cudagraph"):
+        with monkeypatch.context() as patch, second_device(monkeypatch) as device:
+            patch.setattr(common.run, "pick_capture", lambda *_, kind=kind: kind)
+            patch.setattr(Run, "capture", watched(device))
+            results.append({name: value.cpu() for name, value in make().items()})
+    return results
+
+
+def assert_same(eager, graphed):
+    assert eager.keys() == graphed.keys()
+    for name, value in eager.items():
+        assert torch.equal(value, graphed[name]), name
+
+
+@pytest.mark.parametrize("method, flags", RUNS)
+def test_a_run_stays_on_its_device_and_its_graphs_compute_the_same(monkeypatch, method, flags):
+    """Same random numbers, same phases, learning rates that decay, losses of every step; and images when it is over."""
+    net, histories = trained(FunctionalNet()), []
+
+    def make():
+        run = Run(method.config(**TINY | {"iters": COUNT}, **flags, device="meta"))
+        student = method.compress(net, run.cfg, run)
+        histories.append([{name: value for name, value in line.items() if name != "seconds"} for line in run.history])
+        return student.state_dict() | {"images": draw(run, torch.arange(5), seed=0)}
+
+    assert_same(*on_second_device(monkeypatch, make))
+    assert histories[0] == histories[1] and "loss_q" in histories[0][-1]
+
+
+def test_a_search_on_the_device(net, monkeypatch):
+    schedule = {"search_epochs": 2, "search_iters": COUNT, "arch_iters": COUNT, "lr_alpha": 0.05}
+    cfg = autorecon.config(**TINY | schedule | {"device": "meta", "scale": 0.0625, "batch_size": 2})
+    seen, probabilities = [], autorecon.Architecture.probabilities
+
+    def noted(architecture):
+        seen.append(probabilities(architecture))
+        return seen[-1]
+
+    def make():
+        seen.clear()
+        autorecon.search(net, cfg)
+        return {f"{place} {edge}": p for place, edges in enumerate(seen) for edge, p in edges.items()}
+
+    monkeypatch.setattr(autorecon.Architecture, "probabilities", noted)
+    assert_same(*on_second_device(monkeypatch, make))
+
+
+@pytest.mark.parametrize("task", ["qat", "kd"])
+def test_mixmix_trains_on_the_device(net, monkeypatch, task):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    images = torch.randn(40, 3, 16, 16)
+    settings = QAT | {"qat_steps": 12} if task == "qat" else KD | {"kd_epochs": 2}
+    cfg = settings | {"device": "meta"}
+    assert_same(*on_second_device(monkeypatch, lambda: mixmix.compress(net, images, mixmix.config(**cfg)).state_dict()))
+
+
+def test_mixmix_images_on_the_device(net, monkeypatch):
+    cfg = SYNTH | {"iterations": 2 * COUNT, "low_iterations": COUNT, "device": "meta", "mean": [0.5] * 3, "std": [0.25] * 3}
+
+    def make():
+        run = Run(mixmix.config(**cfg))
+        zoo = [mixmix.ZooModel("a", net, NORMAL, NORMAL).to("meta", memory_format=run.layout)]
+        return {"images": mixmix.invert(zoo, torch.arange(5, device="meta"), run.cfg, run)}
+
+    assert_same(*on_second_device(monkeypatch, make))
+
+
+def test_the_device_does_not_mix_and_its_graphs_hold_what_was_captured(monkeypatch):
+    with second_device(monkeypatch) as device:
+        total, calls = torch.zeros(3, device="meta"), []
+
+        def step(sign, read=False):
+            calls.append(sign)
+            total.add_(sign * torch.rand(3, device="meta"))
+            return total.sum().item() if read else None
+
+        torch.manual_seed(0)
+        graphed = GraphedStep(step, [], {})
+        for _ in range(COUNT + 1):
+            graphed(1)
+        graphed(-1)
+        assert len(calls) == WARMUP_STEPS + 2 and device.reads == 0  # 1 captured, -1 warming up
+        torch.manual_seed(0)
+        expected = sum(torch.rand(3) for _ in range(COUNT + 1)) - torch.rand(3)
+        torch.testing.assert_close(total.cpu(), expected)
+        for _ in range(WARMUP_STEPS):
+            graphed(1, True)
+        with pytest.raises(AssertionError, match="cannot be captured"):
+            graphed(1, True)
+    with second_device(monkeypatch) as device:
+        x = torch.ones(3, device="meta")
+        with pytest.raises(AssertionError, match="both devices"):
+            x + torch.ones(3)
+        assert x.sum().item() == 3 and x.cpu().tolist() == [1, 1, 1] and device.reads == 2

@@ -8,7 +8,7 @@ from common.ops import channel_statistics
 
 
 class BatchNormStatistics:
-    """Hooks on every BatchNorm2d of `model` that keep mean and variance of what the latest forward pass sent in.
+    """Hooks on every BatchNorm2d of `model` that keep what the latest forward pass sent in.
 
     Each BNS loss compares, per layer, the batch's mean and biased variance over (N, H, W) with the running ones:
 
@@ -35,17 +35,19 @@ class BatchNormStatistics:
                 f"model {type(model).__name__} has no BatchNorm2d with running statistics, from which the images are "
                 "made; give a model that was trained with BatchNorm and is not folded"
             )
-        self.batch = dict.fromkeys(layers)
+        self.inputs = dict.fromkeys(layers)
         for layer in layers:
+            share = layer.running_var.new_full((2 * layer.num_features,), 1 / layer.num_features)
+            layer.register_buffer("bns_share", share, persistent=False)  # moves with the layer
             layer.register_forward_pre_hook(self._record)
 
     def _record(self, layer, args):
-        self.batch[layer] = channel_statistics(args[0])
+        self.inputs[layer] = args[0]
 
     def loss(self, form="gdfq", first=1.0):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.
 
-        The statistics are used up by it: kept any longer, they would keep that batch's graph alive.
+        The batch is used up by it: kept any longer, it would keep its graph alive.
 
         Args:
             form: one of `forms`.
@@ -53,20 +55,19 @@ class BatchNormStatistics:
         """
         if form not in self.forms:
             raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
-        batch, self.batch = self.batch, dict.fromkeys(self.batch)
-        used = [layer for layer, recorded in batch.items() if recorded]
-        found = torch.cat([statistic for layer in used for statistic in batch[layer]])
-        stored = torch.cat([statistic for layer in used for statistic in (layer.running_mean, layer.running_var)])
-        difference = found - stored  # of all layers at once: a step has hundreds of small operations as it is
-        sizes = [2 * layer.num_features for layer in used]
+        inputs, self.inputs = self.inputs, dict.fromkeys(self.inputs)
+        used = [layer for layer, x in inputs.items() if x is not None]
+        # all layers at once, since a step has hundreds of small operations as it is
+        found = channel_statistics([inputs[layer] for layer in used])
+        difference = found - torch.cat([statistic for layer in used for statistic in (layer.running_mean, layer.running_var)])
         if form == "norm":
-            terms = [of_layer.view(2, -1).norm(dim=1).sum() for of_layer in difference.split(sizes)]
-        elif form == "sum":
-            terms = [of_layer.sum() for of_layer in difference.square().split(sizes)]
+            widths = [layer.num_features for layer in used for _ in ("mean", "variance")]
+            terms, of_first = torch.stack([statistic.norm() for statistic in difference.split(widths)]), 2
         else:
-            # over both statistics, so half of the sum of their means
-            terms = [of_layer.mean() for of_layer in difference.square().split(sizes)]
+            terms, of_first = difference.square(), 2 * used[0].num_features
+            if form == "gdfq":
+                terms = terms * torch.cat([layer.bns_share for layer in used])
+        total = terms.sum()
         if first != 1.0:
-            terms[0] = first * terms[0]
-        total = torch.stack(terms).sum()
-        return 2 * total / len(terms) if form == "gdfq" else total
+            total = total + (first - 1) * terms[:of_first].sum()
+        return total / len(used) if form == "gdfq" else total

@@ -28,25 +28,36 @@ def _fold(taps):
 
 
 class _ChannelStatistics(torch.autograd.Function):
-    """The forward pass keeps nothing but x; the backward pass is one affine map of it, in its dtype."""
+    """The forward pass keeps nothing but its arguments; the backward pass is one affine map of each, in its dtype."""
 
     @staticmethod
-    def forward(ctx, x):
-        mean, variance = _plain_statistics(x) if x.is_cuda else _statistics_in_parts(x)
-        ctx.save_for_backward(x, mean)
-        return mean, variance
+    def forward(ctx, *xs):
+        found = torch.cat([statistic for x in xs for statistic in _one_pass_statistics(x)])
+        ctx.save_for_backward(found, *xs)
+        return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean, grad_variance):
-        x, mean = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
-        # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 has the kernel for it
-        return F.batch_norm(x, mean, torch.ones_like(mean), grad_variance * (2 / n), grad_mean / n, False, 0.0, 0.0)
+    def backward(ctx, grad):
+        found, *xs = ctx.saved_tensors
+        sizes = [2 * x.shape[1] for x in xs]
+        means = [of_one[: len(of_one) // 2] for of_one in found.split(sizes)]
+        shares = torch._foreach_div(grad.split(sizes), [x.numel() // x.shape[1] for x in xs])  # dL/dmean / n, dL/dvariance / n
+        quarter = grad.new_full((max(sizes),), 0.25)
+        # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 / 4 has the kernel for it
+        return tuple(
+            F.batch_norm(x, mean, quarter[: len(mean)], share[len(mean) :], share[: len(mean)], False, 0.0, 0.0)
+            for x, mean, share in zip(xs, means, shares)
+        )
+
+
+def _one_pass_statistics(x):
+    """Mean and biased variance by the kernels that update running statistics."""
+    return torch.batch_norm_update_stats(x, None, None, 0.0) if x.is_cuda else _statistics_in_parts(x)
 
 
 def _statistics_in_parts(x):
-    """By the kernel that updates running statistics. It adds up in float32, so it gets some 10,000 values at a time."""
+    """The CPU's kernel adds up in float32, so it gets some 10,000 values at a time."""
     parts = x.split(max(1, 2**14 // x[0, 0].numel()))
     unused = [torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)]
     found = [torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts]
@@ -67,18 +78,20 @@ def _plain_statistics(x):
     return mean, (x - mean.detach()[:, None, None]).square().mean((0, 2, 3))
 
 
-def channel_statistics(x):
-    """Mean and biased variance of every channel, over the batch and all pixels.
+def channel_statistics(xs):
+    """Mean and biased variance of every channel of some tensors, over their batch and pixels.
 
     Args:
-        x: (B, C, H, W), floating point.
+        xs: list of (B, C, H, W), floating point, on one device; C may differ.
 
     Returns:
-        Two tensors (C,), float32 (float64 for float64), with a graph to x that has no second derivative.
+        One vector, all means of the first tensor, all its variances, then those of the second: float32 (float64 for
+        float64), with a graph to the tensors that has no second derivative.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        # a compiler fuses the plain form better than anything it would have to call
-        return _plain_statistics(x) if _plain or torch.compiler.is_compiling() else _ChannelStatistics.apply(x)
+    with torch.autocast(xs[0].device.type, enabled=False):
+        if _plain or torch.compiler.is_compiling():  # a compiler fuses the plain form better than what it would have to call
+            return torch.cat([statistic for x in xs for statistic in _plain_statistics(x)])
+        return _ChannelStatistics.apply(*xs)
 
 
 def _interleave(phases: torch.Tensor) -> torch.Tensor:

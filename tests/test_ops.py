@@ -22,14 +22,13 @@ def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
 @pytest.mark.parametrize("shape", [(7, 5, 6, 9), (130, 5, 32, 32)])
 def test_channel_statistics_equal_var_mean(dtype, tolerance, layout, shape):
     torch.manual_seed(0)
-    x = (3 * torch.randn(shape) + 9).to(dtype, memory_format=layout).requires_grad_()
-    weights = torch.randn(2, 5, dtype=torch.float64)
-    found = channel_statistics(x)
-    exact = x.detach().double().requires_grad_()
-    variance, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
-    for value, expected in zip(found, (mean, variance)):
-        torch.testing.assert_close(value.double(), expected.detach(), atol=1e-5 if dtype != torch.float64 else 1e-12, rtol=1e-5)
-    (gradient,) = torch.autograd.grad(sum((w * v).sum() for w, v in zip(weights, found)), x)
-    (expected,) = torch.autograd.grad(sum((w * v).sum() for w, v in zip(weights, (mean, variance))), exact)
-    assert gradient.dtype == dtype
-    torch.testing.assert_close(gradient.double(), expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
+    shapes = [shape, (2, 3, 4, 4)]
+    xs = [(3 * torch.randn(shape) + 9).to(dtype, memory_format=layout).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in xs]
+    expected = torch.cat([v for x in exact for v in reversed(torch.var_mean(x, (0, 2, 3), correction=0))])
+    found, weights = channel_statistics(xs), torch.randn(2 * (5 + 3), dtype=torch.float64)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype != torch.float64 else 1e-12, rtol=1e-5)
+    gradients, exact_gradients = (torch.autograd.grad((weights * v).sum(), x) for v, x in ((found, xs), (expected, exact)))
+    for gradient, exactly in zip(gradients, exact_gradients):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), exactly, atol=tolerance * exactly.abs().max().item(), rtol=tolerance)

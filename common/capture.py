@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import warnings
 from contextlib import suppress
 
 import torch
@@ -110,14 +111,15 @@ class GraphedStep:
 
     def _on_side_stream(self, args):
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # it will be captured
             self.step(*args)
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, args):
         self.losses.clear()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=self.stream):  # the stream that the gradients' accumulators know
             self.step(*args)
             self.names, losses = tuple(self.losses), tuple(self.losses.values())
             self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)

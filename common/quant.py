@@ -101,10 +101,55 @@ def channel_parameters(weight, bits):
     return scale.view(shape), zero_point.view(shape)
 
 
+def _is_channels_last(weight):
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _to_rows(weight):
+    """`weight` as (out, all others) in the order of its memory, so that nothing is copied."""
+    return (weight.movedim(1, -1) if _is_channels_last(weight) else weight).flatten(1)
+
+
+def _from_rows(rows, weight):
+    """What `_to_rows(weight)` has become, in the shape and layout of `weight`."""
+    if weight.is_contiguous() or _is_channels_last(weight):
+        return rows.as_strided(weight.shape, weight.stride(), rows.storage_offset())
+    return rows.view(weight.shape)
+
+
+class FakeQuantizeWeights(torch.autograd.Function):
+    """The weights of many layers, with one range per output channel; straight-through. Arguments: bits, the weights.
+
+    Layers whose channels have equally many weights are rows of one matrix, and all ranges are computed at once: a network
+    takes as many operations as a few layers would. Values are those of `fake_quantize` layer by layer, to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx, bits, *weights):
+        alike, quantized = {}, [None] * len(weights)
+        for index, weight in enumerate(weights):
+            alike.setdefault(weight[0].numel(), []).append(index)
+        matrices = [torch.cat([_to_rows(weights[index]).float() for index in group]) for group in alike.values()]
+        low, high = (torch.cat(ends) for ends in zip(*(torch.aminmax(matrix, dim=1) for matrix in matrices)))
+        counts = [len(matrix) for matrix in matrices]
+        parameters = (values[:, None].split(counts) for values in affine_parameters(low, high, bits))
+        for group, matrix, scale, zero_point in zip(alike.values(), matrices, *parameters):
+            values = decode_(encode(matrix, scale, zero_point, bits), scale, zero_point)
+            for index, rows in zip(group, values.split([len(weights[index]) for index in group])):
+                quantized[index] = _from_rows(rows, weights[index])
+        return tuple(quantized)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *grads
+
+
 class _QuantWeight:
-    """Weights quantized at each forward. `packed` is set on a network read from a file, whose weights are exact."""
+    """Weights quantized at each forward: all of a network's before its first layer, or this layer's own when it is called
+    alone. `packed` is set on a network read from a file, whose weights are exact."""
 
     packed = False
+    ready = None  # the quantized weights, while the network computes
 
     @classmethod
     def from_float(cls, module, bits):
@@ -117,6 +162,8 @@ class _QuantWeight:
     def quantized_weight(self):
         if self.packed:
             return self.weight
+        if self.ready is not None:
+            return self.ready
         return fake_quantize(self.weight, *channel_parameters(self.weight, self.bits), self.bits)
 
     def pack(self, weight, scale, zero_point):
@@ -127,6 +174,26 @@ class _QuantWeight:
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class _AllWeights:
+    """Hooks of a network that quantize the weights of all its layers when it is called, and forget them afterwards."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def quantize(self, network, args):
+        if torch.compiler.is_compiling():  # a compiler fuses each layer's own operations, and better
+            return
+        for bits in {layer.bits for layer in self.layers}:
+            layers = [layer for layer in self.layers if layer.bits == bits and not layer.packed]
+            if layers:
+                for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, *(layer.weight for layer in layers))):
+                    layer.ready = weight
+
+    def forget(self, network, args, output):
+        for layer in self.layers:
+            layer.ready = None
 
 
 class QuantConv2d(_QuantWeight, nn.Conv2d):
@@ -250,6 +317,9 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             _replace(student, name, quantized.from_float(module, wbits))
     if not quantized_activations(student):
         raise InputError("the model computes no activation that could be quantized; use --act-placement input")
+    all_weights = _AllWeights([layer for _, layer in quantized_layers(student)])
+    student.register_forward_pre_hook(all_weights.quantize)
+    student.register_forward_hook(all_weights.forget, always_call=True)
     return student.to(next(student.parameters()).device)  # the activations' ranges, too
 
 

@@ -110,7 +110,7 @@ def second_device(monkeypatch):
     """The device, there while the context lasts; PyTorch's CUDA graphs are its graphs. Computes in float32."""
 
     @contextmanager
-    def captured(graph):
+    def captured(graph, stream):
         random, device.graph = torch.get_rng_state(), graph
         yield
         device.graph = None

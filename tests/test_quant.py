@@ -40,6 +40,32 @@ def test_equals_torchs_own_fake_quantization(bits):
     assert torch.equal(fake_quantize(x, scale, zero_point, bits), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_quantized_at_once_are_those_of_each_layer_alone(layout):
+    student = quantize(trained(FunctionalNet()).to(memory_format=layout), 3, 8)
+    student.conv2.bits, layers, used, gradients = 5, dict(quantized_layers(student)), {}, []
+    x, upstream = torch.randn(4, 3, 16, 16), torch.randn(4, 5)
+    observe(student, True)
+    student(x)
+    observe(student, False)
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: used.update({layer: layer.ready})) for layer in layers.values()]
+    (student(x) * upstream).sum().backward()
+    for name, layer in layers.items():
+        expected = fake_quantize(layer.weight, *channel_parameters(layer.weight, layer.bits), layer.bits)
+        assert torch.equal(used[layer], expected) and used[layer].stride() == layer.weight.stride(), name
+        assert layer.ready is None
+        gradients.append(layer.weight.grad.clone())
+    for hook in hooks:
+        hook.remove()
+    student.zero_grad()
+    (student.forward(x) * upstream).sum().backward()  # past the network's hooks
+    for gradient, layer in zip(gradients, layers.values()):
+        assert torch.equal(gradient, layer.weight.grad)
+    with pytest.raises(RuntimeError):
+        student(x[:, :2])
+    assert all(layer.ready is None for layer in layers.values())
+
+
 def test_gradient_is_the_identity_or_clipped():
     x = torch.linspace(-3, 3, 61, requires_grad=True)
     scale, zero_point = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), 4)

@@ -53,7 +53,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.models import SMALL_IMAGE, build_student, input_channels, probe
-from common.ops import plain_forms, superpose, upsample_conv, upsample_pointwise
+from common.ops import plain_forms, superpose, upsample, upsample_conv, upsample_pointwise
 from common.quant import observe, quantize
 from common.run import Parser, Run, checked_schedule, describe, execute, fill_in, friendly_errors, prepare, write_atomically
 
@@ -177,7 +177,7 @@ class Generator(nn.Module):
             if form not in forms:
                 x = values[source]
                 if bilinear:
-                    x = F.interpolate(x, scale_factor=2, mode="bilinear")
+                    x = upsample(x, "bilinear")
                 forms[form] = self.norms[form](x)
             return forms[form]
 

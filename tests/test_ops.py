@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.ops import channel_statistics, plain_forms, upsample_conv
+from common.ops import channel_statistics, double, interleave, plain_forms, upsample_conv
 
 
 def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
@@ -15,6 +15,17 @@ def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
     upstream = torch.randn_like(plain)
     for a, b in zip(*(torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream) for y in (plain, fast))):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_operators_of_compiled_steps(mode):
+    """Shapes, layouts and gradients that a compiler relies on, checked by PyTorch; values against the plain operation."""
+    x = torch.randn(2, 3, 4, 6, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
+    assert torch.equal(double(x, mode), F.interpolate(x, scale_factor=2, mode=mode))
+    static = [f"test_{name}" for name in ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")]
+    torch.library.opcheck(double, (x, mode), test_utils=static)
+    torch.library.opcheck(interleave, (torch.randn(2, 3, 4, 2, 2, 5, requires_grad=True),), test_utils=static)
+    assert torch.autograd.gradcheck(lambda x: double(x, mode), x)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -683,7 +683,7 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
         cfg: from `config(...)`, or the command line.
         progress: called after every iteration.
     """
-    optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding)
+    optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=True)
     for index in range(cfg.weight_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
         soft = {name: with_weight(modules[name], rounding()) for name, rounding in roundings.items()}
@@ -710,7 +710,7 @@ def begin_steps(forward, steps):
 def reconstruct_steps(block, steps, modules, x, target, cfg, progress):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
-    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step)
+    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
     for _ in range(cfg.step_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
@@ -1211,7 +1211,7 @@ def kd(teacher, images, cfg, run):
         with run.autocast():
             x = generator(torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device)).float()
             logits = teacher(x).float()
-        loss = dafl_loss(logits, seen["features"].float(), cfg)
+        loss = dafl_loss(logits, seen.pop("features").float(), cfg)
         if cfg.data_source == "mixmix":
             losses = mixmix_loss([zoo[index] for index in models], x, logits.argmax(1), cfg, run.autocast)
             loss = loss + cfg.ce_weight * losses["ce"] + cfg.kd_bn_weight * losses["bn"]

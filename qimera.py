@@ -38,6 +38,7 @@ import argparse
 import copy
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -271,13 +272,18 @@ def student_loss(student_logits, teacher_logits, soft, cfg):
 
 
 class Features:
-    """Hooks that keep what enters each BatchNorm2d of `model`, by name: the feature maps that ZAQ compares."""
+    """Hooks that keep what enters each BatchNorm2d of `model` in passes with gradients, by name: the feature maps that ZAQ
+    compares."""
 
     def __init__(self, model):
         self.maps = {}
         for name, layer in model.named_modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.register_forward_pre_hook(lambda _, args, name=name: self.maps.update({name: args[0]}))
+                layer.register_forward_pre_hook(partial(self._record, name))
+
+    def _record(self, name, layer, args):
+        if torch.is_grad_enabled():  # an evaluation's would take its memory
+            self.maps[name] = args[0]
 
 
 def feature_discrepancy(teacher_maps, student_maps):

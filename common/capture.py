@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 import torch._functorch.config
 
-from common import InputError
+from common import InputError, first_line
 
 CHOICES = ("auto", "none", "compile", "cudagraph")
 WARMUP_STEPS = 3  # run before a graph is captured, so that libraries have chosen their kernels and states exist
@@ -81,7 +81,11 @@ class GraphedStep:
             reading them on the host, and leaves its losses in `losses`.
         optimizers: those that `step` moves; Adam's are made capturable.
         losses: dict of name -> scalar tensor, filled by each step.
+
+    Calling it raises InputError where the step does what a graph cannot hold.
     """
+
+    streams = {}  # one for each device, since libraries keep a workspace for each stream
 
     def __init__(self, step, optimizers, losses):
         self.step, self.optimizers, self.losses, self.key = step, optimizers, losses, None
@@ -96,7 +100,9 @@ class GraphedStep:
 
     def __call__(self, *args):
         if (key := self.baked_in(args)) != self.key:
-            self.key, self.graph, self.warmup, self.stream = key, None, WARMUP_STEPS, torch.cuda.Stream()
+            self.key, self.graph, self.warmup = key, None, WARMUP_STEPS
+            device = torch.cuda.current_device()
+            self.stream = self.streams[device] = self.streams.get(device) or torch.cuda.Stream()
             for group in self.groups():
                 if "capturable" in group:
                     group["capturable"] = True
@@ -119,7 +125,11 @@ class GraphedStep:
     def _capture(self, args):
         self.losses.clear()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream):  # the stream that the gradients' accumulators know
-            self.step(*args)
-            self.names, losses = tuple(self.losses), tuple(self.losses.values())
-            self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):  # the stream that the gradients' accumulators know
+                self.step(*args)
+                self.names, losses = tuple(self.losses), tuple(self.losses.values())
+                self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)
+        except Exception as error:  # whatever a network does that needs the host, such as branching on its data
+            reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
+            raise InputError(f"{reason}; give --capture none") from error

@@ -143,7 +143,12 @@ double.register_autograd(
 
 def upsample(x, mode="nearest"):
     """`F.interpolate(x, scale_factor=2, mode=mode)` for x (B, C, H, W) and mode "nearest" or "bilinear"."""
-    return double(x, mode) if torch.compiler.is_compiling() else _double(x, mode)
+    if torch.compiler.is_compiling():
+        return double(x, mode)
+    if mode == "bilinear":  # autocast on CUDA computes it in fp32: its gradient is a sum in no fixed order
+        return _double(x, mode).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _double(x, mode)
 
 
 def upsample_conv(x, conv):

@@ -305,6 +305,8 @@ class Run:
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
         self.device = pick_device(cfg.device)
         if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)  # streams and graphs are those of the current device
         else:
             keep_freed_memory()

@@ -122,6 +122,7 @@ def second_device(monkeypatch):
         for name, value in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": captured}.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda, "stream", nullcontext)
+        patch.setattr(torch.cuda, "current_device", lambda: "meta")
         patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know this device
         patch.setattr(torch, "tensor", lambda data, *, device="cpu", **kw: new_tensor(data, **kw).to(device))  # nor does it
         for module, kernels in (("optimizer", "fused_kernels"), ("adam", "capturable")):  # optimizers that are not for a CPU

@@ -82,9 +82,8 @@ def test_a_run_with_a_test_set_and_its_evaluation(tmp_path, monkeypatch, capsys)
     assert ["top1" in line for line in read_metrics(run)] == [False, False, False, True]
     gdfq.main([*arguments[:-1], "1", "--out", str(tmp_path / "other")])  # evaluating more often changes nothing
     assert (run / "quantized.pt").read_bytes() == (tmp_path / "other" / "quantized.pt").read_bytes()
-    assert gdfq.main(["--eval", str(run / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)]) == {
-        "top1": result["last_top1"], "images": 20,
-    }  # fmt: skip
+    where = ["--arch", "tiny:net", "--data-dir", str(data), "--device", "cpu"]
+    assert gdfq.main(["--eval", str(run / "quantized.pt"), *where]) == {"top1": result["last_top1"], "images": 20}
     assert "fine-tuned, last epoch" in capsys.readouterr().out
 
 
@@ -204,5 +203,5 @@ def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch
 def test_a_run_on_cuda(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     arguments = [argument if argument != "cpu" else "cuda" for argument in TINY]
-    result = gdfq.main([*arguments, "--out", str(tmp_path / "run"), "--epochs", "3"])
+    result = gdfq.main([*arguments, "--out", str(tmp_path / "run"), "--epochs", "3", "--iters", "6"])
     assert result["peak_mb"] > 0

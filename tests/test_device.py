@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, FunctionalNet, trained
+from conftest import ROOT, FunctionalNet, ModuleNet, trained
 from elsewhere import second_device
 from test_capture import STEPS, TINY
 from test_mixmix import KD, NORMAL, QAT
@@ -13,6 +13,7 @@ import common.run
 import gdfq
 import mixmix
 import qimera
+from common import InputError
 from common.capture import WARMUP_STEPS, GraphedStep
 from common.run import Run, draw
 
@@ -107,6 +108,26 @@ def test_mixmix_images_on_the_device(net, monkeypatch):
     assert_same(*on_second_device(monkeypatch, make))
 
 
+def test_a_network_that_no_graph_can_hold_ends_with_one_sentence(monkeypatch):
+    run_settings = gdfq.config(**TINY | {"iters": COUNT, "device": "meta"})
+    with pytest.raises(InputError, match="the step cannot be captured as a CUDA graph .*; give --capture none"):
+        with monkeypatch.context() as patch, second_device(monkeypatch):
+            patch.setattr(common.run, "pick_capture", lambda *_: "cudagraph")
+            gdfq.compress(trained(ModuleNet()), run_settings)  # it branches on its data
+
+
+def test_a_run_is_on_a_numbered_gpu(monkeypatch):
+    """The current one where --device has no number; PyTorch refuses to set a device without."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append)
+    for name, index in (("cuda", 1), ("cuda:0", 0)):
+        run = Run(gdfq.config(**TINY, device=name, capture="none"))
+        assert run.device == torch.device("cuda", index) and run.cfg.device == f"cuda:{index}"
+    assert chosen == [1, 0]
+
+
 def test_the_device_does_not_mix_and_its_graphs_hold_what_was_captured(monkeypatch):
     with second_device(monkeypatch) as device:
         total, calls = torch.zeros(3, device="meta"), []
@@ -127,7 +148,7 @@ def test_the_device_does_not_mix_and_its_graphs_hold_what_was_captured(monkeypat
         torch.testing.assert_close(total.cpu(), expected)
         for _ in range(WARMUP_STEPS):
             graphed(1, True)
-        with pytest.raises(AssertionError, match="cannot be captured"):
+        with pytest.raises(InputError, match="_local_scalar_dense.* cannot be captured"):
             graphed(1, True)
     with second_device(monkeypatch) as device:
         x = torch.ones(3, device="meta")

@@ -42,7 +42,8 @@ class BatchNormStatistics:
             layer.register_forward_pre_hook(self._record)
 
     def _record(self, layer, args):
-        self.inputs[layer] = args[0]
+        # a compiler fuses the statistics with the layer itself, if it meets them there
+        self.inputs[layer] = channel_statistics(args) if torch.compiler.is_compiling() else args[0]
 
     def loss(self, form="gdfq", first=1.0):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.
@@ -57,8 +58,11 @@ class BatchNormStatistics:
             raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
         inputs, self.inputs = self.inputs, dict.fromkeys(self.inputs)
         used = [layer for layer, x in inputs.items() if x is not None]
-        # all layers at once, since a step has hundreds of small operations as it is
-        found = channel_statistics([inputs[layer] for layer in used])
+        given = [inputs[layer] for layer in used]
+        if any(x.ndim == 1 for x in given):  # statistics already
+            found = torch.cat([x if x.ndim == 1 else channel_statistics([x]) for x in given])
+        else:  # all layers at once, since a step has hundreds of small operations as it is
+            found = channel_statistics(given)
         difference = found - torch.cat([statistic for layer in used for statistic in (layer.running_mean, layer.running_var)])
         if form == "norm":
             widths = [layer.num_features for layer in used for _ in ("mean", "variance")]

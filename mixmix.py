@@ -838,7 +838,7 @@ def qat(teacher, images, cfg, run):
     """
     teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
     example = probe(teacher, cfg.num_classes, cfg.image_size)
-    student = run.place(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example))
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
     if not isinstance(student, fx.GraphModule):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
     blocks = find_blocks(student, teacher)

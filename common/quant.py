@@ -185,11 +185,11 @@ class _AllWeights:
     def quantize(self, network, args):
         if torch.compiler.is_compiling():  # a compiler fuses each layer's own operations, and better
             return
-        for bits in {layer.bits for layer in self.layers}:
-            layers = [layer for layer in self.layers if layer.bits == bits and not layer.packed]
-            if layers:
-                for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, *(layer.weight for layer in layers))):
-                    layer.ready = weight
+        unpacked = [layer for layer in self.layers if not layer.packed]
+        for bits in {layer.bits for layer in unpacked}:
+            layers = [layer for layer in unpacked if layer.bits == bits]
+            for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, *(layer.weight for layer in layers))):
+                layer.ready = weight
 
     def forget(self, network, args, output):
         for layer in self.layers:

@@ -53,9 +53,9 @@ class Device(TorchDispatchMode):
         target = torch.device(kwargs.get("device") or "cpu").type
         if not here and target == "cpu":
             return function(*args, **kwargs)
-        moves = name == "copy_" or (name == "_to_copy" and kwargs.get("device"))
-        reads = name == READ or (moves and not isinstance(args[0], Elsewhere) if name == "copy_" else moves and target == "cpu")
-        assert moves or len(here) == len(given), f"{function} of tensors on both devices"
+        copies_in, moves = name == "copy_", name == "_to_copy" and kwargs.get("device")
+        reads = name == READ or (copies_in and not isinstance(args[0], Elsewhere)) or (moves and target == "cpu")
+        assert copies_in or moves or len(here) == len(given), f"{function} of tensors on both devices"
         args_on_host, kwargs_on_host = tree_map_only(Elsewhere, lambda tensor: tensor.data_on_host, (args, kwargs))
         if "device" in kwargs:
             kwargs_on_host["device"] = torch.device("cpu")
@@ -66,7 +66,7 @@ class Device(TorchDispatchMode):
             result = self.graph.capture(function, args_on_host, kwargs_on_host)
         if reads:
             self.reads += 1
-            return args[0] if name == "copy_" else result
+            return args[0] if copies_in else result
         result = tree_map_only(torch.Tensor, Elsewhere, result)
         return return_and_correct_aliasing(function, args, kwargs, result) if here and name != "_to_copy" else result
 

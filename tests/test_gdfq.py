@@ -74,8 +74,10 @@ def test_compress_quantizes_a_small_network_with_functional_activations(net):
     changed = [key for key, value in before.items() if not torch.equal(student.state_dict()[key], value)]
     assert "fc.weight" in changed and "bn1.weight" in changed and not any("running" in key for key in changed)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert len(student._forward_pre_hooks) == len(student._forward_hooks) == 1  # those that quantize its weights
     for model in (net, *student.children()):
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    for model in (net, student):
         assert all(p.requires_grad for p in model.parameters())
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 
 from common.ops import channel_statistics, double, interleave, plain_forms, upsample_conv
 
@@ -23,8 +23,8 @@ def test_operators_of_compiled_steps(mode):
     x = torch.randn(2, 3, 4, 6, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
     assert torch.equal(double(x, mode), F.interpolate(x, scale_factor=2, mode=mode))
     static = [f"test_{name}" for name in ("schema", "autograd_registration", "faketensor", "aot_dispatch_static")]
-    torch.library.opcheck(double, (x, mode), test_utils=static)
-    torch.library.opcheck(interleave, (torch.randn(2, 3, 4, 2, 2, 5, requires_grad=True),), test_utils=static)
+    library.opcheck(double, (x, mode), test_utils=static)
+    library.opcheck(interleave, (torch.randn(2, 3, 4, 2, 2, 5, requires_grad=True),), test_utils=static)
     assert torch.autograd.gradcheck(lambda x: double(x, mode), x)
 
 

@@ -51,6 +51,7 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
+from common.data import full_precision
 from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import upsample_conv
 from common.quant import observe, quantize
@@ -219,9 +220,11 @@ def game_figures(z_p, z_q, y):
 
 
 @torch.no_grad()
+@full_precision()
 def disagreement(run, teacher, students, labels):
     """Each student's mean of 1 - H_info / ln C, 0 to 1, over images that the generator makes of fixed noise for `labels`."""
-    parts = draw(run, labels, seed=0).split(run.cfg.batch_size)
+    at_once = len(labels) if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size
+    parts = draw(run, labels, seed=0).split(at_once)
     z_p = torch.cat([teacher(part) for part in parts])
     h = [entropy(z_p - torch.cat([student(part) for part in parts])) for student in students]
     return [1 - values.mean().item() / math.log(run.cfg.num_classes) for values in h]

@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 from common import InputError, replacing
 from common.bns import BatchNormStatistics
-from common.data import accuracy, load_test_set, load_training_images
+from common.data import accuracy, full_precision, load_test_set, load_training_images
 from common.models import ASSETS, SMALL_IMAGE, build_student, fit, input_channels, load_teacher, probe, read_weights
 from common.ops import box_mix, upsample_conv
 from common.quant import (
@@ -504,6 +504,7 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None, begin=lambda: None):
 
 
 @torch.no_grad()
+@full_precision()
 def look(model, images, labels, batch_size, device):
     """What one network makes of images: top-1 accuracy in percent, L_BN (Eq. 2, mean over batches), class probabilities."""
     model = model.to(device)

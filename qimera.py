@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from common import InputError, first_line
 from common.bns import BatchNormStatistics
-from common.data import load_test_set
+from common.data import full_precision, load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.quant import observe, quantize
@@ -484,6 +484,7 @@ def load_generator(folder, arch):
 
 
 @torch.no_grad()
+@full_precision()
 def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
     """Distance ratio and intrusion score (Table 5), and a PCA of the teacher's features (Figure 3), of a finished run.
 

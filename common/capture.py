@@ -124,12 +124,18 @@ class GraphedStep:
 
     def _capture(self, args):
         self.losses.clear()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, failure = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):  # the stream that the gradients' accumulators know
-                self.step(*args)
-                self.names, losses = tuple(self.losses), tuple(self.losses.values())
-                self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)
-        except Exception as error:  # whatever a network does that needs the host, such as branching on its data
-            reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
-            raise InputError(f"{reason}; give --capture none") from error
+            outside = torch.cuda.stream(torch.cuda.current_stream())  # torch 2.6 does not return from a failed capture's
+            with outside, torch.cuda.graph(self.graph, stream=self.stream):  # the one that gradients' accumulators know
+                try:
+                    self.step(*args)
+                    self.names, losses = tuple(self.losses), tuple(self.losses.values())
+                    self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)
+                except Exception as error:  # whatever a network does that needs the host, such as branching on its data
+                    failure = error  # the end of the capture raises another one, which does not tell
+        except Exception as error:
+            failure = failure or error
+        if failure:
+            reason = f"the step cannot be captured as a CUDA graph ({first_line(failure)})"
+            raise InputError(f"{reason}; give --capture none") from failure

@@ -265,13 +265,13 @@ def read_slice():
     return images, torch.arange(10).repeat_interleave(len(images) // 10)
 
 
-def _full_precision():
-    """Convolutions in fp32: by default a GPU computes them in TF32."""
+def full_precision():
+    """A decorator for what measures: convolutions in fp32, where a GPU's default is TF32."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @torch.no_grad()
-@_full_precision()
+@full_precision()
 def accuracy(model, test_set):
     """Top-1 accuracy of `model` in percent over a re-iterable of (images, labels); read from the device once."""
     correct, count = 0, 0
@@ -282,7 +282,7 @@ def accuracy(model, test_set):
 
 
 @torch.no_grad()
-@_full_precision()
+@full_precision()
 def agreement(teacher, student, batches):
     """Share, in percent, of the images in `batches` to which both networks give the same class.
 

@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("run").add_argument
         add("--seed", type=int, default=0, help="of every random number")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-        precision = "of convolutions; auto is bf16 where the hardware computes it"
+        precision = "of convolutions in training; auto is bf16 where the hardware computes it, fp32 is TF32 on a GPU"
         add("--precision", default="auto", type=_one_of(("auto", "fp32", "bf16")), help=precision)
         capture = "of the training step; auto is a CUDA graph, on a CPU torch.compile where the run is long"
         add("--capture", default="auto", type=_one_of(CHOICES), help=capture)

@@ -62,7 +62,8 @@ class Device(TorchDispatchMode):
         if self.graph is None:
             result = function(*args_on_host, **kwargs_on_host)
         else:
-            assert not reads and len(here) == len(given), f"{function} of host and device cannot be captured"
+            self.graph.broken = reads or len(here) != len(given)
+            assert not self.graph.broken, f"{function} of host and device cannot be captured"
             result = self.graph.capture(function, args_on_host, kwargs_on_host)
         if reads:
             self.reads += 1
@@ -75,7 +76,7 @@ class Graph:
     """What torch.cuda.CUDAGraph is to a GPU."""
 
     def __init__(self):
-        self.calls, self.before = [], {}
+        self.calls, self.before, self.broken = [], {}, False
 
     def capture(self, function, args, kwargs):
         """Remember a call. It is computed to know its result's shape; memory is put back as it was by `end`."""
@@ -92,6 +93,7 @@ class Graph:
         for memory, content in self.before.values():
             memory.copy_(content)
         self.before.clear()
+        assert not self.broken, "a previous error during capture"  # all that the end of one says
 
     def replay(self):
         for function, args, kwargs, new in self.calls:
@@ -114,8 +116,8 @@ def second_device(monkeypatch):
         random, device.graph = torch.get_rng_state(), graph
         yield
         device.graph = None
-        graph.end()
         torch.set_rng_state(random)
+        graph.end()
 
     new_tensor = torch.tensor
     with monkeypatch.context() as patch:

@@ -583,7 +583,7 @@ def compress(teacher, cfg, run=None):
     distilling, student = cfg.task == "kd", run.place(make_student(teacher, cfg, example))
     genotype = find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
-    without_hooks = copy.deepcopy(teacher) if distilling else None
+    without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
     stats = BatchNormStatistics(teacher)
     generator = run.place(make_generator(genotype, cfg, channels))
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)

@@ -394,7 +394,7 @@ def read_images(name, cfg):
     """The images of --images.
 
     Args:
-        name: an images.npz, or a run folder with one.
+        name: an images.npz, or the folder of the run that made it.
         cfg: how many classes and how large images there must be.
 
     Returns:
@@ -403,7 +403,8 @@ def read_images(name, cfg):
     Raises:
         InputError: no such file, a damaged one, or images of another data set.
     """
-    path = Path(name) / "images.npz" if Path(name).is_dir() else Path(name)
+    places = Path(name) / "images.npz", Path(name) / "images" / "images.npz", Path(name)  # a run's own, or for its task
+    path = next((place for place in places if place.is_file()), Path(name))
     if not path.is_file():
         raise InputError(f"--images {name} is not a file or a finished run of --task synth; give one")
     try:
@@ -1302,9 +1303,9 @@ def compress(teacher, images, cfg, run=None):
 
     Args:
         teacher: a trained classifier with BatchNorm2d that can be traced; left as it is.
+        images: (N, channels, H, W), normalised for the teacher; None for "kd" with a generator of its own.
         cfg: from `config(...)`, or the command line.
         run: what surrounds the task; by default nothing is written or shown.
-        images: (N, channels, H, W), normalised for the teacher; None for "kd" with a generator of its own.
 
     Returns:
         The quantized or pruned network or the student, in eval mode; after "ptq" and "prune" its BatchNorms are folded.
@@ -1313,6 +1314,7 @@ def compress(teacher, images, cfg, run=None):
         InputError: a network that cannot be traced or quantized.
     """
     run = run or Run(cfg)
+    teacher = copy.deepcopy(teacher).eval()
     probe(teacher, cfg.num_classes, cfg.image_size)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     began = time.time()
@@ -1330,6 +1332,14 @@ def compress(teacher, images, cfg, run=None):
         weights = torch.cat([p.detach().flatten() for p in student.parameters() if p.ndim > 1])
         run.record(weights=len(weights), zero_weights=int((weights == 0).sum()))
     return student
+
+
+def check_task(teacher, cfg):
+    """Raises the InputErrors of --task that need no images, before hours are spent on making them."""
+    if cfg.task in ("ptq", "prune"):
+        fold_batchnorm(teacher)
+    elif cfg.task == "kd":
+        build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size)
 
 
 def find_images(cfg, run):
@@ -1477,6 +1487,8 @@ def _complete(cfg):
     fill_in(cfg, {"sparsity": 0.5 if cfg.prune == "unstructured" else 0.2})
     cfg.epochs, cfg.iters = math.ceil(cfg.count / cfg.batch_size), cfg.iterations  # what a Run reads: an epoch is a batch
     fill_in(cfg, {"targets": [*cfg.held_out, *cfg.zoo]})
+    if cfg.task == "transfer" and not cfg.targets:
+        raise InputError("--task transfer has no networks to quantize; give --targets")
     dafl = (0.5, 20.0, 0.1) if cfg.dataset == "cifar100" else (0.05, 5.0, 0.01)
     fill_in(cfg, dict(zip(("one_hot_weight", "information_weight", "activation_weight"), dafl)))
     if (cfg.task == "kd") != (cfg.student_arch is not None):
@@ -1525,6 +1537,7 @@ def main(argv=None):
         if cfg.task == "transfer":
             return transfer(cfg)
         teacher, run = prepare(cfg)
+        check_task(teacher, cfg)
         makes_its_own = cfg.task == "kd" and cfg.images is None and cfg.data_source in ("mixmix", "single")
         images = None if makes_its_own else find_images(cfg, run)
         return finish(run, teacher, compress(teacher, images, cfg, run), images, folded=cfg.task == "ptq")

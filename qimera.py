@@ -277,9 +277,11 @@ class Features:
 
     def __init__(self, model):
         self.maps = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.register_forward_pre_hook(partial(self._record, name))
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+        for name, layer in layers:
+            layer.register_forward_pre_hook(partial(self._record, name))
+        if not layers:
+            raise InputError("the model has no BatchNorm2d, where --adversarial zaq takes its feature maps; leave the flag out")
 
     def _record(self, name, layer, args):
         if torch.is_grad_enabled():  # an evaluation's would take its memory
@@ -336,8 +338,10 @@ def make_generator(teacher, cfg, channels):
 
 def discovered_genotype(cfg):
     """The genotype that --generator names; only this combination needs the other script."""
-    from autorecon import read_genotype
-
+    try:
+        from autorecon import read_genotype
+    except ImportError:
+        raise InputError(f"--generator {cfg.generator} needs autorecon.py; copy it beside qimera.py") from None
     return read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:")
 
 

@@ -15,7 +15,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, first_line
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGE_SIZE = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
@@ -101,9 +101,12 @@ class TestSet:
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in normalisation)
 
     def __iter__(self):
-        for images, labels in self.batches:
-            images = images.to(self.device, non_blocking=True).float() / 255
-            yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in self.batches:
+                images = images.to(self.device, non_blocking=True).float() / 255
+                yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
+        except InputError as error:  # that of a process which loads images comes with where it was raised
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")) from None
 
 
 def evaluation_batch(device, image_size):
@@ -239,7 +242,7 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
         raise InputError(f"--data-dir: the model takes {channels} channels and image files give 1 or 3; leave --data-dir out")
 
     try:
-        folder = datasets.ImageFolder(root, _Fit(image_size, channels))
+        folder = datasets.ImageFolder(root, _Fit(image_size, channels), loader=_open_image)
     except FileNotFoundError as error:
         raise InputError(f"--data-dir: {root} has no class folders with images ({error}); give one folder per class") from None
     if len(folder.classes) != num_classes:
@@ -248,6 +251,14 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
             "the network was trained on, or --num-classes"
         )
     return folder
+
+
+def _open_image(path):
+    """The image file, as torchvision's own loader reads it."""
+    try:
+        return datasets.folder.default_loader(path)
+    except (OSError, SyntaxError) as error:  # PIL's for damaged files
+        raise InputError(f"--data-dir: {path} cannot be read ({first_line(error)}); mend or remove it") from None
 
 
 def read_folder(folder):

@@ -73,8 +73,13 @@ def save_quantized(student, path, meta):
     }
     _share_storage([*layers.values(), *activations.values(), tensors])
     content = {"format": FORMAT, "meta": meta, "layers": layers, "activations": activations, "tensors": tensors}
+    content["channels_last"] = any(_is_channels_last(layer.weight) for _, layer in quantized_layers(student))
     with replacing(path) as partial:
         torch.save(content, partial)
+
+
+def _is_channels_last(weight):
+    return not weight.is_contiguous() and weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _share_storage(dicts):
@@ -133,6 +138,7 @@ def load_quantized(path, model=None):
     model = fold_batchnorm(model) if meta.get("folded") else model
     student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
     layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
+    shapes = {name: value.shape for name, value in student.state_dict().items()}
     state = dict(content["tensors"])
     for name, stored in content["layers"].items():
         shape = stored["shape"]
@@ -149,8 +155,9 @@ def load_quantized(path, model=None):
         state |= {f"{name}.{key}": stored[key] for key in ("low", "high", "scale", "zero_point")}
         state[f"{name}.seen"] = torch.tensor(True)
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}
-    if expected != set(state) or set(activations) != set(content["activations"]):
-        odd = sorted(expected ^ set(state))
+    odd = sorted(expected ^ set(state)) or [name for name in expected if shapes[name] != state[name].shape]
+    if odd or set(activations) != set(content["activations"]):
         raise InputError(f"'{path}' is of another architecture than the model given (they differ in '{odd[0]}'); give its own")
     student.load_state_dict(state, strict=False)
-    return student
+    layout = torch.channels_last if content.get("channels_last") else torch.contiguous_format
+    return student.to(memory_format=layout)  # convolutions round otherwise in another layout

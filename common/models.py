@@ -232,12 +232,12 @@ def _build_own(arch, num_classes):
         sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        takes_classes = "num_classes" in inspect.signature(factory).parameters
+    except Exception as error:  # whatever the caller's own code raises
         raise InputError(f"--arch '{arch}' cannot be imported ({error}); give package.module:factory") from None
-    takes_classes = "num_classes" in inspect.signature(factory).parameters
     try:
         model = factory(num_classes=num_classes) if takes_classes else factory()
-    except Exception as error:  # whatever the caller's own code raises
+    except Exception as error:
         raise InputError(f"--arch '{arch}' failed with {type(error).__name__}: {error}; the factory must work alone") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")

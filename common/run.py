@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -64,6 +65,7 @@ RANGES = {  # of the arguments that have one, where a script has them
 }
 LEFT = "quantized.pt student.pt result.json samples.png metrics.jsonl genotype.json genotype.svg".split()
 LEFT += ["images.npz", "grid.png", "checkpoint.pt"]  # the files of a run, but for config.json
+LEFT_FOLDERS = ("search", "batches", "parts", "images")
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
 
@@ -117,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         capture = "of the training step; auto is a CUDA graph, on a CPU torch.compile where the run is long"
         add("--capture", default="auto", type=_one_of(CHOICES), help=capture)
         add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
-        add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
+        add("--resume", action="store_true", help="go on from the run folder's checkpoint (without: start over)")
         add("--eval-every", type=int, default=1, help="epochs between two evaluations; the last is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         self.shared = set(vars(self.parse_args([])))
@@ -447,7 +449,7 @@ class Run:
         kept = "no epoch is saved yet"
         if self.folder and self.epoch:
             kept = f"{self.folder / 'checkpoint.pt'} holds the first {self.epoch} epochs"
-        raise InputError(f"{what}, and {kept}; lower {self.rates}")
+        raise InputError(f"{what}, and {kept}; lower {self.rates} and give another --out")
 
     # ------------------------------------------------------------------------------------------------- the folder
 
@@ -464,11 +466,13 @@ class Run:
             raise InputError(f"--out {self.folder} cannot be written ({existing} forbids it); give another folder")
         config = self.folder / "config.json"
         if not config.exists():
+            if theirs := [name for name in (*LEFT, *LEFT_FOLDERS) if (self.folder / name).exists()]:
+                raise InputError(f"--out {self.folder} holds no run, but a '{theirs[0]}' that one would replace; give another")
             return
         try:
             before, now = json.loads(config.read_text())["arguments"], self.arguments()
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"--out {self.folder} has a damaged config.json; remove the folder or give another") from None
+            raise InputError(f"--out {self.folder} has a config.json that is damaged or not of a run; give another") from None
         differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
         if differ:
             raise InputError(f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); give another --out")
@@ -498,7 +502,7 @@ class Run:
         if not self.cfg.resume:
             for name in LEFT:
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("search", "batches", "parts", "images"):
+            for name in LEFT_FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _save_checkpoint(self, epoch, stateful):
@@ -602,6 +606,8 @@ def per_channel(cfg, normalisation, channels):
         value = list(given or (known if len(known) == channels else [0.5]))
         if len(value) not in (1, channels):
             raise InputError(f"{flag} has {len(value)} values and the model {channels} channels; give one value or {channels}")
+        if not all(map(math.isfinite, value)) or (flag == "--std" and min(value) <= 0):
+            raise InputError(f"{flag} is {' '.join(map(str, value))}; give finite numbers (pixels are 0 to 1), --std above 0")
         values.append(value * (channels // len(value)))
     return values
 

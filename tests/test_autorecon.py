@@ -323,6 +323,13 @@ def test_a_search_step_is_adam_on_cross_entropy_and_bns(net, monkeypatch):
         assert (ours - plain).abs().mean() < 1e-4  # of a step of 1e-3
 
 
+def test_a_quantized_student_may_take_several_steps(net):
+    settings = TINY | {"epochs": 2, "genotype": "random", "lr_q": 0.01}
+    one, three = (compress(net, config(**settings, student_steps=steps)) for steps in (1, 3))
+    moved = [(student.fc.weight - net.fc.weight).abs().mean() for student in (one, three)]
+    assert 0 < moved[0] < moved[1]
+
+
 def test_compression_losses():
     student, teacher, y = torch.randn(6, 7), torch.randn(6, 7) * 3, torch.randint(7, (6,))
     kd = autorecon.config(**TINY, task="kd", student_arch="resnet20")

@@ -157,6 +157,8 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--iters", 0], "--iters is 0"),
         (["--eval", "absent.pt"], "is not a file"),
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
+        ([*TINY, "--mean", "nan"], "--mean is nan"),
+        ([*TINY, "--std", 0], "--std is 0.0"),
         ([*TINY, "--out", "file/run"], "cannot be written"),
         ([*TINY, "--out", ""], "--out is empty"),
         (["--arch", "./nets:make"], "cannot be imported"),
@@ -178,6 +180,15 @@ def test_a_missing_download_says_what_and_where(tmp_path, fails, monkeypatch):
     assert "save it as data/cifar-100-python.tar.gz" in fails(gdfq.main, "--dataset", "cifar100", "--weights", "weights.pt")
 
 
+def test_what_is_not_a_run_stays(tmp_path, fails, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "cat.png").write_bytes(b"mine")
+    sentence = fails(gdfq.main, *TINY, "--out", tmp_path, "--epochs", 3)
+    assert f"--out {tmp_path} holds no run, but a 'images' that one would replace" in sentence
+    assert [path.name for path in tmp_path.rglob("*")] == ["images", "cat.png"]
+
+
 def test_resume_refuses_other_arguments(tmp_path, fails, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     arguments = [*TINY, "--out", tmp_path / "run", "--epochs", 3]
@@ -188,7 +199,7 @@ def test_resume_refuses_other_arguments(tmp_path, fails, monkeypatch):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
     assert "checkpoint.pt is damaged" in fails(gdfq.main, *arguments, "--resume")
     (tmp_path / "run" / "config.json").write_text("{")
-    assert "damaged config.json" in fails(gdfq.main, *arguments)
+    assert "config.json that is damaged" in fails(gdfq.main, *arguments)
 
 
 def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -196,7 +207,8 @@ def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         gdfq.main([*TINY[:-1], "1e30", "--out", str(tmp_path / "run"), "--epochs", "9"])
     sentence = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "loss_q became" in sentence and "checkpoint.pt holds the first 2 epochs" in sentence
+    assert stop.value.code == 2 and "loss_q became" in sentence and "give another --out" in sentence
+    assert "checkpoint.pt holds the first 2 epochs" in sentence
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

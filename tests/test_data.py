@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import datasets
 
 from common import InputError
-from common.data import NORMALISATION, accuracy, agreement, download, load_test_set, read_slice
+from common.data import NORMALISATION, _class_folder, accuracy, agreement, download, load_test_set, read_folder, read_slice
 
 CIFAR = NORMALISATION["cifar10"]
 
@@ -80,6 +80,15 @@ def test_folders_that_do_not_fit(tmp_path):
     for name, words in (("empty", "no class folders"), ("none", "neither val/ nor test/"), ("three", "3 class folders .* 10")):
         with pytest.raises(InputError, match=words):
             load_test_set("cifar10", tmp_path / name, 10, 32, CIFAR)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    damaged = make_folder(tmp_path, 2) / "test" / "class1" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read .*; mend or remove it$"):
+        list(load_test_set("folder", tmp_path, 2, 32, CIFAR))
+    with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read"):
+        read_folder(_class_folder(tmp_path, 2, 32))
 
 
 def test_download_is_checked_and_says_where_to_put_the_file(tmp_path):

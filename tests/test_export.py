@@ -29,15 +29,22 @@ def test_packing_is_a_dense_bit_stream(bits):
     assert torch.equal(unpack(packed, bits, 21).view(3, 7), codes.to(torch.uint8))
 
 
-@pytest.mark.parametrize("bits, placement", [(2, "relu"), (3, "relu"), (4, "input"), (8, "relu")])
-def test_a_loaded_network_has_the_same_outputs_to_the_bit(tmp_path, bits, placement):
+PLAIN, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "bits, placement, layout", [(2, "relu", PLAIN), (3, "relu", CHANNELS_LAST), (4, "input", PLAIN), (8, "relu", CHANNELS_LAST)]
+)
+def test_a_loaded_network_has_the_same_outputs_to_the_bit(tmp_path, bits, placement, layout):
     student, x = calibrated(trained(FunctionalNet()), bits, placement), torch.randn(5, 3, 16, 16)
+    student = student.to(memory_format=layout)
     path, meta = tmp_path / "quantized.pt", META | {"wbits": bits, "abits": bits, "act_placement": placement}
     save_quantized(student, path, meta)
     loaded = load_quantized(path, FunctionalNet())
     assert torch.equal(loaded(x), student(x))
     for (_, layer), (_, original) in zip(quantized_layers(loaded), quantized_layers(student)):
         assert torch.equal(layer.weight, original.quantized_weight())
+        assert layer.weight.stride() == original.weight.stride()  # convolutions round by layout
     save_quantized(loaded, tmp_path / "again.pt", meta)
     assert torch.equal(load_quantized(tmp_path / "again.pt", FunctionalNet())(x), student(x))
 
@@ -68,6 +75,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ("other.pt", None, "not a quantized network"),
         ("quantized.pt", None, "own architecture"),
         ("quantized.pt", build("resnet20", 5, 16), "another architecture"),
+        ("quantized.pt", FunctionalNet(6), "another architecture .*fc"),
     ]:
         with pytest.raises(InputError, match=words):
             load_quantized(tmp_path / name, model)

@@ -414,7 +414,7 @@ def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task):
     x = torch.randn(8, 3, 16, 16)
     cfg = mixmix.parse_args([*flags, "--images", str(images)])
     cfg.mean, cfg.std = result["arguments"]["mean"], result["arguments"]["std"]
-    again = compress(tiny.net(), read_images(images, cfg)[0], cfg)
+    again = compress(tiny.net().train(), read_images(images, cfg)[0], cfg)  # which must not move its statistics
     torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-4)
     left = sorted(run.iterdir())
     with pytest.raises(SystemExit):  # what is there stays when the images are not
@@ -612,6 +612,7 @@ def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--task", "synth", *command_line(TINY)]
+    own = [*tiny, "--task", "ptq", "--data-source", "noise"]
     whole = {"images": np.zeros((2, 3, 8, 8)), "labels": np.zeros(2, int), "mean": [0.0] * 3, "std": [1.0] * 3}
     np.savez(tmp_path / "other.npz", **whole)
     broken = {
@@ -644,7 +645,13 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--clipped-ste"], "--clipped-ste is set"),
         ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
         ([*tiny, "--task", "kd"], "kd needs it"),
+        ([*own, "--arch", "tiny:branch"], "the model cannot be traced"),  # before any image is made
+        ([*own, "--arch", "tiny:net", "--task", "kd", "--student-arch", "resnet2x"], "--student-arch 'resnet2x' is not known"),
         ([*tiny, "--task", "transfer"], "evaluate and transfer need some"),
+        (
+            ["--dataset", "folder", "--num-classes", 5, "--image-size", 16, "--task", "transfer", "--images", "other.npz"],
+            "has no networks to quantize; give --targets",
+        ),
     ]:
         assert words in fails(mixmix.main, *arguments), arguments
     assert all(path.suffix == ".npz" for path in tmp_path.iterdir())

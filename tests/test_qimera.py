@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet
@@ -9,6 +10,7 @@ from test_data import make_cifar100, make_folder
 from torch import nn
 
 import qimera
+from common import InputError
 from common.models import build
 from common.ops import superpose, superposed_labels
 from common.quant import quantized_activations
@@ -132,6 +134,11 @@ def test_zaq_losses_against_double_precision_formulas():
         loss_g.double(), -game - 0.3 * maps[0]["b"].double().abs().mean() + 0.1 * ce[0], atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(loss_q.double(), game + 0.1 * ce[1], atol=1e-5, rtol=1e-4)
+
+
+def test_zaq_needs_feature_maps():
+    with pytest.raises(InputError, match="no BatchNorm2d, where --adversarial zaq takes its feature maps"):
+        compress(tiny.plain(), config(**TINY, adversarial="zaq"))
 
 
 def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):

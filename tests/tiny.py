@@ -1,7 +1,7 @@
 """Own architectures for the command line: package.module:factory."""
 
 import torch
-from conftest import FunctionalNet, trained
+from conftest import FunctionalNet, ModuleNet, trained
 from torch import nn
 
 
@@ -15,6 +15,12 @@ def grey(num_classes=5):
 def net(num_classes=5):
     torch.manual_seed(1)
     return trained(FunctionalNet(num_classes))
+
+
+def branch(num_classes=5):
+    """A network that cannot be traced."""
+    torch.manual_seed(1)
+    return trained(ModuleNet(num_classes))
 
 
 def other(num_classes=5):

@@ -15,7 +15,7 @@ Where the equations are:
     BatchNormStatistics     L_BNS                                                   Eq. 11
     generator_loss          the generator's side of the game                        Eq. 9, 12
     student_loss            the student's side                                      Eq. 13
-    gains                   what an epoch of either side does to the disagreement   Figure 3(a)
+    measure_gains           what an epoch of either side does to the disagreement   Figure 3(a)
 
     what                  paper                        released code                           here
     student's loss        1 - H' (Eq. 13)              -T^2 H(z_p - z_q; T), T = 20, on        --variant, --student-loss,
@@ -72,7 +72,7 @@ class Generator(nn.Module):
 
     def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
         super().__init__()
-        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.side = image_size // 4
         self.embedding = nn.Embedding(num_classes, latent_dim)
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
         self.bn0 = nn.BatchNorm2d(128)
@@ -111,7 +111,7 @@ class ImageNetGenerator(nn.Module):
 
     def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
         super().__init__()
-        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.side = image_size // 4
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
         self.bn0 = ConditionalBatchNorm(num_classes, 128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)

@@ -55,7 +55,7 @@ class Generator(nn.Module):
 
     def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
         super().__init__()
-        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.side = image_size // 4
         self.embedding = nn.Embedding(num_classes, latent_dim)
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
         self.bn0 = nn.BatchNorm2d(128)
@@ -94,7 +94,7 @@ class ImageNetGenerator(nn.Module):
 
     def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
         super().__init__()
-        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.side = image_size // 4
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
         self.bn0 = ConditionalBatchNorm(num_classes, 128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)

@@ -1133,7 +1133,7 @@ class Generator(nn.Module):
 
     def __init__(self, image_size=32, channels=3, latent_dim=1000):
         super().__init__()
-        self.latent_dim, self.side = latent_dim, image_size // 4
+        self.side = image_size // 4
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
         self.bn0 = nn.BatchNorm2d(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)

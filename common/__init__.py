@@ -18,5 +18,8 @@ def first_line(error):
 def replacing(path):
     """Where to write a file that takes the place of `path` when the block ends: a killed run never leaves half of it."""
     partial = Path(f"{path}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:  # after an error, a full disk say, nothing is left of it
+        partial.unlink(missing_ok=True)

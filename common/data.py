@@ -232,6 +232,8 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
     """ImageFolder of uint8 tensors over the first of `splits` in DIR, resized and cropped where they have another size."""
     root = next((Path(data_dir) / split for split in splits if (Path(data_dir) / split).is_dir()), None)
     if root is None:
+        if not Path(data_dir).is_dir():
+            raise InputError(f"--data-dir '{data_dir}' is not a folder; give one with {' or '.join(splits)}/ in it")
         have = " nor ".join(f"{split}/" for split in splits)
         raise InputError(
             f"--data-dir '{data_dir}' has {'neither' if len(splits) > 1 else 'no'} {have}; give a folder with one folder per "

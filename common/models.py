@@ -350,6 +350,9 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
                 normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
             elif Path(path).name in {Path(address).name for address, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()}:
                 normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
+    odd = [name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    if odd:
+        raise InputError(f"--weights: '{odd[0]}' of the network {source} has values that are not finite; give other weights")
     return model.eval().requires_grad_(False), normalisation, source
 
 

@@ -76,6 +76,8 @@ def augment(images, flip, size, pad, generator):
 
 def load_split(root, split):
     """Images (N, 3, 32, 32) uint8 and labels (N,) of one folder per class."""
+    if not (Path(root) / split).is_dir():
+        raise InputError(f"--data-dir '{root}' has no {split}/; give one with train/ and test/, a folder per class in each")
     return read_folder(ImageFolder(Path(root) / split, transforms.PILToTensor()))
 
 
@@ -109,7 +111,7 @@ def train(args):
     device = pick_device("auto")
     torch.manual_seed(args.seed)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION["cifar10"])
-    images, labels = load_split(args.data_dir, "train")
+    (images, labels), test_split = load_split(args.data_dir, "train"), load_split(args.data_dir, "test")
     model = build(args.arch, 10, 32).to(device, memory_format=torch.channels_last)
     kernels, matrices, vectors = ([p for p in model.parameters() if p.ndim in dims] for dims in ((4,), (2,), (1,)))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -164,7 +166,7 @@ def train(args):
             torch.save(state, partial)
 
     model.eval()
-    images, labels = load_split(args.data_dir, "test")
+    images, labels = test_split
     batches = list(zip(images.split(500), labels.split(500)))
     top1 = accuracy(model, TestSet(batches, len(labels), args.data_dir, NORMALISATION["cifar10"], device))
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)

@@ -65,6 +65,7 @@ RANGES = {  # of the arguments that have one, where a script has them
 }
 LEFT = "quantized.pt student.pt result.json samples.png metrics.jsonl genotype.json genotype.svg".split()
 LEFT += ["images.npz", "grid.png", "checkpoint.pt"]  # the files of a run, but for config.json
+DEVICES = ("cpu", "cuda")
 LEFT_FOLDERS = ("search", "batches", "parts", "images")
 NOT_COMPARED = ("out", "resume", "eval")  # arguments in which a resumed run may differ
 
@@ -91,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
         self.method, self.by_size, self.unquantized = method, {}, unquantized
         add = self.add_argument_group("network and data").add_argument
-        names = "resnet20|32|44|56 (CIFAR), a torchvision classifier, or package.module:factory"
+        names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
         add("--arch", help=f"{names} (default: resnet20, for ImageNet resnet18)")
         add("--dataset", default="cifar10", type=_one_of(DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
         images = (
@@ -262,7 +263,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device is '{name}'; give auto, cpu, cuda or cuda:i") from None
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise InputError(f"--device is '{name}'; give auto, cpu, cuda or cuda:i")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto")
     return device
@@ -736,7 +739,7 @@ def peak_memory(device):
     status = Path("/proc/self/status")
     if status.exists():  # unlike the resource usage, it knows nothing of the process that started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_table(result, file):

@@ -159,6 +159,8 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
         ([*TINY, "--mean", "nan"], "--mean is nan"),
         ([*TINY, "--std", 0], "--std is 0.0"),
+        ([*TINY, "--device", "meta"], "--device is 'meta'; give auto, cpu, cuda or cuda:i"),
+        ([*TINY, "--data-dir", "absent"], "--data-dir 'absent' is not a folder; give one with val or test/ in it"),
         ([*TINY, "--out", "file/run"], "cannot be written"),
         ([*TINY, "--out", ""], "--out is empty"),
         (["--arch", "./nets:make"], "cannot be imported"),

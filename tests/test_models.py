@@ -105,12 +105,16 @@ def test_weights_that_do_not_fit(tmp_path):
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:50_000])
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
+    state = torch.load(good)
+    state["fc.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
     torch.save({"module": nn.Linear(2, 2)}, tmp_path / "pickled.pt")
     for arch, classes, weights, words in [
         ("resnet20", 10, tmp_path / "absent.pt", "is not a file"),
         ("resnet20", 10, tmp_path / "cut.pt", "truncated"),
         ("resnet20", 10, tmp_path / "text.pt", "not a PyTorch checkpoint"),
         ("resnet20", 10, tmp_path / "list.pt", "no dict of tensors"),
+        ("resnet20", 10, tmp_path / "nan.pt", "'fc.bias' .* not finite"),
         ("resnet20", 10, tmp_path / "pickled.pt", "more than tensors"),
         ("resnet20", 100, good, "are for 10 classes and the data set has 100"),
         ("resnet32", 10, good, "another architecture"),

@@ -12,6 +12,7 @@ from common.quant import (
     decode_,
     encode,
     fold_batchnorm,
+    is_channels_last,
     quantize,
     quantized_activations,
     quantized_layers,
@@ -73,13 +74,10 @@ def save_quantized(student, path, meta):
     }
     _share_storage([*layers.values(), *activations.values(), tensors])
     content = {"format": FORMAT, "meta": meta, "layers": layers, "activations": activations, "tensors": tensors}
-    content["channels_last"] = any(_is_channels_last(layer.weight) for _, layer in quantized_layers(student))
+    kernels = [layer.weight for _, layer in quantized_layers(student) if layer.weight.ndim == 4]
+    content["channels_last"] = all(map(is_channels_last, kernels))
     with replacing(path) as partial:
         torch.save(content, partial)
-
-
-def _is_channels_last(weight):
-    return not weight.is_contiguous() and weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _share_storage(dicts):

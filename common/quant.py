@@ -101,18 +101,19 @@ def channel_parameters(weight, bits):
     return scale.view(shape), zero_point.view(shape)
 
 
-def _is_channels_last(weight):
+def is_channels_last(weight):
+    """Whether a weight lies in channels-last layout; that of a 1x1 kernel lies in both."""
     return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _to_rows(weight):
     """`weight` as (out, all others) in the order of its memory, so that nothing is copied."""
-    return (weight.movedim(1, -1) if _is_channels_last(weight) else weight).flatten(1)
+    return (weight.movedim(1, -1) if is_channels_last(weight) else weight).flatten(1)
 
 
 def _from_rows(rows, weight):
     """What `_to_rows(weight)` has become, in the shape and layout of `weight`."""
-    if weight.is_contiguous() or _is_channels_last(weight):
+    if weight.is_contiguous() or is_channels_last(weight):
         return rows.as_strided(weight.shape, weight.stride(), rows.storage_offset())
     return rows.view(weight.shape)
 

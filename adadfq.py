@@ -51,11 +51,13 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
+from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision
-from common.models import SMALL_IMAGE, input_channels, probe
+from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
-from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, draw, execute, fill_in, friendly_errors
+from common.quant import describe, observe, quantize
+from common.report import draw, execute
+from common.run import Run
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -249,8 +251,7 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     if cfg.image_size % 4:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
@@ -336,32 +337,32 @@ def parser():
     p = Parser("adadfq", __doc__.split("\n\n")[0])
     add = p.add_argument_group("AdaDFQ").add_argument
     add("--variant", choices=("released", "paper"), default="released", help="see the table at the top of adadfq.py")
-    add("--epochs", type=int, default=400, help="epochs, warm-up included")
-    add("--iters", type=int, default=200, help="iterations per epoch")
-    add("--batch-size", type=int, default=16, help="images per iteration")
+    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
+    add("--iters", type=whole(1), default=200, help="iterations per epoch")
+    add("--batch-size", type=whole(1), default=16, help="images per iteration")
     add(
         "--warmup-epochs",
-        type=int,
+        type=whole(0, 10**6),
         help="epochs of the generator alone (default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)",
     )
-    add("--lr-q", type=float, help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
-    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
-    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=float, help="of the generator's Adam (default: released 0.5, paper 0.9)")
-    add("--weight-decay", type=float, default=1e-4, help="of the student")
+    add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
+    add("--beta1", type=number(0, 0.9999), help="beta1 of the generator's Adam (default: released 0.5, paper 0.9)")
+    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
     decay = "epochs at which both rates fall to a tenth (default: CIFAR 100 200 300, ImageNet by network and bits)"
-    add("--decay-epochs", type=int, nargs="*", help=decay)
-    add("--latent-dim", type=int, default=100, help="length of the noise vector")
-    add("--lambda-l", type=float, help="lower bound of H' (Eq. 12; default: 0.1, released ImageNet by network and bits)")
-    add("--lambda-u", type=float, default=0.8, help="upper bound of H' (Eq. 12)")
-    add("--alpha-ds", type=float, help="weight of L_ds (Eq. 9; default: 0.2, released ImageNet by network and bits)")
-    add("--alpha-as", type=float, default=0.1, help="weight of L_as (Eq. 9)")
-    add("--beta", type=float, default=1.0, help="weight of both (Eq. 12)")
-    add("--gamma", type=float, default=1.0, help="weight of L_BNS (Eq. 12)")
+    add("--decay-epochs", type=whole(0), nargs="*", help=decay)
+    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
+    add("--lambda-l", type=number(0, 1), help="lower bound of H' (Eq. 12; default: 0.1, released ImageNet by network and bits)")
+    add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of H' (Eq. 12)")
+    add("--alpha-ds", type=number(0), help="weight of L_ds (Eq. 9; default: 0.2, released ImageNet by network and bits)")
+    add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
+    add("--beta", type=number(0), default=1.0, help="weight of both (Eq. 12)")
+    add("--gamma", type=number(0), default=1.0, help="weight of L_BNS (Eq. 12)")
     add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
     sides = "the student's side (default: released entropy-t, paper eq13); gdfq as a control"
     add("--student-loss", choices=("eq13", "entropy-t", "gdfq"), help=sides)
-    add("--temperature", type=float, help="T of entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)")
+    add("--temperature", type=number(1e-3, 1e6), help="T of entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)")
     add = p.add_argument_group("ablations").add_argument
     add("--generator-loss", choices=("adadfq", "gdfq"), default="adadfq", help="the generator's side; gdfq as a control")
     add("--no-ds", action="store_true", help="no disagreement loss (Table 3)")
@@ -369,6 +370,14 @@ def parser():
     add("--no-margin", action="store_true", help="no bounds of H' (Table 3)")
     add("--no-bns", action="store_true", help="no BatchNorm statistics (Table 3)")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    p.without_effect("--no-ds", "--alpha-ds")
+    p.without_effect("--no-as", "--alpha-as")
+    p.without_effect("--no-margin", "--lambda-l", "--lambda-u")
+    p.without_effect("--no-bns", "--gamma", "--bns-form")
+    terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns".split()
+    p.without_effect("--generator-loss gdfq", *terms)
+    p.without_effect("--student-loss eq13", "--temperature")
+    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
     return p
 
 
@@ -395,10 +404,6 @@ def _complete(cfg):
     }
     if student_loss == "eq13" and cfg.temperature is not None:
         raise InputError(f"--temperature is {cfg.temperature} and --student-loss eq13 has none; leave it out")
-    if cfg.generator_loss == "gdfq" and (cfg.no_ds or cfg.no_as or cfg.no_margin or cfg.no_bns):
-        raise InputError(
-            "--generator-loss gdfq has none of the terms that --no-ds and its like leave out; give one or the other"
-        )
     fill_in(cfg, defaults)
     if not 0 <= cfg.lambda_l < cfg.lambda_u <= 1:
         raise InputError(

@@ -52,11 +52,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.models import SMALL_IMAGE, build_student, input_channels, probe
+from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, resumable, whole
+from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import plain_forms, superpose, upsample, upsample_conv, upsample_pointwise
-from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, execute, fill_in, friendly_errors, prepare, write_atomically
+from common.quant import describe, observe, quantize
+from common.report import execute, prepare, show_finished
+from common.run import Run, write_atomically
 
+FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
 BN_EPS = 0.8  # of the inner BatchNorms, in all published generators
 CONTROLS = ("acgan", "gdfq")  # human-designed: with the label in conditional BatchNorms, and as GDFQ has it
 Edge = namedtuple("Edge", "source target kind")
@@ -465,7 +468,7 @@ def search(teacher, cfg, folder=None):
     schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
     capture = "cudagraph" if cfg.capture == "cudagraph" and not hard else "none"  # hard mode's path is decided on the host
     run = Run(argparse.Namespace(**vars(cfg) | schedule | {"capture": capture}), folder)
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
+    teacher, _ = run.adopt(teacher)
     supernet = run.place(make_generator(None, cfg, input_channels(teacher)))
     architecture = Architecture(cfg.gumbel, hard).to(run.device)
     stats = BatchNormStatistics(teacher)
@@ -578,8 +581,7 @@ def compress(teacher, cfg, run=None):
     """
     run = run or Run(cfg)
     device, channels = run.device, input_channels(teacher)
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    teacher, example = run.adopt(teacher)
     distilling, student = cfg.task == "kd", run.place(make_student(teacher, cfg, example))
     genotype = find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
@@ -650,40 +652,44 @@ def parser():
     controls = "random, acgan, gdfq are controls, the last two the same network for large images"
     add("--genotype", default="search", help=f"{sources} (NETWORK-DATASET); {controls}")
     add("--search-only", action="store_true", help="stop after stage 1")
-    add("--search-epochs", type=int, default=25, help="L1 of Algorithm 1")
-    add("--search-iters", type=int, default=200, help="T1, batches an epoch for the super net's weights")
-    add("--arch-iters", type=int, default=200, help="V1, batches an epoch for the architecture parameters")
+    add("--search-epochs", type=whole(1, 10**6), default=25, help="L1 of Algorithm 1")
+    add("--search-iters", type=whole(1, 10**6), default=200, help="T1, batches an epoch for the super net's weights")
+    add("--arch-iters", type=whole(1, 10**6), default=200, help="V1, batches an epoch for the architecture parameters")
     mode = "mixtures of all operations (Eq. 8), or the sampled operation only, several times cheaper"
     add("--search-mode", choices=("soft", "hard"), default="soft", help=mode)
     add("--gumbel", choices=("p", "logits"), default="p", help="noise on the probabilities (Eq. 7) or on their logarithms")
-    add("--tau-start", type=float, default=5.0, help="temperature in the first epoch")
-    add("--tau-end", type=float, default=0.1, help="temperature that the exponential decay would reach after the last epoch")
-    add("--lr-alpha", type=float, default=3e-4, help="learning rate of the architecture parameters (Adam)")
-    add("--scale", type=float, default=1.0, help="s, factor of the generator's channels (Table 3), in a search the super net's")
+    add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature in the first epoch")
+    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that the exponential decay would reach after the last epoch")
+    add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
+    add("--scale", type=number(1 / 64, 64), default=1.0, help="s, factor of the generator's channels (Table 3), in a search the super net's")
     add = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ").add_argument
     add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (Table 4)")
     add("--student-arch", help="with --task kd: architecture of the student, as for --arch")
     variant = "sets --bns-form and --kd-reduction, as in gdfq.py"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=int, help="epochs, warm-up included (default: 400; kd 500)")
-    add("--iters", type=int, help="iterations per epoch (default: 200; kd 50)")
-    add("--batch-size", type=int, help="images per iteration, in the search, too (default: CIFAR 200, ImageNet 16; kd 256)")
-    add("--warmup-epochs", type=int, help="epochs of the generator alone (default: CIFAR 4, ImageNet 50; kd 0)")
-    add("--lr-q", type=float, help="learning rate of the student (default: CIFAR 1e-4, ImageNet 1e-6; kd 0.1)")
-    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
-    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator and of the super net (Adam)")
-    add("--beta1", type=float, default=0.5, help="of the generator's and the super net's Adam")
-    add("--weight-decay", type=float, help="of the student (default: 1e-4; kd 5e-4)")
+    add("--epochs", type=whole(1), help="epochs, warm-up included (default: 400; kd 500)")
+    add("--iters", type=whole(1), help="iterations per epoch (default: 200; kd 50)")
+    add("--batch-size", type=whole(1), help="images per iteration, in the search, too (default: CIFAR 200, ImageNet 16; kd 256)")
+    add("--warmup-epochs", type=whole(0, 10**6), help="epochs of the generator alone (default: CIFAR 4, ImageNet 50; kd 0)")
+    add("--lr-q", type=number(0), help="learning rate of the student (default: CIFAR 1e-4, ImageNet 1e-6; kd 0.1)")
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator and of the super net (Adam)")
+    add("--beta1", type=number(0, 0.9999), default=0.5, help="of the generator's and the super net's Adam")
+    add("--weight-decay", type=number(0), help="of the student (default: 1e-4; kd 5e-4)")
     decay = "epochs at which both learning rates fall to a tenth (default: 100 200 300; kd 100 200)"
-    add("--decay-epochs", type=int, nargs="*", help=decay)
-    add("--latent-dim", type=int, default=100, help="length of the noise vector")
-    add("--bns-weight", type=float, default=0.1, help="weight of L_bns (Eq. 1)")
+    add("--decay-epochs", type=whole(0), nargs="*", help=decay)
+    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
+    add("--bns-weight", type=number(0), default=0.1, help="weight of L_bns (Eq. 1)")
     add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_bns (default: released gdfq, paper sum)")
-    add("--kd-weight", type=float, default=1.0, help="weight of L_KD")
-    add("--temperature", type=float, default=20.0, help="T of the distillation loss")
+    add("--kd-weight", type=number(0), default=1.0, help="weight of L_KD")
+    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
     add("--kd-reduction", choices=("mean", "batchmean"), help="of L_KD (default: released mean, paper batchmean)")
-    add("--student-steps", type=int, help="student steps per iteration, on fresh images from the second on (default: 1; kd 5)")
+    add("--student-steps", type=whole(1, 10**6), help="student steps per iteration, on fresh images from the second on (default: 1; kd 5)")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    search = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha".split()
+    p.without_effect("--genotype", *search)
+    p.without_effect("--task kd", "--kd-weight", "--temperature", "--kd-reduction", "--calibrate-epochs")
+    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction")
     return p
 
 
@@ -722,17 +728,24 @@ def config(**settings):
     return _complete(parser().config(**settings))
 
 
+def print_found(result):
+    """Where the genotype of a search is."""
+    folder = result["arguments"]["out"]
+    print(f"  in {folder}/: genotype.json, genotype.svg, search/metrics.jsonl; --genotype {folder} compresses with it")
+
+
 def main(argv=None):
     with friendly_errors("autorecon.py"):
         cfg = parse_args(argv)
         if cfg.eval or not cfg.search_only:
-            return execute(cfg, compress)
-        teacher, run = prepare(cfg)
-        find_genotype(teacher, cfg, run)
+            return execute(cfg, compress, files=FILES)
+        teacher, run = prepare(cfg, files=FILES)
+        if run.finished:
+            return show_finished(run, print_found)
+        with resumable():
+            find_genotype(teacher, cfg, run)
         write_atomically(run.folder / "result.json", json.dumps(run.facts | {"arguments": run.arguments()}, indent=1))
-        print(
-            f"  in {run.folder}/: genotype.json, genotype.svg, search/metrics.jsonl; --genotype {run.folder} compresses with it"
-        )
+        print_found(run.facts | {"arguments": run.arguments()})
         return run.facts
 
 

@@ -27,18 +27,18 @@ The published figures were made with the released code, so `--variant released` 
 the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.models import SMALL_IMAGE, input_channels, probe
+from common.cli import Parser, checked_schedule, friendly_errors, number, whole
+from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
-from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, execute, friendly_errors
+from common.quant import describe, observe, quantize
+from common.report import execute
+from common.run import Run
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -196,8 +196,7 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     if cfg.image_size % 4:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
@@ -265,24 +264,24 @@ def parser():
     add = p.add_argument_group("GDFQ").add_argument
     variant = "sets --bns-form and --kd-reduction, see the table at the top of gdfq.py"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=int, default=400, help="epochs, warm-up included")
-    add("--iters", type=int, default=200, help="iterations per epoch")
+    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
+    add("--iters", type=whole(1), default=200, help="iterations per epoch")
     group = p.add_argument_group("GDFQ, defaults by data set")
-    p.add_by_size(group, "--batch-size", 200, 16, "images per iteration", type=int)
-    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=int)
-    p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=float)
-    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
-    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=float, default=0.5, help="of the generator's Adam")
-    add("--weight-decay", type=float, default=1e-4, help="of the student")
+    p.add_by_size(group, "--batch-size", 200, 16, "images per iteration", type=whole(1))
+    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
+    p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=number(0))
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
+    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
+    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
     decay = "epochs at which both learning rates fall to a tenth"
-    add("--decay-epochs", type=int, nargs="*", default=[100, 200, 300], help=decay)
-    add("--latent-dim", type=int, default=100, help="length of the noise vector")
-    add("--bns-weight", type=float, default=0.1, help="alpha of Eq. 1")
+    add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
+    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
+    add("--bns-weight", type=number(0), default=0.1, help="alpha of Eq. 1")
     add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
-    add("--kd-weight", type=float, default=1.0, help="delta of Eq. 3")
-    add("--temperature", type=float, default=20.0, help="T of the distillation loss")
-    add("--kd-reduction", choices=("mean", "batchmean"), help="of L_KD (default: released mean, paper batchmean)")
+    add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
+    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
+    add("--kd-reduction", choices=("mean", "batchmean"), help="average of L_KD; mean also divides by C (default: released mean, paper batchmean)")
     add = p.add_argument_group("ablations").add_argument
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help="mix the student's images (Table 2 of Qimera)")
     add("--no-ce", action="store_true", help="generator without cross-entropy")
@@ -290,6 +289,9 @@ def parser():
     add("--no-student-ce", action="store_true", help="student without cross-entropy")
     add("--no-kd", action="store_true", help="student without distillation")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    p.without_effect("--no-bns", "--bns-weight", "--bns-form")
+    p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
+    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction", "--mix")
     return p
 
 

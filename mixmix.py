@@ -62,37 +62,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import InputError, replacing
 from common.bns import BatchNormStatistics
-from common.data import accuracy, full_precision, load_test_set, load_training_images
+from common.cli import Parser, fill_in, friendly_errors, number, whole
+from common.data import accuracy, full_precision, load_test_set
+from common.images import draw_grid, jitter, noise, read_images, real_images, renormalise, sampler, write_images
 from common.models import ASSETS, SMALL_IMAGE, build_student, fit, input_channels, load_teacher, probe, read_weights
 from common.ops import box_mix, upsample_conv
-from common.quant import (
-    AdaRound,
-    LearnedStep,
-    LearnedWeight,
-    QuantAct,
-    fold_batchnorm,
-    quantize,
-    quantized_activations,
-    quantized_layers,
-)
-from common.run import (
-    Parser,
-    Run,
-    evaluate_file,
-    fill_in,
-    finish,
-    friendly_errors,
-    peak_memory,
-    per_channel,
-    pick_device,
-    prepare,
-    save_grid,
-    write_atomically,
-)
+from common.progress import Progress
+from common.quant import AdaRound, LearnedStep, LearnedWeight, QuantAct, quantize, quantized_activations, quantized_layers
+from common.report import evaluate_file, finish, per_channel, prepare
+from common.run import Run, peak_memory, pick_device, write_atomically
+from common.trace import fold_batchnorm, memory_layout, trace
 
 ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitation is in RegNetY and MobileNetV3
     "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
@@ -162,7 +144,7 @@ def load_zoo(names, cfg, shared=None):
         arch, _, weights = name.partition("=")
         try:
             model, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
-            probe(model, cfg.num_classes, cfg.image_size)
+            model.layout = memory_layout(model, probe(model, cfg.num_classes, cfg.image_size))
             channels, own = input_channels(model), argparse.Namespace(mean=None, std=None)
             shared = shared or tuple(per_channel(cfg, normalisation, channels))
             given = cfg if (arch, weights or None) == (cfg.arch, cfg.weights) else own
@@ -270,16 +252,6 @@ def mixmix_loss(models, x, y, cfg, autocast):
     return {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean(), "tv": tv, "l2": l2}
 
 
-def jitter(x, most, flip):
-    """x (B, channels, H, W) rolled by up to `most` pixels in each direction, all images alike, and mirrored or not."""
-    for dim in (2, 3):
-        shift = torch.randint(-most, most + 1, (), device=x.device)
-        x = x.index_select(dim, (torch.arange(x.shape[dim], device=x.device) - shift) % x.shape[dim])
-    if flip:
-        x = torch.where(torch.rand((), device=x.device) < 0.5, x.flip(3), x)
-    return x
-
-
 # ---------------------------------------------------------------------------------------------------------- synthesis
 
 
@@ -355,8 +327,8 @@ def make_batches(zoo, cfg, run, rank=0, world=1):
     """
     labels = make_labels(cfg).tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     own = [index for index in range(rank, len(labels), world) if not batch_file(run, index).exists()]
-    zoo = [model.to(run.device, memory_format=run.layout) for model in zoo]
-    with tqdm(total=cfg.iterations * len(own), unit="it", position=rank, disable=not own) as bar:
+    zoo = [model.to(run.device, memory_format=model.model.layout) for model in zoo]
+    with Progress(total=cfg.iterations * len(own), unit="it", position=rank, disable=not own) as bar:
         for index in own:
             torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
             chosen = sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())
@@ -374,69 +346,12 @@ def make_batches(zoo, cfg, run, rank=0, world=1):
             x = invert([zoo[i] for i in chosen], y, cfg, run, progress).half()
             if not torch.isfinite(x).all():
                 raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
-            write_images(batch_file(run, index), x, y, cfg)
+            write_images(batch_file(run, index), x, y, (cfg.mean, cfg.std))
 
 
 def batch_file(run, index):
     """Where the batch of that number goes."""
     return run.folder / "batches" / f"{index:05}.npz"
-
-
-def write_images(path, images, labels, cfg):
-    """Write images (float16: the paper's 100,000 for training are 30 GB) and labels in one step, so that a killed run never
-    leaves half of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=cfg.mean, std=cfg.std)
-
-
-def read_images(name, cfg):
-    """The images of --images.
-
-    Args:
-        name: an images.npz, or the folder of the run that made it.
-        cfg: how many classes and how large images there must be.
-
-    Returns:
-        Images (N, channels, H, W) float16, labels (N,) int64, and (mean, std) by which they are normalised.
-
-    Raises:
-        InputError: no such file, a damaged one, or images of another data set.
-    """
-    places = Path(name) / "images.npz", Path(name) / "images" / "images.npz", Path(name)  # a run's own, or for its task
-    path = next((place for place in places if place.is_file()), Path(name))
-    if not path.is_file():
-        raise InputError(f"--images {name} is not a file or a finished run of --task synth; give one")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-            normalisation = file["mean"].tolist(), file["std"].tolist()
-        fits = images.ndim == 4 and len(images) == len(labels) > 0 and labels.min() >= 0
-        if not fits or not images.isfinite().all() or any(len(values) != images.shape[1] for values in normalisation):
-            raise ValueError
-    except Exception:  # whatever damaged bytes raise
-        raise InputError(f"--images {path} is damaged or not an images.npz of this script; make it again") from None
-    if images.shape[2:] != (cfg.image_size, cfg.image_size) or labels.max() >= cfg.num_classes:
-        raise InputError(
-            f"--images {path} has images of {images.shape[2]}x{images.shape[3]} pixels and labels up to {labels.max()}; the "
-            f"network takes {cfg.image_size} pixels and {cfg.num_classes} classes"
-        )
-    return images, labels, normalisation
-
-
-def renormalise(images, before, after):
-    """Images (N, channels, H, W) normalised by (mean, std) `before`, as they are by `after`."""
-    if before == after:
-        return images
-    (mean, std), (own_mean, own_std) = ((torch.tensor(values).view(-1, 1, 1) for values in n) for n in (before, after))
-    return torch.cat([((part * std + mean - own_mean) / own_std).to(images.dtype) for part in images.split(256)])
-
-
-def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
-    """A picture of some images, one row per class."""
-    rows = [images[labels == label][:columns] for label in labels.unique()[:most_rows]]
-    rows = [torch.cat([row, row.new_zeros(columns - len(row), *row.shape[1:])]) for row in rows]
-    save_grid(torch.cat(rows), cfg, path, columns)
 
 
 def synthesize(cfg, rank=0, world=1, barrier=lambda: None, begin=lambda: None):
@@ -468,8 +383,7 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None, begin=lambda: None):
     run, labels = Run(cfg, cfg.out), make_labels(cfg)
     finished = cfg.resume and (run.folder / "result.json").exists()
     if cfg.data_source == "real" and rank == 0 and not finished:
-        what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
-        pixels = load_training_images(cfg.dataset, cfg.data_dir, labels, *what)
+        images = real_images(cfg, labels)
     if rank == 0:
         begin()
         run.start()
@@ -482,16 +396,13 @@ def synthesize(cfg, rank=0, world=1, barrier=lambda: None, begin=lambda: None):
     if rank:
         return None
     if cfg.data_source == "noise":
-        images = torch.randn(len(labels), len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
-    elif cfg.data_source == "real":
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
-        images = torch.cat([((part / 255 - mean) / std).half() for part in pixels.split(256)])
-    else:
+        images = noise(len(labels), cfg)
+    elif cfg.data_source != "real":
         files = [batch_file(run, i) for i in range(math.ceil(cfg.count / cfg.batch_size))]
         images = torch.empty(cfg.count, len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
         for place, file in zip(images.tensor_split(len(files)), files):
             place.copy_(torch.from_numpy(np.load(file)["images"]))
-    write_images(run.folder / "images.npz", images, labels, cfg)
+    write_images(run.folder / "images.npz", images, labels, (cfg.mean, cfg.std))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     result = {"images": len(labels), "data_source": cfg.data_source, "zoo": names, "seconds": round(time.time() - began, 1)}
     write_atomically(run.folder / "result.json", json.dumps(result | {"arguments": run.arguments()}, indent=1))
@@ -537,7 +448,7 @@ def evaluate(cfg):
         if shared != loaded_for:  # most often once: all sources are normalised alike
             (zoo, _), (held_out, _), loaded_for = load_zoo(cfg.zoo, cfg, shared), load_zoo(cfg.held_out, cfg, shared), shared
         seen = {}
-        for model in tqdm([*zoo, *held_out], desc=name, leave=False):
+        for model in Progress([*zoo, *held_out], desc=name, leave=False):
             top1, bn, probabilities = look(model, images, labels, cfg.batch_size, run.device)
             seen[model.name] = {"top1": round(top1, 2), "bn_loss": round(bn, 4)}
             if model is (held_out or zoo)[0]:
@@ -666,13 +577,6 @@ def in_parts(function, x, size=256):
         return torch.cat([function(part) for part in x.split(size)])
 
 
-def with_weight(layer, weight):
-    """What `layer` computes, with another weight."""
-    if isinstance(layer, nn.Conv2d):
-        return lambda x: layer._conv_forward(x, weight, layer.bias)
-    return lambda x: F.linear(x, weight, layer.bias)
-
-
 def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
     """Learn how each weight of a block is rounded, so that its output for `x` comes near `target` (BRECQ, with AdaRound).
 
@@ -688,7 +592,7 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=True)
     for index in range(cfg.weight_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
-        soft = {name: with_weight(modules[name], rounding()) for name, rounding in roundings.items()}
+        soft = {name: functools.partial(modules[name].with_weight, weight=r()) for name, r in roundings.items()}
         output = block(x[chosen], modules | soft, quantize_activations=False)
         loss = (output - target[chosen]).square().sum(1).mean()
         share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the iterations
@@ -742,14 +646,15 @@ def ptq(teacher, images, cfg, run):
         The quantized network, its BatchNorms folded.
     """
     teacher = copy.deepcopy(teacher).cpu().eval()
-    folded = fold_batchnorm(teacher)
-    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement).requires_grad_(False)
+    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    folded = fold_batchnorm(teacher, example)
+    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
     blocks = find_blocks(student, teacher)
     full = dict(run.place(folded).named_modules())
     modules = dict(run.place(student).named_modules())
     layers = raise_ends(student, cfg)
     run.start()
-    bar = tqdm(total=len(blocks) * (cfg.weight_iterations + cfg.step_iterations), unit="it", disable=run.folder is None)
+    bar = Progress(total=len(blocks) * (cfg.weight_iterations + cfg.step_iterations), unit="it", disable=run.folder is None)
 
     def calls(block, kind):
         """The block's modules of a kind, by name, in order."""
@@ -807,20 +712,6 @@ def ptq(teacher, images, cfg, run):
 # --------------------------------------------------------------------------------------- quantization-aware training
 
 
-def sampler(images, size, device):
-    """A batch that stays in its place, and the function that fills it with images drawn at random and returns it.
-
-    Args:
-        images: (N, channels, H, W); where they would take more than a quarter of a GPU's memory they stay outside.
-        size: images in the batch.
-        device: of the batch, float32 (size, channels, H, W).
-    """
-    crowded = device.type == "cuda" and images.nbytes > torch.cuda.get_device_properties(device).total_memory / 4
-    images = images.cpu() if crowded else images.to(device)
-    batch = torch.empty(size, *images.shape[1:], device=device)
-    return batch, lambda: batch.copy_(images[torch.randint(len(images), (size,), device=images.device)])
-
-
 def feature_loss(ours, theirs):
     """How far the students' block outputs are from the teacher's: mean over the blocks of the mean squared difference over
     the variance of the teacher's. Lists of (B, ...)."""
@@ -838,8 +729,7 @@ def qat(teacher, images, cfg, run):
     variance; no labels.
     Arguments and result as `ptq`.
     """
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
     if not isinstance(student, fx.GraphModule):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
@@ -851,7 +741,7 @@ def qat(teacher, images, cfg, run):
     steps = {name: LearnedStep(act.bits, lsq=True).to(run.device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
         student.set_submodule(name, step)
-    full, modules = dict(fx.symbolic_trace(teacher).named_modules()), dict(student.named_modules())
+    full, modules = dict(trace(teacher, example).named_modules()), dict(student.named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
     begin_steps(lambda: student(draw()), steps.values())
     scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
@@ -1066,7 +956,8 @@ def prune(teacher, images, cfg, run):
     Returns:
         The pruned network, traced, its BatchNorms folded.
     """
-    full = run.place(fold_batchnorm(copy.deepcopy(teacher).cpu()))
+    teacher = copy.deepcopy(teacher).cpu()
+    full = run.place(fold_batchnorm(teacher, probe(teacher, cfg.num_classes, cfg.image_size)))
     layers = {name: module for name, module in full.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
     for layer in layers.values():
         if layer.bias is None:
@@ -1075,7 +966,7 @@ def prune(teacher, images, cfg, run):
     ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
     quiet = run.folder is None
     if cfg.prune == "unstructured":
-        for name in tqdm(ordered, desc="layers", disable=quiet):
+        for name in Progress(ordered, desc="layers", disable=quiet):
             layer = pruned.get_submodule(name)
             magnitude = layer.weight.abs()
             rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
@@ -1084,7 +975,7 @@ def prune(teacher, images, cfg, run):
             if not cfg.no_refit:
                 refit(name, full, pruned, images, keep, cfg)
         return pruned
-    for producer, (way, consumers) in tqdm(removable(pruned).items(), desc="convolutions", disable=quiet):
+    for producer, (way, consumers) in Progress(removable(pruned).items(), desc="convolutions", disable=quiet):
         norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
         keep = norms.argsort(descending=True)[: max(1, len(norms) - round(cfg.sparsity * len(norms)))].sort().values
         remove_channels(pruned, producer, way, consumers, keep)
@@ -1337,7 +1228,7 @@ def compress(teacher, images, cfg, run=None):
 def check_task(teacher, cfg):
     """Raises the InputErrors of --task that need no images, before hours are spent on making them."""
     if cfg.task in ("ptq", "prune"):
-        fold_batchnorm(teacher)
+        fold_batchnorm(teacher, probe(teacher, cfg.num_classes, cfg.image_size))
     elif cfg.task == "kd":
         build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size)
 
@@ -1379,9 +1270,9 @@ def parser():
         "networks that only judge (default: CIFAR-10 regnet_y_narrow, CIFAR-100 resnet32, ImageNet resnet18 efficientnet_b0)"
     )
     add("--held-out", nargs="*", help=held_out)
-    add("--zoo-sample", type=int, help="m', networks per batch (Sec. 4.1; default: 3; single and zeroq 1)")
+    add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3; single and zeroq 1)")
     add("--no-dmix", action="store_true", help="no data mixing (Table 8)")
-    add("--count", type=int, default=1024, help="images")
+    add("--count", type=whole(1), default=1024, help="images")
     add("--labels", choices=("balanced", "random"), default="balanced", help="of the images")
     group = p.add_argument_group("MixMix, defaults by data set")
     meanings = {
@@ -1401,48 +1292,48 @@ def parser():
     }
     for name, meaning in meanings.items():
         small, large = (RECIPES[size][name] for size in ("small", "large"))
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else {"type": type(small)}
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else {"type": (whole if isinstance(small, int) else number)(0)}
         p.add_by_size(group, "--" + name.replace("_", "-"), small, large, meaning, **how)
-    add("--low-iterations", type=int, help="the first of them at half the resolution (default: CIFAR 0, ImageNet two thirds)")
-    add("--warmup-iterations", type=int, default=100, help="steps of linear warm-up, per resolution")
+    add("--low-iterations", type=whole(0), help="the first of them at half the resolution (default: CIFAR 0, ImageNet two thirds)")
+    add("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="lambda_1 ... lambda_3: fixed or learned")
-    add("--lr-weights", type=float, default=0.01, help="learning rate of learned weights")
+    add("--lr-weights", type=number(0), default=0.01, help="learning rate of learned weights")
     add = p.add_argument_group("post-training quantization (BRECQ)").add_argument
-    add("--weight-iterations", type=int, default=20000, help="steps per block for the rounding of the weights")
-    add("--step-iterations", type=int, default=5000, help="steps per block for the step sizes of the activations")
-    add("--ptq-batch-size", type=int, default=32, help="images per step")
-    add("--lr-rounding", type=float, default=1e-3, help="learning rate of the rounding (Adam)")
-    add("--lr-step", type=float, default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
-    add("--rounding-weight", type=float, default=0.01, help="weight of the regulariser that decides the rounding")
+    add("--weight-iterations", type=whole(0), default=20000, help="steps per block for the rounding of the weights")
+    add("--step-iterations", type=whole(0), default=5000, help="steps per block for the step sizes of the activations")
+    add("--ptq-batch-size", type=whole(1), default=32, help="images per step")
+    add("--lr-rounding", type=number(0), default=1e-3, help="learning rate of the rounding (Adam)")
+    add("--lr-step", type=number(0), default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
+    add("--rounding-weight", type=number(0), default=0.01, help="weight of the regulariser that decides the rounding")
     add = p.add_argument_group("quantization-aware training (LSQ)").add_argument
-    add("--qat-steps", type=int, default=44000, help="steps, rounded up to whole epochs")
-    add("--qat-batch-size", type=int, default=128, help="images per step")
-    add("--qat-lr", type=float, help="peak learning rate (SGD, cosine decay; default: 0.001, mobilenet_v2 0.0001)")
-    add("--qat-weight-decay", type=float, help="of all but the step sizes (default: 1e-4, mobilenet_v2 0)")
-    add("--temperature", type=float, default=3.0, help="tau of the distillation loss")
-    add("--feature-weight", type=float, default=1.0, help="weight of the intermediate feature loss")
+    add("--qat-steps", type=whole(1), default=44000, help="steps, rounded up to whole epochs")
+    add("--qat-batch-size", type=whole(1), default=128, help="images per step")
+    add("--qat-lr", type=number(0), help="peak learning rate (SGD, cosine decay; default: 0.001, mobilenet_v2 0.0001)")
+    add("--qat-weight-decay", type=number(0), help="of all but the step sizes (default: 1e-4, mobilenet_v2 0)")
+    add("--temperature", type=number(1e-3, 1e6), default=3.0, help="tau of the distillation loss")
+    add("--feature-weight", type=number(0), default=1.0, help="weight of the intermediate feature loss")
     add = p.add_argument_group("pruning").add_argument
     add("--prune", choices=("unstructured", "structured"), default="unstructured", help="single weights, or whole channels")
-    add("--sparsity", type=float, help="share that goes (default: unstructured 0.5, structured 0.2)")
-    add("--points", type=int, default=10, help="pixels per image for the least-squares reconstruction")
-    add("--ridge", type=float, default=1e-4, help="of the least-squares reconstruction, relative to the inputs' variance")
+    add("--sparsity", type=number(0, 0.99), help="share that goes (default: unstructured 0.5, structured 0.2)")
+    add("--points", type=whole(1), default=10, help="pixels per image for the least-squares reconstruction")
+    add("--ridge", type=number(1e-12), default=1e-4, help="of the least-squares reconstruction, relative to the inputs' variance")
     add("--no-refit", action="store_true", help="no reconstruction")
     add = p.add_argument_group("distillation (DAFL)").add_argument
     add("--student-arch", help="architecture of the student, as for --arch")
-    add("--kd-epochs", type=int, default=2000, help="epochs")
-    add("--kd-iters", type=int, default=120, help="iterations per epoch")
-    add("--kd-batch-size", type=int, default=1024, help="images per iteration")
-    add("--kd-latent-dim", type=int, default=1000, help="length of the generator's noise vector")
-    add("--kd-lr", type=float, default=0.1, help="learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs")
-    add("--kd-lr-g", type=float, default=0.02, help="learning rate of the generator (Adam)")
-    add("--one-hot-weight", type=float, help="of DAFL's one-hot loss (default: 0.05, CIFAR-100 0.5)")
-    add("--information-weight", type=float, help="of DAFL's information entropy (default: 5, CIFAR-100 20)")
-    add("--activation-weight", type=float, help="of DAFL's activation loss (default: 0.01, CIFAR-100 0.1)")
-    add("--kd-bn-weight", type=float, default=0.1, help="of L_BN beside DAFL's losses")
+    add("--kd-epochs", type=whole(1), default=2000, help="epochs")
+    add("--kd-iters", type=whole(1), default=120, help="iterations per epoch")
+    add("--kd-batch-size", type=whole(1), default=1024, help="images per iteration")
+    add("--kd-latent-dim", type=whole(1), default=1000, help="length of the generator's noise vector")
+    add("--kd-lr", type=number(0), default=0.1, help="learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs")
+    add("--kd-lr-g", type=number(0), default=0.02, help="learning rate of the generator (Adam)")
+    add("--one-hot-weight", type=number(0), help="of DAFL's one-hot loss (default: 0.05, CIFAR-100 0.5)")
+    add("--information-weight", type=number(0), help="of DAFL's information entropy (default: 5, CIFAR-100 20)")
+    add("--activation-weight", type=number(0), help="of DAFL's activation loss (default: 0.01, CIFAR-100 0.1)")
+    add("--kd-bn-weight", type=number(0), default=0.1, help="of L_BN beside DAFL's losses")
     add = p.add_argument_group("transfer (Table 6)").add_argument
     add("--targets", nargs="+", help="networks to quantize, as for --zoo (default: the held-out ones and the zoo)")
     add = p.add_argument_group("both quantizations").add_argument
-    add("--ends-bits", type=int, default=8, help="of the first and the last layer's weights and of the first activation")
+    add("--ends-bits", type=whole(2, 8), default=8, help="of the first and the last layer's weights and of the first activation")
     return p
 
 
@@ -1536,7 +1427,7 @@ def main(argv=None):
             raise InputError(f"--task {cfg.task} runs in one process and there are {world}; make the images with --task synth")
         if cfg.task == "transfer":
             return transfer(cfg)
-        teacher, run = prepare(cfg)
+        teacher, run = prepare(cfg, files=("images.npz", "grid.png", "batches", "parts", "images"))
         check_task(teacher, cfg)
         makes_its_own = cfg.task == "kd" and cfg.images is None and cfg.data_source in ("mixmix", "single")
         images = None if makes_its_own else find_images(cfg, run)

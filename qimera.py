@@ -35,7 +35,6 @@ K and p are those of the released run scripts; three bits, which they leave out,
 """
 
 import argparse
-import copy
 import json
 import os
 from functools import partial
@@ -44,16 +43,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from tqdm import tqdm
+from torch import nn
 
 from common import InputError, first_line
 from common.bns import BatchNormStatistics
+from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision, load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
-from common.quant import observe, quantize
-from common.run import Parser, Run, checked_schedule, describe, execute, fill_in, friendly_errors, pick_device, write_atomically
+from common.progress import Progress
+from common.quant import describe, observe, quantize
+from common.report import execute
+from common.run import Run, pick_device, write_atomically
+from common.trace import trace
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -220,15 +222,19 @@ def single(batch, k, device):
     return (torch.arange(k, device=device) == 0).float().expand(batch, k)
 
 
-def classifier(model):
+def classifier(model, example=None):
     """Name and weight (C, D) of the last linear layer of a network, a 1x1 convolution included (Sec. 4.4).
+
+    Args:
+        model: the network.
+        example: a batch that it takes.
 
     Raises:
         InputError: the network's output does not come from such a layer.
     """
     advice = "embeddings cannot be extracted (--no-eei does without), nor its features analysed"
     try:
-        graph = fx.symbolic_trace(model)
+        graph = trace(model, example)
     except Exception:  # whatever the model's own forward raises when it is traced
         raise InputError(f"the last layer of the model cannot be found, since it cannot be traced; {advice}") from None
     modules, shaping = dict(graph.named_modules()), (torch.reshape, "reshape", torch.flatten, "flatten", "view")
@@ -313,15 +319,15 @@ def zaq_losses(teacher_logits, student_logits, teacher_maps, student_maps, soft,
     return loss_g, loss_q
 
 
-def make_generator(teacher, cfg, channels):
+def make_generator(teacher, cfg, channels, example=None):
     """The superposing generator that `cfg` describes, for a teacher; on the CPU."""
-    weight = classifier(teacher)[1] if cfg.eei else None  # D is the width of the last linear layer (Sec. 5.1)
+    weight = classifier(teacher, example)[1] if cfg.eei else None  # D is the width of the last linear layer (Sec. 5.1)
     if cfg.eei and len(weight) != cfg.num_classes:
         raise InputError(
             f"the last layer of the model has {len(weight)} rows, expected one for each of the {cfg.num_classes} classes; give "
             "--no-eei, which starts from random embeddings"
         )
-    width = weight.shape[1] if cfg.eei else cfg.latent_dim or _width(teacher)
+    width = weight.shape[1] if cfg.eei else cfg.latent_dim or _width(teacher, example)
     latent = Latent(cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None, cfg.noise, cfg.normalise)
     if cfg.eei:
         latent.embedding.weight.data.copy_(weight)
@@ -345,9 +351,9 @@ def discovered_genotype(cfg):
     return read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:")
 
 
-def _width(teacher):
+def _width(teacher, example):
     try:
-        return classifier(teacher)[1].shape[1]
+        return classifier(teacher, example)[1].shape[1]
     except InputError:
         return 64
 
@@ -373,10 +379,9 @@ def compress(teacher, cfg, run=None):
     multiple = 4 if cfg.generator == "qimera" else 8
     if cfg.image_size % multiple:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
+    teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    generator = run.place(make_generator(teacher, cfg, channels))
+    generator = run.place(make_generator(teacher, cfg, channels, example))
     stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
     maps = (Features(teacher).maps, Features(student).maps) if cfg.adversarial == "zaq" else None
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -479,8 +484,9 @@ def load_generator(folder, arch):
     if own and saved.arch != arch:
         raise InputError(f"--analyze {folder} is of an own architecture; give --arch {saved.arch}, if you trust that code")
     teacher = load_teacher(saved.arch, saved.dataset, saved.num_classes, saved.image_size, saved.weights)[0].eval()
+    channels = input_channels(teacher)
     try:
-        generator = make_generator(teacher, saved, input_channels(teacher))
+        generator = make_generator(teacher, saved, channels, probe(teacher, saved.num_classes, saved.image_size))
         generator.load_state_dict(state)
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"--analyze {folder} is a run of another version ({first_line(error)}); make it again") from None
@@ -510,7 +516,7 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
     generator.to(device)
     torch.manual_seed(saved.seed)
     seen = {}
-    layer = teacher.get_submodule(classifier(teacher)[0])
+    layer = teacher.get_submodule(classifier(teacher, probe(teacher, count, saved.image_size))[0])
     hook = layer.register_forward_pre_hook(lambda _, args: seen.update(features=args[0].flatten(1)))
 
     def look(images):
@@ -524,7 +530,7 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
     shares = torch.stack([along, 1 - along], 1)
     yes, no = torch.tensor(True, device=device), torch.tensor(False, device=device)
     found = {"zero": [], "shared": [], "mixup": []}
-    for pair in tqdm(pairs.tolist(), desc="paths between classes", leave=False):
+    for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
         classes = torch.tensor(pair, device=device).expand(points, 2)
         for z in [torch.zeros((), device=device)] + [latent.draw(1, 2) for _ in range(shared)]:
             images = generator(classes, shares, yes, z)
@@ -598,26 +604,26 @@ def parser():
     p = Parser("qimera", __doc__.split("\n\n")[0])
     add = p.add_argument_group("Qimera").add_argument
     add("--variant", choices=("paper", "released"), default="paper", help="see the table at the top of qimera.py")
-    add("--epochs", type=int, default=400, help="epochs, warm-up included")
-    add("--iters", type=int, default=200, help="iterations per epoch")
-    add("--k", type=int, help="embeddings in a superposition (default: CIFAR-10 2, CIFAR-100 10, ImageNet by network and bits)")
-    add("--p", type=float, help="share of superposed batches (default: 0.4, ResNet-50 0.7)")
+    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
+    add("--iters", type=whole(1), default=200, help="iterations per epoch")
+    add("--k", type=whole(1, 10**6), help="embeddings in a superposition (default: CIFAR-10 2, CIFAR-100 10, ImageNet by network and bits)")
+    add("--p", type=number(0, 1), help="share of superposed batches (default: 0.4, ResNet-50 0.7)")
     group = p.add_argument_group("Qimera, defaults by data set")
-    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=int)
-    p.add_by_size(group, "--mapped-dim", 64, 100, "d of the disentanglement mapping (Sec. 5.1)", type=int)
-    add("--batch-size", type=int, help="images per iteration (default: paper CIFAR 64, ImageNet 16; released 200, 16)")
-    add("--lr-q", type=float, help="learning rate of the student (default: 1e-4; released, ImageNet 1e-6)")
-    add("--calibrate-epochs", type=int, default=4, help="first epochs, in which activation ranges follow the images")
-    add("--lr-g", type=float, default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=float, default=0.5, help="of the generator's Adam")
-    add("--weight-decay", type=float, default=1e-4, help="of the student")
+    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
+    p.add_by_size(group, "--mapped-dim", 64, 100, "d of the disentanglement mapping (Sec. 5.1)", type=whole(1, 10**6))
+    add("--batch-size", type=whole(1), help="images per iteration (default: paper CIFAR 64, ImageNet 16; released 200, 16)")
+    add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4; released, ImageNet 1e-6)")
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
+    add("--beta1", type=number(0, 0.9999), default=0.5, help="of the generator's Adam")
+    add("--weight-decay", type=number(0), default=1e-4, help="of the student")
     decay = "epochs at which both learning rates fall to a tenth"
-    add("--decay-epochs", type=int, nargs="*", default=[100, 200, 300], help=decay)
-    add("--latent-dim", type=int, help="D without extracted embeddings (default: width of the last linear layer)")
-    add("--bns-weight", type=float, default=0.1, help="alpha of Eq. 1")
+    add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
+    add("--latent-dim", type=whole(1, 10**6), help="D without extracted embeddings (default: width of the last linear layer)")
+    add("--bns-weight", type=number(0), default=0.1, help="alpha of Eq. 1")
     add("--bns-form", choices=BatchNormStatistics.forms, default="gdfq", help="form of L_BNS")
-    add("--kd-weight", type=float, default=1.0, help="delta of Eq. 3")
-    add("--temperature", type=float, default=20.0, help="T of the distillation loss")
+    add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
+    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
     add("--kd-reduction", choices=("mean", "batchmean"), default="mean", help="of L_KD; mean divides by the classes too")
     add = p.add_argument_group("where paper and released code differ").add_argument
     switch = {"action": argparse.BooleanOptionalAction}
@@ -632,10 +638,15 @@ def parser():
     discovered = "qimera, or autorecon:GENOTYPE, one that autorecon.py --genotype takes or a search has left (Table 3)"
     add("--generator", default="qimera", help=discovered)
     add("--adversarial", choices=("none", "zaq"), default="none", help="play ZAQ's game (Table 3, Eq. 11 and 12)")
-    add("--zaq-beta", type=float, default=0.1, help="beta of Eq. 11 and 12, not given in the paper")
-    add("--zaq-gamma", type=float, default=0.05, help="gamma of Eq. 11, not given in the paper")
-    add("--zaq-rho", type=float, default=0.1, help="rho of Eq. 11 and 12")
+    add("--zaq-beta", type=number(0, 1e6), default=0.1, help="beta of Eq. 11 and 12, not given in the paper")
+    add("--zaq-gamma", type=number(0, 1e6), default=0.05, help="gamma of Eq. 11, not given in the paper")
+    add("--zaq-rho", type=number(0, 1e6), default=0.1, help="rho of Eq. 11 and 12")
     add("--analyze", metavar="RUN", help="only analyse this run folder's generator: Table 5 and Figure 3")
+    p.without_effect("--no-se", "--k", "--p")
+    p.without_effect("--no-dm", "--mapped-dim")
+    p.without_effect("--adversarial zaq", "--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
+    p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
+    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction")
     return p
 
 
@@ -653,8 +664,6 @@ def _complete(cfg):
         "k": min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
         "p": p,
     }
-    if cfg.no_se and (cfg.k is not None or cfg.p is not None):
-        raise InputError("--no-se superposes nothing, so --k and --p say nothing; leave them out")
     fill_in(cfg, defaults)
     if cfg.eei and cfg.latent_dim is not None:
         raise InputError(f"--latent-dim is {cfg.latent_dim}, and extracted embeddings have their own; give --no-eei with it")

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import InputError
 from common.capture import CHOICES, compiler
+from common.cli import friendly_errors
 from common.models import load_teacher
 from common.ops import box_mix, channel_statistics, plain_forms, superpose, superposed_labels
-from common.run import Run, friendly_errors, peak_memory, pick_device, synchronise, write_atomically
+from common.progress import Progress
+from common.run import Run, peak_memory, pick_device, synchronise, write_atomically
 
 METHODS = {  # and what a method needs to be told to have a step at once
     "gdfq": {},
@@ -146,7 +147,7 @@ def compare(name, batch_size, args):
     peak = peak_memory(fast.device)
     plain.reach_full_step(method, teacher)
     times = {"plain": [], "fast": []}
-    for _ in tqdm(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
+    for _ in Progress(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
         times["plain"].append(plain.seconds_per_step(steps))
         times["fast"].append(fast.seconds_per_step(steps))
     plain_ms, fast_ms = (1000 * median(times[path]) for path in ("plain", "fast"))

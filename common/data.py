@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 
 from common import InputError, first_line
+from common.progress import Progress
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGE_SIZE = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
@@ -54,7 +54,7 @@ def download(address, path, digest=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(address, timeout=DOWNLOAD_TIMEOUT) as answer, partial.open("wb") as file:
                 size = int(answer.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                with Progress(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
                     while block := answer.read(1 << 16):
                         file.write(block)
                         bar.update(len(block))
@@ -212,7 +212,7 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
         members, wanted = (targets == label).nonzero()[:, 0], labels == label
         order = torch.randperm(len(members), generator=source)
         chosen[wanted] = members[order[torch.arange(int(wanted.sum())) % len(members)]]
-    return torch.stack([get(index) for index in tqdm(chosen.tolist(), desc="reading real images", leave=False)])
+    return torch.stack([get(index) for index in Progress(chosen.tolist(), desc="reading real images", leave=False)])
 
 
 class _Fit:
@@ -255,6 +255,26 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
     return folder
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def read_pictures(folder, image_size, channels):
+    """All pictures in a folder and its subfolders, in the order of their names: (N, channels, H, W) uint8, resized and cropped
+    where they have another size.
+
+    Raises:
+        InputError: no pictures, or a damaged one.
+    """
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    if not files:
+        raise InputError(f"--images {folder} holds no pictures ({', '.join(PICTURES)}); give a folder that does")
+    fit = _Fit(image_size, channels)
+    try:
+        return torch.stack([fit(_open_image(path)) for path in Progress(files, desc="reading pictures", leave=False)])
+    except InputError as error:
+        raise InputError(str(error).replace("--data-dir", "--images")) from None
+
+
 def _open_image(path):
     """The image file, as torchvision's own loader reads it."""
     try:
@@ -265,7 +285,7 @@ def _open_image(path):
 
 def read_folder(folder):
     """All images of an ImageFolder of equally large uint8 tensors: (N, C, H, W) and labels (N,)."""
-    loader = tqdm(DataLoader(folder, 500, generator=torch.Generator()), desc=f"reading {folder.root}", leave=False)
+    loader = Progress(DataLoader(folder, 500, generator=torch.Generator()), desc=f"reading {folder.root}", leave=False)
     images, labels = zip(*loader)
     return torch.cat(images), torch.cat(labels)
 

@@ -1,5 +1,6 @@
 """`quantized.pt`: weights as packed integer codes, with all that is needed to run the network again, bit for bit."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from common.quant import (
     channel_parameters,
     decode_,
     encode,
-    fold_batchnorm,
     is_channels_last,
     quantize,
     quantized_activations,
     quantized_layers,
 )
+from common.trace import fold_batchnorm
 
 FORMAT = 1
 
@@ -80,6 +81,13 @@ def save_quantized(student, path, meta):
         torch.save(content, partial)
 
 
+def saved_bytes(model):
+    """Size of the network's own checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
 def _share_storage(dicts):
     """Turn the tensors in `dicts` into views of one storage per dtype; a file then holds no padding between them."""
     by_dtype = {}
@@ -133,7 +141,7 @@ def load_quantized(path, model=None):
             raise InputError(f"'{path}' is of an own architecture ({meta['arch']}); give --arch package.module:factory")
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], meta["shortcut"])
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
-    model = fold_batchnorm(model) if meta.get("folded") else model
+    model = fold_batchnorm(model, example) if meta.get("folded") else model
     student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
     layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
     shapes = {name: value.shape for name, value in student.state_dict().items()}

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
 from common import InputError, replacing
+from common.cli import friendly_errors
 from common.data import NORMALISATION, TestSet, accuracy, read_folder
 from common.models import build
-from common.run import friendly_errors, pick_device
+from common.progress import Progress
+from common.run import pick_device
 
 
 class Muon(torch.optim.Optimizer):
@@ -142,7 +143,7 @@ def train(args):
         flips = torch.rand(len(images), generator=torch.Generator().manual_seed(args.seed)) < 0.5
         flips = flips ^ bool(epoch % 2)
         began, total_loss, correct = time.time(), 0.0, 0
-        for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
+        for step in Progress(range(steps), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False):
             index = order[step * args.batch_size : (step + 1) * args.batch_size]
             x = (images[index].float() / 255 - mean) / std
             x = augment(x, flips[index], size, args.pad, random).to(device, memory_format=torch.channels_last)

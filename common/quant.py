@@ -6,21 +6,30 @@ moving average while the observer is on. The backward pass is straight-through.
 """
 
 import copy
+import functools
+import operator
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.experimental.optimization import fuse
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
+from common.trace import FunctionCalls, is_plain, replace_module, trace
 
 ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 ACTIVATION_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.prelu, F.elu, F.silu, F.gelu, F.mish, F.hardswish, torch.relu, torch.relu_,
 }  # fmt: skip
 ACTIVATION_METHODS = {"relu", "relu_"}
+IN_PLACE = {F.relu_, torch.relu_, "relu_"}
+# what a network may compute between its layers and no quantizer here takes: gates, most often
+FULL_PRECISION = {
+    "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Hardtanh", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
+    "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "GLU",
+}  # fmt: skip
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
 }  # fmt: skip
@@ -161,11 +170,18 @@ class _QuantWeight:
         return layer
 
     def quantized_weight(self):
-        if self.packed:
-            return self.weight
         if self.ready is not None:
             return self.ready
-        return fake_quantize(self.weight, *channel_parameters(self.weight, self.bits), self.bits)
+        weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # parametrized, in LSQ
+        return weight if self.packed else fake_quantize(weight, *channel_parameters(weight, self.bits), self.bits)
+
+    def with_weight(self, x, weight):
+        """What the layer computes of `x` with another weight."""
+        before, self.ready = self.ready, weight
+        try:
+            return self.forward(x)
+        finally:
+            self.ready = before
 
     def pack(self, weight, scale, zero_point):
         """Keep `weight`, whose values are exactly those of codes of this scale and zero point, as it is from now on."""
@@ -209,6 +225,33 @@ class QuantLinear(_QuantWeight, nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.quantized_weight(), self.bias)
+
+
+class _OwnForward(_QuantWeight):
+    """A layer whose class has a forward of its own, as for padding: what that reads as `weight` is quantized."""
+
+    reading = False
+
+    @property
+    def weight(self):
+        return self.quantized_weight() if self.reading else self._parameters["weight"]
+
+    def forward(self, *args, **kwargs):
+        self.reading = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.reading = False
+
+
+@functools.cache
+def _quantized_class(cls):
+    """The class of a quantized layer for that of a full-precision one."""
+    if cls.forward is nn.Conv2d.forward:
+        return QuantConv2d
+    if cls.forward is nn.Linear.forward:
+        return QuantLinear
+    return type(f"Quant{cls.__name__}", (_OwnForward, cls), {})
 
 
 class QuantAct(nn.Module):
@@ -265,6 +308,15 @@ def quantized_activations(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantAct)]
 
 
+def describe(student):
+    """One line on what of the network is quantized, and which activation functions are not."""
+    weights, acts = quantized_layers(student), quantized_activations(student)
+    wbits, abits = (" and ".join(map(str, sorted({module.bits for _, module in group}))) for group in (weights, acts))
+    floating = ", ".join(f"{count} {name}" for name, count in sorted(full_precision_activations(student).items()))
+    text = f"{len(weights)} weight tensors to {wbits} bits, {len(acts)} activations to {abits} bits"
+    return text + (f"; in full precision: {floating}" if floating else "")
+
+
 def observe(model, on):
     """Let the activation ranges of `model` follow the data, or freeze them."""
     for _, module in quantized_activations(model):
@@ -299,23 +351,16 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     if act_placement not in ("relu", "input"):
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    for name, module in model.named_modules():
-        plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward) and not is_parametrized(module)
-        if isinstance(module, OTHER_WEIGHTED_MODULES) and not plain:
-            raise InputError(
-                f"layer '{name}' is a {type(module).__name__}, and only the weights of plain Conv2d and Linear layers can be "
-                "quantized; replace it in the model"
-            )
+    _check_layers(model)
     try:
-        traced = fx.symbolic_trace(model)
+        traced = trace(model, example)
     except Exception as error:  # whatever the model's own forward raises when it is traced
         student = _quantize_modules(model, abits, act_placement, clipped, example, error)
     else:
         student = _quantize_graph(traced, abits, act_placement, clipped)
     for name, module in list(student.named_modules(remove_duplicate=False)):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            quantized = QuantConv2d if isinstance(module, nn.Conv2d) else QuantLinear
-            _replace(student, name, quantized.from_float(module, wbits))
+            replace_module(student, name, _quantized_class(type(module)).from_float(module, wbits))
     if not quantized_activations(student):
         raise InputError("the model computes no activation that could be quantized; use --act-placement input")
     all_weights = _AllWeights([layer for _, layer in quantized_layers(student)])
@@ -324,9 +369,33 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     return student.to(next(student.parameters()).device)  # the activations' ranges, too
 
 
-def _replace(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _check_layers(model):
+    """Refuse layers whose weights cannot be quantized, by name; parametrized weights become what they are now."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, OTHER_WEIGHTED_MODULES):
+            continue
+        if is_parametrized(module):
+            for parameter in list(module.parametrizations):
+                remove_parametrizations(module, parameter)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or "weight" not in module._parameters:
+            raise InputError(
+                f"layer '{name}' is a {type(module).__name__}, and only the weights of Conv2d and Linear layers can be quantized; "
+                "replace it in the model"
+            )
+        if not is_plain(module) and (hidden := _activations_inside(module)):
+            raise InputError(
+                f"layer '{name}' ({type(module).__name__}) computes '{hidden[0]}' in its own forward, where it cannot be "
+                "quantized; make that a module of its own"
+            )
+
+
+@torch.no_grad()
+def _activations_inside(layer):
+    """Names of the activation functions that a layer's own forward calls."""
+    shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
+    with FunctionCalls() as seen:
+        layer(layer.weight.new_zeros(shape))
+    return [function.__name__ for function, _ in seen.calls if function in ACTIVATION_FUNCTIONS]
 
 
 def _quantize_graph(traced, abits, act_placement, clipped):
@@ -336,9 +405,12 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     def is_activation(node):
         if node.op == "call_module":
             return isinstance(modules[node.target], ACTIVATION_MODULES)
-        return (node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS) or (
-            node.op == "call_method" and node.target in ACTIVATION_METHODS
-        )
+        return node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS or _is_swish(node)
+
+    def in_place(node):
+        if node.op == "call_module":
+            return getattr(modules[node.target], "inplace", False)
+        return node.target in IN_PLACE or node.kwargs.get("inplace", False) or node.args[-1:] == (True,)
 
     def insert_after(node, users):
         name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
@@ -356,10 +428,13 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
         if act_placement == "relu" and is_activation(node):
+            if not node.users and not in_place(node):
+                graph.erase_node(node)  # computed and overwritten
+                continue
             if not node.users:
                 raise InputError(
-                    f"the result of activation '{node.name}' is not used in the model's forward, so its output cannot be "
-                    "quantized; assign it, as in x = F.relu(x)"
+                    f"activation '{node.name}' works in place and its result is not used in the model's forward, so its output "
+                    "cannot be quantized; assign it, as in x = F.relu(x)"
                 )
             insert_after(node, list(node.users))
         elif act_placement == "input" and any(user in weighted for user in node.users):
@@ -369,26 +444,30 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     return traced
 
 
-def fold_batchnorm(model):
-    """The traced network with every BatchNorm folded into the convolution before it, in eval mode.
+def _is_swish(node):
+    """Whether a node is x * sigmoid(x), which many networks write out."""
+    if node.target not in (operator.mul, operator.imul, torch.mul, "mul", "mul_") or len(node.args) != 2:
+        return False
+    pairs = (node.args, node.args[::-1])
+    return any(
+        gate.target in (torch.sigmoid, F.sigmoid, "sigmoid") and gate.args == (x,) for x, gate in pairs if isinstance(gate, fx.Node)
+    )
 
-    Raises:
-        InputError: a network that cannot be traced.
-    """
-    try:
-        traced = fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as error:  # whatever the model's own forward raises when it is traced
-        raise InputError(
-            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; give one whose forward "
-            "does not branch on its data"
-        ) from None
-    modules, called = dict(traced.named_modules()), [n.target for n in traced.graph.nodes if n.op == "call_module"]
-    for name in set(called):
-        if called.count(name) > 1 and any(True for _ in modules[name].parameters()):
-            raise InputError(
-                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call its own"
-            )
-    return fuse(traced).requires_grad_(False)
+
+def full_precision_activations(student):
+    """The activations that a quantized network computes in full precision: a Counter of class or function names."""
+    if not hasattr(student, "graph"):
+        return Counter(type(m).__name__ for m in student.modules() if type(m).__name__ in FULL_PRECISION)
+    modules, known = dict(student.named_modules()), {name.lower(): name for name in FULL_PRECISION}
+    found = Counter()
+    for node in student.graph.nodes:
+        if node.op == "call_module":
+            name = type(modules[node.target]).__name__
+        else:
+            name = getattr(node.target, "__name__", str(node.target))
+        name = known.get(name.lower().rstrip("_").replace("log_s", "logs"))
+        found.update([name] if name and node.users and not any(map(_is_swish, node.users)) else [])
+    return found
 
 
 def search_parameters(rows, bits, steps=80, power=2.4):

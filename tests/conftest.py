@@ -1,4 +1,13 @@
-"""Networks and runs small enough for the tests."""
+"""Networks and runs small enough for the tests, and one place that makes the tests the same on every machine.
+
+A test computes in fp32 unless it asks for bf16: the default of --precision is fp32 here, where the scripts' `auto` goes by the
+machine. That no test depends on the machine is shown by runs of the whole suite
+
+    pytest --computes-bf16 yes                                            # as on a CPU that multiplies bf16 in hardware
+    pytest --computes-bf16 no                                             # and on one that does not
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 pytest               # other kernels, which round otherwise
+    OMP_NUM_THREADS=1 pytest                                              # and sums in another order, as with 2
+"""
 
 import sys
 from pathlib import Path
@@ -10,6 +19,22 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import common.cli  # noqa: E402
+
+
+def pytest_addoption(parser):
+    choices = ("auto", "yes", "no")
+    parser.addoption("--computes-bf16", choices=choices, default="auto", help="what the hardware is taken to compute")
+
+
+@pytest.fixture(autouse=True)
+def same_on_every_machine(request, monkeypatch):
+    """fp32 where a test does not say bf16, whatever the hardware computes."""
+    forced = request.config.getoption("--computes-bf16")
+    if forced != "auto":
+        monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
+    monkeypatch.setitem(common.cli.DEFAULTS, "precision", "fp32")
 
 
 class FunctionalNet(nn.Module):

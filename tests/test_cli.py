@@ -21,7 +21,8 @@ import mixmix
 import qimera
 from common.export import load_quantized
 from common.models import build
-from common.run import Run, SyntheticSet
+from common.report import SyntheticSet
+from common.run import Run
 
 TINY = "--arch tiny:net --dataset folder --num-classes 5 --image-size 16 --batch-size 8 --iters 3 --warmup-epochs 2".split()
 TINY += "--calibrate-epochs 2 --device cpu --precision fp32 --lr-q 0.01".split()

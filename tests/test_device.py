@@ -15,7 +15,8 @@ import mixmix
 import qimera
 from common import InputError
 from common.capture import WARMUP_STEPS, GraphedStep
-from common.run import Run, draw
+from common.report import draw
+from common.run import Run
 
 RUNS = STEPS + [(gdfq, {"mix": "cutmix"}), (gdfq, {"act_placement": "input"}), (qimera, {"noise": "slot"})]
 COUNT = WARMUP_STEPS + 2

@@ -21,8 +21,9 @@ from common.bns import BatchNormStatistics
 from common.export import load_quantized
 from common.models import build
 from common.ops import box_mix
-from common.quant import QuantConv2d, fold_batchnorm, observe, quantize, quantized_activations, quantized_layers
+from common.quant import QuantConv2d, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
+from common.trace import fold_batchnorm
 from mixmix import (
     LossWeights,
     ZooModel,

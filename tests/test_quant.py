@@ -17,7 +17,6 @@ from common.quant import (
     affine_parameters,
     channel_parameters,
     fake_quantize,
-    fold_batchnorm,
     learned_step,
     observe,
     quantize,
@@ -25,6 +24,7 @@ from common.quant import (
     quantized_layers,
     search_parameters,
 )
+from common.trace import fold_batchnorm
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

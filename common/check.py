@@ -1,0 +1,120 @@
+"""What `--check` prints: what of a network would be quantized, layer by layer, what stays in full precision, and sizes."""
+
+import tempfile
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from common.export import save_quantized, saved_bytes
+from common.quant import QuantAct, full_precision_activations, quantized_activations, quantized_layers
+
+# what hands values on as they are: the codes of a quantized tensor stay codes
+UNCHANGED_BY = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, F.max_pool2d, F.dropout}
+UNCHANGED_BY |= set("flatten reshape view permute transpose chunk split contiguous squeeze unsqueeze".split())
+UNCHANGED_BY_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle)
+HEADS = ("layer", "kind", "weight", "bits", "weights", "multiply-adds", "input")
+
+
+def sources(node, modules):
+    """Where a value of a traced graph comes from: list of (name, bits), bits None in full precision."""
+    module = modules.get(node.target) if node.op == "call_module" else None
+    if isinstance(module, QuantAct):
+        return [(name, module.bits) for name, _ in sources(node.args[0], {})]
+    inputs = node.all_input_nodes
+    getitem = getattr(node.target, "__name__", "") == "getitem"
+    if module and isinstance(module, UNCHANGED_BY_MODULES) or node.target in UNCHANGED_BY or getitem:
+        return sources(inputs[0], modules)
+    if node.target in (torch.cat, torch.concat) and modules:
+        return [source for part in inputs for source in sources(part, modules)]
+    name = {"placeholder": "the image", "call_module": str(node.target)}.get(node.op, node.name)
+    return [(name, None)]
+
+
+def input_of(name, student, modules):
+    """What a layer receives, in words."""
+    if not isinstance(student, fx.GraphModule):
+        quantizer = getattr(modules[name], "input_quantizer", None)
+        return f"{quantizer.bits} bits" if quantizer else "unknown: the network cannot be traced"
+    node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == name)
+    found = dict.fromkeys(sources(node.args[0], modules))
+    texts = [f"{source}, {f'{bits} bits' if bits else 'full precision'}" for source, bits in found]
+    return " + ".join(texts) if len(texts) < 3 else f"{texts[0]} + {len(texts) - 1} more"
+
+
+def layer_rows(student, example):
+    """A row of HEADS for each convolution and linear layer, in the order of the forward."""
+    modules, rows, hooks = dict(student.named_modules()), {}, []
+
+    def note(name):
+        def hook(layer, args, output):
+            weight = layer.weight
+            count = output[0].numel() * prod(weight.shape[1:])
+            kind, shape = type(layer).__name__.removeprefix("Quant"), "x".join(map(str, weight.shape))
+            where = input_of(name, student, modules)
+            rows.setdefault(name, (name, kind, shape, getattr(layer, "bits", 32), weight.numel(), count, where))
+
+        return hook
+
+    for name, module in modules.items():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            hooks.append(module.register_forward_hook(note(name)))
+    with torch.no_grad():
+        student.eval()(example)
+    for hook in hooks:
+        hook.remove()
+    return list(rows.values())
+
+
+def in_full_precision(student, rows, cfg):
+    """What is not quantized and why, a list of lines."""
+    modules = list(student.modules())
+    lines = []
+    if any("full precision" in row[-1] for row in rows):
+        reason = "activation functions only are quantized; --act-placement input quantizes what layers receive"
+        lines.append(f"inputs of {sum('full precision' in row[-1] for row in rows)} layers, as the table says: {reason}")
+    for name, count in sorted(full_precision_activations(student).items()):
+        lines.append(f"{count} {name}: no quantizer for it, as for the gates of squeeze-and-excitation")
+    batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+    others = {f"{batchnorms} BatchNorm": batchnorms, "biases": any(getattr(m, "bias", None) is not None for m in modules)}
+    if isinstance(student, fx.GraphModule):
+        sums = sum(getattr(n.target, "__name__", "") in ("add", "iadd") for n in student.graph.nodes)
+        others[f"{sums} sums"] = sums
+    names = [name for name, there in others.items() if there]
+    return lines + [f"{', '.join([*names, 'the logits'])}: computed in float32, as in the papers"]
+
+
+def print_check(teacher, student, example, cfg):
+    """Print the check of a network.
+
+    Args:
+        teacher: the full-precision network.
+        student: what a run would train, quantized or not.
+        example: a batch that both take.
+        cfg: parsed arguments.
+
+    Returns:
+        Dict of rows (as HEADS), full_precision (lines), bytes_fp32 and bytes_student.
+    """
+    rows, quantized = layer_rows(student, example), bool(quantized_layers(student))
+    table = [HEADS] + [tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(HEADS))]
+    for row in table:
+        cells = [cell.rjust(width) if 3 <= i < 6 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+    total = f"{sum(row[4] for row in rows):,} weights, {sum(row[5] for row in rows):,} multiply-adds an image"
+    print(f"\n{len(rows)} layers, {total}")
+    lines, before, after = [], saved_bytes(teacher), saved_bytes(student)
+    if quantized:
+        bits = Counter(act.bits for _, act in quantized_activations(student))
+        print("activations quantized: " + ", ".join(f"{count} to {bits} bits" for bits, count in sorted(bits.items())))
+        lines = in_full_precision(student, rows, cfg)
+        print("in full precision:\n  " + "\n  ".join(lines))
+        with tempfile.TemporaryDirectory() as folder:
+            save_quantized(student, Path(folder) / "quantized.pt", {"arch": cfg.arch})
+            after = (Path(folder) / "quantized.pt").stat().st_size
+    print(f"file: {before / 1024:,.0f} KB -> {after / 1024:,.0f} KB ({before / after:.1f}x)", flush=True)
+    return {"rows": rows, "full_precision": lines, "bytes_fp32": before, "bytes_student": after}

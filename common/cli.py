@@ -1,0 +1,251 @@
+"""The command line: the flags that all scripts share, and what each of them may be."""
+
+import argparse
+import difflib
+import hashlib
+import re
+import sys
+from contextlib import contextmanager
+
+from common import InputError
+from common.capture import CHOICES
+from common.data import IMAGE_SIZE, NUM_CLASSES
+from common.models import SMALL_IMAGE
+from common.progress import close_all
+
+DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
+DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
+
+
+# ------------------------------------------------------------------------------------------------ what a flag may be
+
+
+def number(low, high=1e30):
+    """A `type` for argparse: a number from `low` to `high`."""
+    return _checked(float, "number", low, high)
+
+
+def whole(low, high=10**9):
+    """A `type` for argparse: a whole number from `low` to `high`."""
+    return _checked(int, "whole number", low, high)
+
+
+def _checked(kind, name, low, high):
+    def check(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:  # a NaN is not
+            raise argparse.ArgumentTypeError(f"is '{text}'; give a {name} from {low:g} to {high:g}")
+        return value
+
+    return check
+
+
+def one_of(*choices):
+    """A `type` for argparse: one of `choices`; the nearest are offered where it is another."""
+
+    def check(text):
+        if text not in choices:
+            nearest = difflib.get_close_matches(text, choices, n=2, cutoff=0.5)
+            offer = f"did you mean {' or '.join(nearest)}" if nearest else f"give {', '.join(choices)}"
+            raise argparse.ArgumentTypeError(f"is '{text}', which is not known; {offer}")
+        return text
+
+    return check
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default is None or action.default is False or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags that all scripts share; a script adds its own.
+
+    Args:
+        method: name of the script, as in the run folder.
+        description: first paragraph of --help.
+        unquantized: values of the script's --task that leave a full-precision network.
+    """
+
+    def __init__(self, method, description, unquantized=()):
+        super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
+        self.method, self.by_size, self.idle, self.unquantized = method, {}, [], unquantized
+        add = self.add_argument_group("network and data").add_argument
+        names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
+        add("--arch", help=f"architecture: {names} (default: resnet20, for ImageNet resnet18)")
+        add("--dataset", default="cifar10", type=one_of(*DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
+        images = "folder with test images: a folder per class under val/ or test/, or torchvision's CIFAR files"
+        add("--data-dir", help=f"{images} (default: ./data, then the bundled slice of CIFAR-10)")
+        add("--download", action="store_true", help="download the full CIFAR test set")
+        add("--weights", help="file, address, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)")
+        add("--num-classes", type=whole(2), help="number of classes of your own model (default: by data set)")
+        add("--image-size", type=whole(1, 10**5), help="side of your own model's images in pixels (default: by data set)")
+        add("--mean", type=float, nargs="+", help="mean per channel of images in 0 to 1 (default: by weights)")
+        add("--std", type=float, nargs="+", help="standard deviation per channel (default: by weights)")
+        add = self.add_argument_group("quantization").add_argument
+        add("--bits", type=whole(2, 8), default=4, help="bits of weights and activations, 2 to 8")
+        add("--wbits", type=whole(2, 8), help="bits of the weights (default: --bits)")
+        add("--abits", type=whole(2, 8), help="bits of the activations (default: --bits)")
+        placement = "quantize what activation functions return (relu, as in the papers) or what layers receive (input)"
+        add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
+        add("--clipped-ste", action="store_true", help="no gradient for activations outside their range; the papers pass it")
+        add = self.add_argument_group("run").add_argument
+        add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+        precision = "precision of convolutions in training; auto is bf16 where the hardware computes it, fp32 is TF32 on a GPU"
+        add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
+        capture = "how the training step runs; auto is a CUDA graph, on a CPU torch.compile where the run is long"
+        add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
+        add("--threads", type=whole(1, 4096), help="CPU threads; give 1 to each of several runs at once (default: PyTorch's choice)")
+        add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
+        add("--resume", action="store_true", help="continue from the checkpoint in the run folder")
+        add("--overwrite", action="store_true", help="replace the run that the folder holds")
+        add("--eval-every", type=whole(1), default=1, help="epochs between two evaluations; the last epoch is always evaluated")
+        add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
+        add("--check", action="store_true", help="only print what would be quantized, layer by layer")
+        self.shared = set(vars(self.parse_args([])))
+
+    def error(self, message):
+        message = re.sub(r"^argument (--[^ :]+): (?=is )", r"\1 ", message)
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def add_by_size(self, group, flag, small, large, help, **kwargs):
+        """A flag whose default depends on the data: `small` for images up to 64 pixels (CIFAR), else `large`."""
+        action = group.add_argument(flag, help=f"{help} (default: CIFAR {small}, ImageNet {large})", **kwargs)
+        self.by_size[action.dest] = (small, large)
+
+    def without_effect(self, setting, *flags):
+        """Declare that `flags` do nothing with a setting, so that both together are refused.
+
+        Args:
+            setting: a flag and its value ("--adversarial zaq"), or a flag that is on or has another value than by default.
+        """
+        self.idle.append((setting, flags))
+
+    def parse(self, argv=None):
+        """Arguments with every default filled in.
+
+        Raises:
+            InputError: unusable arguments; the message names the flag.
+        """
+        args = self.parse_args(argv)
+        self._refuse_idle(args, argv)
+        changed = self._changed(args)
+        args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
+        args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
+        for name, known in (("num_classes", NUM_CLASSES), ("image_size", IMAGE_SIZE)):
+            given, expected = getattr(args, name), known.get(args.dataset)
+            flag = "--" + name.replace("_", "-")
+            if given is None and expected is None:
+                raise InputError(f"--dataset {args.dataset} needs {flag}; give it")
+            if given is not None and expected is not None and given != expected:
+                raise InputError(
+                    f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for own data"
+                )
+            setattr(args, name, given if given is not None else expected)
+        for name, (small, large) in self.by_size.items():
+            if getattr(args, name) is None:
+                setattr(args, name, small if args.image_size <= SMALL_IMAGE else large)
+        args.method = self.method
+        if args.out is None:
+            arch = re.sub(r"[^\w]+", "-", args.arch)
+            bits = "" if getattr(args, "task", None) in self.unquantized else f"-w{args.wbits}a{args.abits}"
+            if len(changed) > 120:  # a file system takes 255
+                changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:12]}"
+            args.out = f"runs/{self.method}-{arch}-{args.dataset}{bits}-s{args.seed}{changed}"
+        if not args.out:
+            raise InputError("--out is empty; give a folder")
+        return args
+
+    def _refuse_idle(self, args, argv):
+        unset = object()
+        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+        for setting, flags in self.idle:
+            flag, _, value = setting.partition(" ")
+            action = self._option_string_actions[flag]
+            found = getattr(args, action.dest)
+            turned_off = isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
+            if found is False if turned_off else str(found) == value if value else found != action.default:
+                for idle in flags:
+                    if given[self._option_string_actions[idle].dest] is not unset:
+                        raise InputError(f"{idle} has no effect with {setting}; leave one of them out")
+
+    def _changed(self, args):
+        """The method's own flags that were given, for the folder's name, so that ablations do not share a folder."""
+        defaults, parts = vars(self.parse_args([])), []
+        for name, value in vars(args).items():
+            if name not in self.shared and value != defaults[name]:
+                text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))[-60:]
+                parts.append(f"-{name.replace('_', '-')}{text}")
+        return "".join(parts)
+
+    def config(self, **settings):
+        """The same arguments for a caller in Python: config(bits=4, epochs=10, no_bns=True)."""
+        argv = []
+        for name, value in settings.items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                argv.append(flag)
+            elif value is False and isinstance(self._option_string_actions.get(flag), argparse.BooleanOptionalAction):
+                argv.append("--no-" + flag[2:])
+            elif value is not None and value is not False:
+                argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        return self.parse(argv)
+
+
+def fill_in(cfg, defaults):
+    """Give the arguments of `cfg` that were not given (None) their values from `defaults`, a dict by name."""
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+
+
+def checked_schedule(cfg):
+    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned.
+
+    Raises:
+        InputError: the run would end before any fine-tuning.
+    """
+    if cfg.no_finetune:
+        cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
+    elif cfg.epochs <= cfg.warmup_epochs:
+        raise InputError(
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
+            "lower --warmup-epochs, or give --no-finetune"
+        )
+    return cfg
+
+
+@contextmanager
+def friendly_errors(program):
+    """Ends the program with one sentence, on a line of its own, and exit status 2 where the input cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        close_all()
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        if "more than 1 value per channel when training" not in str(error):
+            raise
+        close_all()
+        advice = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
+        print(f"{program}: error: {advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        close_all()
+        print(f"{program}: stopped{'; ' if interrupt.args else ''}{' '.join(interrupt.args)}", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def resumable():
+    """Around what --resume goes on with: an interrupt says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command with --resume goes on from the last finished epoch") from None

@@ -1,0 +1,251 @@
+"""What begins and ends every script: load and say what is there; evaluate the written file, result.json, table, samples."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from common import InputError, replacing
+from common.check import print_check
+from common.cli import resumable
+from common.data import accuracy, agreement, load_test_set
+from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
+from common.images import ImageSet, save_grid
+from common.models import OWN, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
+from common.quant import describe, quantized_layers
+from common.run import Run, pick_device, write_atomically
+
+
+def load(cfg):
+    """The teacher and where its weights come from; --mean and --std of `cfg` are filled in."""
+    teacher, normalisation, source = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
+    cfg.mean, cfg.std = per_channel(cfg, normalisation, input_channels(teacher))
+    return teacher, source
+
+
+def prepare(cfg, **about):
+    """What every script's main begins with: load the network and the test set, and say what they are.
+
+    Args:
+        cfg: parsed arguments; --mean and --std are filled in.
+        about: what `Run` is told of the method.
+
+    Returns:
+        The teacher, on its device, and the run. Where the run is finished, nothing is said yet.
+    """
+    teacher, source = load(cfg)
+    run = Run(cfg, cfg.out, **about)
+    if run.finished:
+        return teacher, run
+    what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
+    run.test_set = test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
+    kind = next(teacher.parameters()).dtype
+    teacher, _ = run.adopt(teacher)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    stem = ", CIFAR stem" if cfg.image_size <= SMALL_IMAGE and ":" not in cfg.arch and cfg.arch not in OWN else ""
+    print(f"network   {cfg.arch}{stem}, {parameters:,} parameters, weights: {source}")
+    if kind is not torch.float32:
+        print(f"          converted from {str(kind).removeprefix('torch.')} to float32")
+    fast = {"none": "step by step", "compile": "compiled", "cudagraph": "as a CUDA graph"}[cfg.capture]
+    print(f"          on {cfg.device} in {cfg.precision}, {fast}; evaluated in fp32")
+    print(f"          images normalised by mean {cfg.mean}, std {cfg.std}")
+    if test_set is None:
+        print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
+    else:
+        print(f"test set  {test_set.count:,} images from {test_set.name}")
+        run.fp_top1 = round(accuracy(teacher, test_set), 2)
+        print(f"          full precision {run.fp_top1:.2f} %", flush=True)
+    return teacher, run
+
+
+def execute(cfg, compress, **about):
+    """What every script's main does: load, compress, evaluate, write, print.
+
+    Args:
+        cfg: parsed arguments.
+        compress: the method, (teacher, cfg, run) -> student, quantized or not.
+        about: what `Run` is told of the method.
+
+    Returns:
+        The contents of result.json.
+    """
+    if cfg.eval is not None:
+        return evaluate_file(cfg)
+    if cfg.check:
+        return check(cfg, compress)
+    teacher, run = prepare(cfg, **about)
+    if run.finished:
+        return show_finished(run)
+    with resumable():
+        return finish(run, teacher, compress(teacher, cfg, run))
+
+
+def check(cfg, compress):
+    """--check: what would be quantized, from a run of no epochs, which refuses what a real one would refuse."""
+    teacher, source = load(cfg)
+    run = Run(cfg)
+    student = compress(teacher, cfg, run)
+    teacher, example = run.adopt(teacher)
+    print(f"network   {cfg.arch}, weights: {source}")
+    return print_check(teacher, student, example, cfg)
+
+
+def show_finished(run, show=None):
+    """The table of a run that is there already, and how it would be made anew; returns the contents of its result.
+
+    Args:
+        run: one whose folder holds the result of the same arguments.
+        show: function of the result that prints it; by default a network's table.
+    """
+    result = json.loads((run.folder / run.result_file).read_text())
+    if show is None:
+        print_table(result, run)
+    else:
+        show(result)
+    print("  finished before; --overwrite makes it anew", flush=True)
+    return result
+
+
+def per_channel(cfg, normalisation, channels):
+    """(mean, std) from --mean and --std, else from the weights' own normalisation, one value per image channel."""
+    values = []
+    for flag, given, known in (("--mean", cfg.mean, normalisation[0]), ("--std", cfg.std, normalisation[1])):
+        value = list(given or (known if len(known) == channels else [0.5]))
+        if len(value) not in (1, channels):
+            raise InputError(f"{flag} has {len(value)} values and the model {channels} channels; give one value or {channels}")
+        if not all(map(math.isfinite, value)) or (flag == "--std" and min(value) <= 0):
+            raise InputError(f"{flag} is {' '.join(map(str, value))}; give finite numbers (pixels are 0 to 1), --std above 0")
+        values.append(value * (channels // len(value)))
+    return values
+
+
+class SyntheticSet:
+    """2,000 fresh synthetic images, re-iterable; the run's own random numbers are left alone."""
+
+    count = 2000
+
+    def __init__(self, run):
+        self.run = run
+
+    def __iter__(self):
+        labels = torch.arange(self.count) % self.run.cfg.num_classes
+        for seed, part in enumerate(labels.split(self.run.cfg.batch_size)):
+            yield draw(self.run, part, seed), part
+
+
+@torch.no_grad()
+def draw(run, labels, seed):
+    """Synthetic images of `labels` (B,) with noise of their own seed, in batches of the size the generator learned with."""
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        order = torch.randperm(len(labels))  # a batch of one class would have other statistics
+        parts = labels[order].to(run.device).split(run.cfg.batch_size)
+        images = torch.cat([run.synthesize(part) for part in parts])
+        return images[torch.argsort(order).to(run.device)]
+
+
+def save_samples(run, path, columns=8, most_rows=100):
+    """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
+    rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
+    labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
+    save_grid(draw(run, labels, seed=0).cpu(), run.cfg, path, columns)
+
+
+def finish(run, teacher, student, images=None, folded=False):
+    """Write the student, samples.png and result.json, and print the table.
+
+    A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
+
+    Args:
+        run, teacher, student: as `execute` has them.
+        images: (N, channels, H, W), what the student was made with, where the run has no generator to draw samples from.
+        folded: whether the student's BatchNorms are folded.
+    """
+    cfg, folder, quantized = run.cfg, run.folder, bool(quantized_layers(student))
+    file = folder / ("quantized.pt" if quantized else "student.pt")
+    if quantized:
+        meta = {
+            **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
+            **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
+            "channels": input_channels(teacher),
+            "folded": folded,
+            "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
+        }
+        save_quantized(student, file, meta)
+        student = load_quantized(file, copy.deepcopy(teacher).cpu()).to(run.device)
+    else:
+        with replacing(file) as partial:
+            torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
+    if images is None:
+        save_samples(run, folder / "samples.png")
+    batches = run.test_set or (SyntheticSet(run) if images is None else ImageSet(images, run.device))
+    result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
+    result |= {
+        "agreement": round(agreement(teacher, student, batches), 2),
+        "images": batches.count,
+        "test_set": run.test_set.name if run.test_set else None,
+        "wbits": cfg.wbits if quantized else None,
+        "abits": cfg.abits if quantized else None,
+        "bytes_fp32": saved_bytes(teacher),
+        "bytes_quantized" if quantized else "bytes_student": file.stat().st_size,
+        "ms_per_iter": round(1000 * run.seconds / run.iterations, 1) if run.iterations else None,
+        "peak_mb": round(run.peak / 2**20),
+        "seconds": round(run.seconds, 1),
+        "method": cfg.method,
+        **run.facts,
+        "arguments": run.arguments(),
+        "versions": json.loads((folder / "config.json").read_text())["versions"],
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    print_table(result, run)
+    return result
+
+
+def print_table(result, run):
+    """The figures of result.json as a small table."""
+    on = f"of {result['images']:,} test images" if result["test_set"] else ""
+    task = result["arguments"].get("task", "quantize")
+    what = f"w{result['wbits']}a{result['abits']}" if result["wbits"] else task
+    learned = {"kd": "student", "ptq": "quantized", "prune": "pruned"}.get(task, "fine-tuned")
+    last = learned if task in ("ptq", "prune") else f"{learned}, last epoch"
+    rows = [
+        ("full precision", result["fp_top1"], "%"),
+        ("calibrated only", result["calibrated_top1"], "%"),
+        (last, result["last_top1"], "%"),
+        (f"{learned}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
+        ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
+    ]
+    print(f"\n{result['method']}  {what}  top-1 accuracy {on}".rstrip())
+    for name, value, unit in rows:
+        if value is not None:
+            print(f"  {name:<30}{value:>8.2f} {unit}")
+    before, after = (result[name] / 1024 for name in ("bytes_fp32", "bytes_quantized" if result["wbits"] else "bytes_student"))
+    print(f"  {'file':<30}{after:>8.0f} KB  (full precision {before:.0f} KB, {before / after:.1f}x)")
+    if "flops" in result:
+        before, after = result["flops_fp32"] / 1e6, result["flops"] / 1e6
+        print(f"  {'arithmetic, per image':<30}{after:>8.1f} MFLOPs  (full precision {before:.1f})")
+    if "data_source" in result:
+        print(f"  {'images':<30}{result['images_used'] or '':>8} {result['data_source']}")
+    each = f"  ({result['ms_per_iter']} ms per iteration)" if result["ms_per_iter"] else ""
+    print(f"  {'time':<30}{result['seconds']:>8.0f} s{each}")
+    made = [name for name in run.files if (run.folder / name).is_file() and name != "checkpoint.pt"]
+    print(f"  in {run.folder}/: {', '.join(dict.fromkeys(made))}", flush=True)
+
+
+def evaluate_file(cfg):
+    """--eval: accuracy of a quantized.pt; data set, normalisation and sizes are the file's, the images --data-dir's."""
+    meta = read_quantized(cfg.eval)["meta"]
+    own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
+    device = pick_device(cfg.device)
+    student = load_quantized(cfg.eval, own).to(device)
+    what = (meta["dataset"], cfg.data_dir, meta["num_classes"], meta["image_size"], (meta["mean"], meta["std"]))
+    test_set = load_test_set(*what, device, cfg.download, channels=meta["channels"])
+    if test_set is None:
+        raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
+    top1 = round(accuracy(student, test_set), 2)
+    size = Path(cfg.eval).stat().st_size / 1024
+    print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
+    print(f"top-1 accuracy {top1:.2f} % of {test_set.count:,} test images from {test_set.name}")
+    return {"top1": top1, "images": test_set.count}

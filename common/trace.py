@@ -1,0 +1,326 @@
+"""The graph of a network: traced with the shapes of an example, free of its memory layout, with its BatchNorms folded.
+
+`torch.fx` alone stops at arithmetic on shapes, at branches on them and at `view` in the layout that convolutions are fastest
+in. Most published networks have one of these.
+"""
+
+import copy
+import operator
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+
+from common import InputError, first_line
+
+EXAMPLES = (2, 3)  # batch sizes: what differs between them depends on the batch size, all else is a constant
+UNSEEN = 4  # images in the batch on which a graph must compute what its network computes
+METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Notes the torch functions that are called within it: `calls` is a list of (function, args)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+class _Proxy(fx.Proxy):
+    """A value of the graph. Its shape, dtype and so on are those it has for the examples."""
+
+    def __getattr__(self, name):
+        values = self.tracer.values.get(self.node)
+        if values is None or not hasattr(values[0], name) or callable(getattr(values[0], name)):
+            return super().__getattr__(name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+
+class _Tracer(fx.Tracer):
+    """Records a network's forward while it computes every node for two batches of different sizes.
+
+    Shapes that are equal for both are plain Python numbers to the network's code; those that are not stay in the graph. What
+    is read from the data of a tensor never decides a branch.
+
+    Args:
+        examples: two input batches, or nothing, with which this is `fx.Tracer`.
+        whole: further classes of modules that are single nodes.
+        inside: whether convolutions and linear layers with a forward of their own are looked into.
+    """
+
+    def __init__(self, examples, whole=(), inside=False):
+        super().__init__()
+        self.examples, self.whole, self.inside = examples, whole, inside
+        self.values, self.from_data, self.computing = {}, set(), False
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The images are the only argument; all others keep their defaults."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m, module_qualified_name):
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            return not self.inside or is_plain(m)
+        own = type(m).forward not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+        if isinstance(m, _BatchNorm) and not isinstance(m, self.whole):
+            return not own  # one with a forward of its own may compute an activation
+        return isinstance(m, self.whole) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m, forward, args, kwargs):
+        return forward(*args, **kwargs) if self.computing else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+    def value(self, node, index):
+        """What `node` is for an example."""
+        if node.op == "get_attr":
+            return operator.attrgetter(node.target)(self.root)
+        return self.values[node][index]
+
+    def compute(self, node, index):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, index))
+        if node.op == "call_module":
+            return self.root.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def create_proxy(self, kind, target, args, kwargs, *more, **named):
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        node = proxy.node
+        if not self.examples or kind == "get_attr":
+            return proxy
+        if kind == "placeholder":
+            self.values[node] = [example.clone() for example in self.examples]
+            return proxy
+        self.computing = True
+        try:
+            values = self.values[node] = [self.compute(node, index) for index in range(len(self.examples))]
+        finally:
+            self.computing = False
+        first = values[0]
+        of_tensors = any(isinstance(self.value(n, 0), torch.Tensor) for n in node.all_input_nodes)
+        metadata = target is getattr or (kind == "call_method" and target in METADATA)
+        if isinstance(first, torch.Tensor):
+            return proxy
+        if any(n in self.from_data for n in node.all_input_nodes) or (of_tensors and not metadata and not _has_tensors(first)):
+            self.from_data.add(node)
+            return proxy
+        if type(first) in (tuple, list, torch.Size):
+            parts = [self.create_proxy("call_function", operator.getitem, (proxy, index), {}) for index in range(len(first))]
+            return tuple(parts)
+        if isinstance(first, (int, float, str, torch.dtype, type(None))) and values.count(first) == len(values):
+            self.graph.erase_node(node)
+            return first
+        return proxy
+
+    def to_bool(self, obj):
+        values = self.values.get(obj.node)
+        known = values and obj.node not in self.from_data and not isinstance(values[0], torch.Tensor)
+        if known and len({bool(value) for value in values}) == 1:
+            return bool(values[0])
+        return super().to_bool(obj)
+
+
+def _has_tensors(value):
+    return isinstance(value, (tuple, list, dict)) and any(
+        isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def is_plain(layer):
+    """Whether a convolution or linear layer computes what its class in torch.nn does."""
+    return type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward)
+
+
+def batch_like(example, count):
+    """Random images of the shape and on the device of an example batch; no random number of the run is used."""
+    source = torch.Generator().manual_seed(count)
+    return torch.randn(count, *example.shape[1:], generator=source).to(example)
+
+
+@torch.no_grad()
+def trace(model, example=None, whole=(), inside=False):
+    """The graph of a network in eval mode, with `view`s that do not depend on the memory layout.
+
+    Args:
+        model: the network, whose parameters the graph shares.
+        example: a batch that it takes; without it, shapes are unknown.
+        whole, inside: as for `_Tracer`.
+
+    Returns:
+        torch.fx.GraphModule of one argument; the forward's further arguments keep their defaults.
+
+    Raises:
+        Exception: whatever the network's own forward raises when it is traced; a TraceError where the graph computes
+            something else than the network.
+    """
+    tracer = _Tracer([] if example is None else [batch_like(example, count) for count in EXAMPLES], whole, inside)
+    graph = tracer.trace(model)
+    for node in reversed(graph.nodes):
+        if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+            if not node.kwargs:
+                node.target = "reshape"
+        if not node.users and (node.target in (operator.getitem, getattr) or node.target in METADATA):
+            graph.erase_node(node)
+    traced = fx.GraphModule(tracer.root, graph)
+    if example is not None:
+        images = batch_like(example, UNSEEN)
+        expected, found = model(images.clone()), traced(images)
+        if not isinstance(found, torch.Tensor) or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise fx.proxy.TraceError("its graph computes something else for another batch")
+    return traced
+
+
+def memory_layout(model, example, retrace=True):
+    """The memory layout for a network: channels-last where its forward can be computed in it.
+
+    A forward with `view` often cannot; then the network is given the forward of its graph, which has `reshape` there.
+
+    Args:
+        model: in eval mode; its parameters' layout is not preserved.
+        example: a batch that it takes.
+        retrace: whether it may be given another forward; not if it is to be trained.
+    """
+
+    def computes():
+        model.to(memory_format=torch.channels_last)
+        try:
+            with torch.no_grad():
+                model(example)
+            return True
+        except Exception:  # whatever the model's own code raises
+            return False
+
+    if computes():
+        return torch.channels_last
+    model.to(memory_format=torch.contiguous_format)
+    if retrace:
+        try:
+            graph = trace(model, example, whole=(_BatchNorm,))  # whose hooks are to be called
+        except Exception:
+            return torch.contiguous_format
+        own, model.forward = model.forward, types.MethodType(type(graph).forward, model)
+        if computes():
+            return torch.channels_last
+        model.forward = own
+    return model.to(memory_format=torch.contiguous_format) and torch.contiguous_format
+
+
+# --------------------------------------------------------------------------------------------------------- folding
+
+
+def fold_batchnorm(model, example=None):
+    """The traced network as it is deployed: in eval mode, convolutions and linear layers plain, every BatchNorm folded into the
+    convolution before it.
+
+    A layer with a forward of its own is taken apart: padding becomes a step of the graph, a weight that is computed from
+    parameters becomes the weight.
+
+    Args:
+        model: left as it is.
+        example: a batch that it takes.
+
+    Raises:
+        InputError: a network that cannot be traced.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        traced = trace(model, example, inside=True)
+    except Exception as error:  # whatever the model's own forward raises when it is traced
+        raise InputError(
+            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; give one whose forward "
+            "does not branch on its data"
+        ) from None
+    _layers_from_functions(traced)
+    modules, called = dict(traced.named_modules()), [n.target for n in traced.graph.nodes if n.op == "call_module"]
+    for name in set(called):
+        if called.count(name) > 1 and any(True for _ in modules[name].parameters()):
+            raise InputError(
+                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call its own"
+            )
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if type(modules.get(node.target)) is nn.BatchNorm2d and type(modules.get(before.target)) is nn.Conv2d:
+            if len(before.users) == 1 and modules[node.target].track_running_stats:
+                replace_module(traced, before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+                node.replace_all_uses_with(before)
+                traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.requires_grad_(False)
+
+
+def replace_module(model, name, module):
+    """Put `module` in the place of the submodule of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _constant(traced, node):
+    """The value of a node that does not depend on the network's input; None where it does."""
+    if node.op == "get_attr":
+        return operator.attrgetter(node.target)(traced)
+    inputs = {n: _constant(traced, n) for n in node.all_input_nodes}
+    if node.op not in ("call_function", "call_method") or any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
+    return node.target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def _plain_convolution(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    layer = nn.Conv2d(weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation, groups, False)
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), None if bias is None else nn.Parameter(bias.detach())
+    return layer
+
+
+def _plain_linear(weight, bias=None):
+    layer = nn.Linear(weight.shape[1], len(weight), False)
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), None if bias is None else nn.Parameter(bias.detach())
+    return layer
+
+
+def _plain_batchnorm(mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    layer = nn.BatchNorm2d(len(mean), eps, affine=weight is not None).to(mean.device).eval()
+    parts = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+    layer.load_state_dict({name: value for name, value in parts.items() if value is not None}, strict=False)
+    return layer
+
+
+PLAIN = {F.conv2d: _plain_convolution, F.linear: _plain_linear, F.batch_norm: _plain_batchnorm}
+
+
+def _layers_from_functions(traced):
+    """Turn the convolutions, linear layers and BatchNorms that a layer's own forward has left in the graph as functions, with
+    weights that are constants now, into plain modules of the layer's name."""
+    for node in list(traced.graph.nodes):
+        stack = node.meta.get("nn_module_stack")
+        if node.op != "call_function" or node.target not in PLAIN or not stack:
+            continue
+        path = list(stack.values())[-1][0]
+        old = traced.get_submodule(path) if path in dict(traced.named_modules()) else None
+        constants = {n: _constant(traced, n) for n in node.all_input_nodes if n is not node.args[0]}
+        if not path or any(value is None for value in (*constants.values(), *node.args[1:2])):
+            continue
+        args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), constants.__getitem__)
+        layer = PLAIN[node.target](*args, **kwargs)
+        for name, child in old.named_children() if old is not None else ():
+            layer.add_module(name, child)
+        replace_module(traced, path, layer)
+        with traced.graph.inserting_before(node):
+            node.replace_all_uses_with(traced.graph.call_module(path, (node.args[0],)))
+        traced.graph.erase_node(node)
+    for node in reversed(traced.graph.nodes):
+        if not node.users and node.op != "output" and _constant(traced, node) is not None:
+            traced.graph.erase_node(node)

@@ -346,7 +346,9 @@ def parser():
         help="epochs of the generator alone (default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)",
     )
     add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add(
+        "--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images"
+    )
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
     add("--beta1", type=number(0, 0.9999), help="beta1 of the generator's Adam (default: released 0.5, paper 0.9)")
     add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")

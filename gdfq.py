@@ -270,7 +270,9 @@ def parser():
     p.add_by_size(group, "--batch-size", 200, 16, "images per iteration", type=whole(1))
     p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
     p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=number(0))
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add(
+        "--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images"
+    )
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
     add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
     add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
@@ -281,7 +283,11 @@ def parser():
     add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
     add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
     add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    add("--kd-reduction", choices=("mean", "batchmean"), help="average of L_KD; mean also divides by C (default: released mean, paper batchmean)")
+    add(
+        "--kd-reduction",
+        choices=("mean", "batchmean"),
+        help="average of L_KD; mean also divides by C (default: released mean, paper batchmean)",
+    )
     add = p.add_argument_group("ablations").add_argument
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help="mix the student's images (Table 2 of Qimera)")
     add("--no-ce", action="store_true", help="generator without cross-entropy")

@@ -74,15 +74,15 @@ def in_full_precision(student, rows, cfg):
     modules = list(student.modules())
     lines = []
     if any("full precision" in row[-1] for row in rows):
-        reason = "activation functions only are quantized; --act-placement input quantizes what layers receive"
-        lines.append(f"inputs of {sum('full precision' in row[-1] for row in rows)} layers, as the table says: {reason}")
+        reason = "only results of activation functions are quantized; --act-placement input quantizes what layers receive"
+        lines.append(f"inputs marked in the table: {reason}")
     for name, count in sorted(full_precision_activations(student).items()):
         lines.append(f"{count} {name}: no quantizer for it, as for the gates of squeeze-and-excitation")
     batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
     others = {f"{batchnorms} BatchNorm": batchnorms, "biases": any(getattr(m, "bias", None) is not None for m in modules)}
     if isinstance(student, fx.GraphModule):
         sums = sum(getattr(n.target, "__name__", "") in ("add", "iadd") for n in student.graph.nodes)
-        others[f"{sums} sums"] = sums
+        others[f"{sums} residual sums"] = sums
     names = [name for name, there in others.items() if there]
     return lines + [f"{', '.join([*names, 'the logits'])}: computed in float32, as in the papers"]
 

@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
         capture = "how the training step runs; auto is a CUDA graph, on a CPU torch.compile where the run is long"
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
-        add("--threads", type=whole(1, 4096), help="CPU threads; give 1 to each of several runs at once (default: PyTorch's choice)")
+        add("--threads", type=whole(1, 4096), help="CPU threads; give 1 where several runs share a CPU (default: PyTorch's)")
         add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
         add("--resume", action="store_true", help="continue from the checkpoint in the run folder")
         add("--overwrite", action="store_true", help="replace the run that the folder holds")

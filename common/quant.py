@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
@@ -24,7 +24,6 @@ ACTIVATION_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.prelu, F.elu, F.silu, F.gelu, F.mish, F.hardswish, torch.relu, torch.relu_,
 }  # fmt: skip
 ACTIVATION_METHODS = {"relu", "relu_"}
-IN_PLACE = {F.relu_, torch.relu_, "relu_"}
 # what a network may compute between its layers and no quantizer here takes: gates, most often
 FULL_PRECISION = {
     "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Hardtanh", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
@@ -375,11 +374,10 @@ def _check_layers(model):
         if not isinstance(module, OTHER_WEIGHTED_MODULES):
             continue
         if is_parametrized(module):
-            for parameter in list(module.parametrizations):
-                remove_parametrizations(module, parameter)
+            _bake(module)
         if not isinstance(module, (nn.Conv2d, nn.Linear)) or "weight" not in module._parameters:
             raise InputError(
-                f"layer '{name}' is a {type(module).__name__}, and only the weights of Conv2d and Linear layers can be quantized; "
+                f"layer '{name}' is a {type(module).__name__}, and only weights of Conv2d and Linear layers can be quantized; "
                 "replace it in the model"
             )
         if not is_plain(module) and (hidden := _activations_inside(module)):
@@ -387,6 +385,16 @@ def _check_layers(model):
                 f"layer '{name}' ({type(module).__name__}) computes '{hidden[0]}' in its own forward, where it cannot be "
                 "quantized; make that a module of its own"
             )
+
+
+@torch.no_grad()
+def _bake(module):
+    """Turn parametrized parameters into what they are now. PyTorch's own way would change the class, which copies share."""
+    values = {name: getattr(module, name) for name in module.parametrizations}
+    module.__class__ = type_before_parametrizations(module)
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 @torch.no_grad()
@@ -407,11 +415,6 @@ def _quantize_graph(traced, abits, act_placement, clipped):
             return isinstance(modules[node.target], ACTIVATION_MODULES)
         return node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS or _is_swish(node)
 
-    def in_place(node):
-        if node.op == "call_module":
-            return getattr(modules[node.target], "inplace", False)
-        return node.target in IN_PLACE or node.kwargs.get("inplace", False) or node.args[-1:] == (True,)
-
     def insert_after(node, users):
         name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
         traced.add_submodule(name, QuantAct(INPUT_BITS if node.op == "placeholder" else abits, clipped))
@@ -428,9 +431,6 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
         if act_placement == "relu" and is_activation(node):
-            if not node.users and not in_place(node):
-                graph.erase_node(node)  # computed and overwritten
-                continue
             if not node.users:
                 raise InputError(
                     f"activation '{node.name}' works in place and its result is not used in the model's forward, so its output "
@@ -450,7 +450,8 @@ def _is_swish(node):
         return False
     pairs = (node.args, node.args[::-1])
     return any(
-        gate.target in (torch.sigmoid, F.sigmoid, "sigmoid") and gate.args == (x,) for x, gate in pairs if isinstance(gate, fx.Node)
+        isinstance(gate, fx.Node) and gate.target in (torch.sigmoid, F.sigmoid, "sigmoid") and gate.args == (x,)
+        for x, gate in pairs
     )
 
 
@@ -470,143 +471,6 @@ def full_precision_activations(student):
     return found
 
 
-def search_parameters(rows, bits, steps=80, power=2.4):
-    """Scale and zero point per row that lose least: of `steps` ranges, shrunk from the full one in hundredths, the one whose
-    errors have the smallest mean to the `power` (BRECQ).
-
-    Args:
-        rows: (R, N) float32.
-        bits: 2 to 8.
-
-    Returns:
-        scale, zero_point: (R, 1).
-    """
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    best = torch.full_like(low, torch.inf)
-    scale, zero_point = affine_parameters(low, high, bits)
-    for step in range(steps):
-        candidate = affine_parameters(low * (1 - 0.01 * step), high * (1 - 0.01 * step), bits)
-        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(power).mean(1, keepdim=True)
-        better, best = loss < best, torch.minimum(loss, best)
-        scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
-    return scale, zero_point
-
-
-class AdaRound(nn.Module):
-    """Weights whose rounding, up or down, is learned (Nagel et al., ICML 2020); scales per output channel by search.
-
-    Args:
-        weight: of a layer, (out, ...).
-        bits: 2 to 8.
-    """
-
-    LOW, HIGH = -0.1, 1.1  # the stretched sigmoid's ends
-
-    def __init__(self, weight, bits):
-        super().__init__()
-        weight = weight.detach().float()
-        shape = (-1,) + (1,) * (weight.ndim - 1)
-        scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits))
-        self.bits = bits
-        for name, value in (("scale", scale), ("zero_point", zero_point), ("floor", torch.floor(weight / scale))):
-            self.register_buffer(name, value)
-        rest = weight / scale - self.floor
-        self.v = nn.Parameter(torch.logit((rest - self.LOW) / (self.HIGH - self.LOW)))  # h(v) = rest, to begin with
-
-    def up(self):
-        """h(v), how far each weight is rounded up, 0 to 1."""
-        return (torch.sigmoid(self.v) * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
-
-    def forward(self, hard=False):
-        """The weights; `hard` rounds each up or down for good."""
-        up = (self.up() >= 0.5).float() if hard else self.up()
-        codes = (self.floor + up + self.zero_point).clamp(0, 2**self.bits - 1)
-        return (codes - self.zero_point) * self.scale
-
-    def undecided(self, sharpness):
-        """The regulariser: sum of 1 - |2 h - 1|^sharpness, 0 when every weight is decided."""
-        return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
-
-
-def learned_step(x, scale, zero_point, bits):
-    """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
-    the range, the end's code outside. Values outside have no gradient.
-
-    Args:
-        x: float tensor.
-        scale: scalar, learned.
-        zero_point: integer-valued scalar.
-        bits: codes 0 ... 2^bits - 1.
-    """
-    v = x / scale
-    nearest = torch.round(v.detach())
-    steps = nearest.clamp(-zero_point, 2**bits - 1 - zero_point)
-    return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
-
-
-class _Calm(torch.autograd.Function):
-    """A step size with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
-
-    @staticmethod
-    def forward(ctx, scale, count, largest):
-        ctx.factor = (count * largest) ** -0.5
-        return scale.view_as(scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None, None
-
-
-class LearnedStep(nn.Module):
-    """Activations with a learned step size; the first batch sets it.
-
-    Args:
-        bits: 2 to 8.
-        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and calms its gradient; else the range is searched (BRECQ).
-    """
-
-    def __init__(self, bits, lsq=False):
-        super().__init__()
-        self.bits, self.lsq = bits, lsq
-        self.scale = nn.Parameter(torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros(()))
-
-    @torch.no_grad()
-    def begin(self, x):
-        """Take the range of `x`."""
-        x = x.detach().float()
-        if self.lsq:
-            self.zero_point.fill_(2 ** (self.bits - 1) if x.min() < 0 else 0)
-            self.scale.copy_(2 * x.abs().mean() / (2**self.bits - 1 - self.zero_point) ** 0.5)
-        else:
-            scale, zero_point = search_parameters(x.flatten()[None], self.bits)
-            self.scale.copy_(scale[0, 0])
-            self.zero_point.copy_(zero_point[0, 0])
-
-    def forward(self, x):
-        scale = _Calm.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
-        return learned_step(x.float(), scale, self.zero_point, self.bits)
-
-
-class LearnedWeight(nn.Module):
-    """A parametrization: signed weights of one learned step per layer (LSQ).
-
-    Args:
-        weight: what the layer has, from which the step begins.
-        bits: 2 to 8.
-    """
-
-    def __init__(self, weight, bits):
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1), device=weight.device))
-        self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
-
-    def forward(self, weight):
-        scale = _Calm.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
-        return learned_step(weight, scale, self.zero_point, self.bits)
-
-
 class _FunctionFinder(TorchFunctionMode):
     """Notes activations and weighted layers that a forward pass computes outside the modules made for them."""
 
@@ -619,7 +483,7 @@ class _FunctionFinder(TorchFunctionMode):
             self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        name, module = self.stack[-1]
+        name, module = self.stack[-1] if self.stack else ("", None)  # None: in a hook in front of the network
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             self.first_layer = self.first_layer or module
         elif function in WEIGHT_FUNCTIONS or (

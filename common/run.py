@@ -76,6 +76,7 @@ class Run:
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
         compared: names of arguments in which a resumed run may not differ, though most runs may.
+        free: names of arguments of the method in which it may.
 
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
     """
@@ -86,9 +87,10 @@ class Run:
     rates = "--lr-g or --lr-q"  # what to lower when a loss is not finite
     fp_top1 = None  # accuracy of the full-precision network, where there is a test set
 
-    def __init__(self, cfg, folder=None, files=(), result="result.json", compared=()):
+    def __init__(self, cfg, folder=None, files=(), result="result.json", compared=(), free=()):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
-        self.files, self.result_file, self.compared = (*FILES, *files, result), result, compared
+        self.files, self.result_file = (*FILES, *files, result), result
+        self.may_differ = {*NOT_COMPARED, *free} - set(compared)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.device = pick_device(cfg.device)
@@ -100,7 +102,8 @@ class Run:
             keep_freed_memory()
         self.bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and computes_bf16(self.device))
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
-        cfg.capture = pick_capture(cfg.capture, self.device, cfg.epochs * cfg.iters)
+        steps = cfg.epochs * cfg.iters if hasattr(cfg, "epochs") else 0  # a loop of another kind is never compiled
+        cfg.capture = pick_capture(cfg.capture, self.device, steps)
         self.results, self.history, self.latest, self.facts = {}, [], {}, {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
         if self.folder:
@@ -133,6 +136,8 @@ class Run:
         if self.layout is torch.channels_last and memory_layout(model, example, retrace) is not self.layout:
             self.layout = torch.contiguous_format
             self.announce("the network's forward needs NCHW memory layout, so the run is slower than in channels-last")
+        if self.layout is torch.contiguous_format:
+            model.register_forward_pre_hook(lambda model, args: (args[0].contiguous(), *args[1:]))
 
     def capture(self, step, *optimizers):
         """`step` as --capture says: its arguments name the phase of the run, and it returns nothing.
@@ -168,7 +173,7 @@ class Run:
         """Record what the method alone knows about the run, for result.json."""
         self.facts |= facts
 
-    def epochs(self, count, student, synthesize, evaluate_from=0, **stateful):
+    def epochs(self, count, student, synthesize, evaluate_from=0, iters=None, **stateful):
         """Epoch numbers 0 ... count - 1, with everything around them: resuming, progress, metrics, checkpoints.
 
         Args:
@@ -176,6 +181,7 @@ class Run:
             student: the network to evaluate.
             synthesize: labels (B,) -> images (B, C, H, W), for samples and agreement when the run is over.
             evaluate_from: first epoch after which the student is evaluated.
+            iters: steps of an epoch (default: --iters).
             stateful: all else that changes from epoch to epoch: networks, optimizers.
 
         Raises:
@@ -185,8 +191,8 @@ class Run:
         if self.cfg.check:
             return
         start = self._begin(stateful)
-        total, done = count * self.cfg.iters, start * self.cfg.iters
-        self.bar = Progress(total=total, initial=done, disable=self.folder is None, unit="it")
+        self.iters = iters or self.cfg.iters
+        self.bar = Progress(total=count * self.iters, initial=start * self.iters, disable=self.folder is None, unit="it")
         for epoch in range(start, count):
             self.epoch, self.losses, self.noted = epoch, {}, {}
             before = self.seconds
@@ -207,7 +213,7 @@ class Run:
     def steps(self):
         """Step numbers of one epoch, timed, moving the progress bar."""
         began = time.time()
-        for step in range(self.cfg.iters):
+        for step in range(self.iters):
             yield step
             for name, loss in self.latest.items():
                 self.losses.setdefault(name, []).append(loss)
@@ -215,11 +221,16 @@ class Run:
             self.bar.update()
         synchronise(self.device)
         self.seconds += time.time() - began
-        self.iterations += self.cfg.iters
+        self.iterations += self.iters
 
     def log(self, **losses):
         """Note one step's losses (scalar tensors); they are read from the device once an epoch."""
         self.latest.update((name, loss.detach()) for name, loss in losses.items())
+
+    def conclude(self, student, began):
+        """Note the time since `began`, the peak memory and the accuracy of a run that has no epochs."""
+        self.seconds, self.peak = time.time() - began, peak_memory(self.device)
+        self.measure("last_top1", student)
 
     def announce(self, line):
         """Say what the run is about to do, where it says anything."""
@@ -277,10 +288,9 @@ class Run:
             return
         if self.cfg.overwrite:
             return
-        may_differ = set(NOT_COMPARED) - set(self.compared)
         try:
             there = json.loads(config.read_text())["arguments"]
-            before, now = ({k: v for k, v in a.items() if k not in may_differ} for a in (there, self.arguments()))
+            before, now = ({k: v for k, v in a.items() if k not in self.may_differ} for a in (there, self.arguments()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"--out {self.folder} has a config.json that is damaged or not of a run; give another") from None
         differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
@@ -288,7 +298,8 @@ class Run:
             advice = "give another --out, or --overwrite to replace it"
             raise InputError(f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); {advice}")
         if not self.finished and not self.cfg.resume:
-            raise InputError(f"--out {self.folder} holds an unfinished run; give --resume to continue it, --overwrite to replace it")
+            advice = "give --resume to continue it, or --overwrite to replace it"
+            raise InputError(f"--out {self.folder} holds an unfinished run; {advice}")
 
     @property
     def finished(self):

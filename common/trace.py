@@ -97,6 +97,8 @@ class _Tracer(fx.Tracer):
         return node.target(*args, **kwargs)
 
     def create_proxy(self, kind, target, args, kwargs, *more, **named):
+        if (kind, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):
+            target = "reshape"  # the same values, whatever the memory layout
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
         node = proxy.node
         if not self.examples or kind == "get_attr":
@@ -150,6 +152,16 @@ def batch_like(example, count):
     return torch.randn(count, *example.shape[1:], generator=source).to(example)
 
 
+def works_in_place(node, model):
+    """Whether a node of the graph of `model` may change the value that it takes."""
+    if node.op == "call_module":
+        return getattr(model.get_submodule(node.target), "inplace", False)
+    name = getattr(node.target, "__name__", str(node.target))
+    operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+    flagged = node.kwargs.get("inplace", False) or node.args[-1:] == (True,)
+    return flagged or node.target in operators or (name.endswith("_") and not name.endswith("__"))
+
+
 @torch.no_grad()
 def trace(model, example=None, whole=(), inside=False):
     """The graph of a network in eval mode, with `view`s that do not depend on the memory layout.
@@ -169,11 +181,8 @@ def trace(model, example=None, whole=(), inside=False):
     tracer = _Tracer([] if example is None else [batch_like(example, count) for count in EXAMPLES], whole, inside)
     graph = tracer.trace(model)
     for node in reversed(graph.nodes):
-        if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
-            if not node.kwargs:
-                node.target = "reshape"
-        if not node.users and (node.target in (operator.getitem, getattr) or node.target in METADATA):
-            graph.erase_node(node)
+        if not node.users and node.op not in ("placeholder", "output") and not works_in_place(node, model):
+            graph.erase_node(node)  # computed and not used
     traced = fx.GraphModule(tracer.root, graph)
     if example is not None:
         images = batch_like(example, UNSEEN)
@@ -257,6 +266,7 @@ def fold_batchnorm(model, example=None):
                 replace_module(traced, before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
                 node.replace_all_uses_with(before)
                 traced.graph.erase_node(node)
+                replace_module(traced, node.target, _with_children(nn.Module(), modules[node.target]))
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced.requires_grad_(False)
@@ -292,13 +302,20 @@ def _plain_linear(weight, bias=None):
 
 
 def _plain_batchnorm(mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    layer = nn.BatchNorm2d(len(mean), eps, affine=weight is not None).to(mean.device).eval()
+    layer = nn.BatchNorm2d(len(mean), eps, affine=weight is not None).to(mean.device)
     parts = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
     layer.load_state_dict({name: value for name, value in parts.items() if value is not None}, strict=False)
     return layer
 
 
 PLAIN = {F.conv2d: _plain_convolution, F.linear: _plain_linear, F.batch_norm: _plain_batchnorm}
+
+
+def _with_children(module, old):
+    """`module` with the submodules of the one whose place it takes."""
+    for name, child in old.named_children():
+        module.add_module(name, child)
+    return module
 
 
 def _layers_from_functions(traced):
@@ -309,15 +326,12 @@ def _layers_from_functions(traced):
         if node.op != "call_function" or node.target not in PLAIN or not stack:
             continue
         path = list(stack.values())[-1][0]
-        old = traced.get_submodule(path) if path in dict(traced.named_modules()) else None
         constants = {n: _constant(traced, n) for n in node.all_input_nodes if n is not node.args[0]}
         if not path or any(value is None for value in (*constants.values(), *node.args[1:2])):
             continue
+        old = traced.get_submodule(path)
         args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), constants.__getitem__)
-        layer = PLAIN[node.target](*args, **kwargs)
-        for name, child in old.named_children() if old is not None else ():
-            layer.add_module(name, child)
-        replace_module(traced, path, layer)
+        replace_module(traced, path, _with_children(PLAIN[node.target](*args, **kwargs).eval(), old))
         with traced.graph.inserting_before(node):
             node.replace_all_uses_with(traced.graph.call_module(path, (node.args[0],)))
         traced.graph.erase_node(node)

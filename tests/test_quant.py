@@ -9,20 +9,15 @@ from torch import nn
 from common import InputError
 from common.models import build
 from common.quant import (
-    AdaRound,
-    LearnedStep,
-    LearnedWeight,
     QuantAct,
     QuantConv2d,
     affine_parameters,
     channel_parameters,
     fake_quantize,
-    learned_step,
     observe,
     quantize,
     quantized_activations,
     quantized_layers,
-    search_parameters,
 )
 from common.trace import fold_batchnorm
 
@@ -188,7 +183,7 @@ def test_what_cannot_be_quantized_is_named():
             F.relu(x, inplace=True)
             return self.fc(F.relu(self.conv2(x)).mean((2, 3)))
 
-    with pytest.raises(InputError, match="'relu' is not used"):
+    with pytest.raises(InputError, match="'relu' works in place and its result is not used"):
         quantize(InPlaceStatement(), 4, 4)
     with pytest.raises(InputError, match="2 to 8"):
         quantize(FunctionalNet(), 9, 4)
@@ -201,84 +196,6 @@ def test_one_activation_called_twice_may_move_its_range_before_its_gradient():
     x = torch.tensor([0.5, 3.0], requires_grad=True)
     act(10 * act(x)).sum().backward()
     assert torch.equal(x.grad, torch.tensor([10.0, 0.0]))  # 30 is outside the range that 3 and 30 have made by then
-
-
-def test_searched_ranges_are_the_best_of_the_shrunk_ones():
-    torch.manual_seed(0)
-    rows = torch.randn(5, 200) ** 3
-    scale, zero_point = search_parameters(rows, 3)
-    for row, s, z in zip(rows, scale, zero_point):
-        losses = []
-        for step in range(80):
-            low, high = row.min() * (1 - 0.01 * step), row.max() * (1 - 0.01 * step)
-            unit = (high - low) / 7
-            ours = torch.fake_quantize_per_tensor_affine(row, unit, torch.round(-low / unit).int(), 0, 7)
-            losses.append((ours - row).abs().pow(2.4).mean().item())
-        found = (fake_quantize(row, s, z, 3) - row).abs().pow(2.4).mean().item()
-        assert found == pytest.approx(min(losses), rel=1e-3) and min(losses) < losses[0]
-
-
-def test_adaround_begins_with_the_weights_and_ends_on_codes():
-    torch.manual_seed(0)
-    weight = torch.randn(4, 3, 3, 3)
-    rounding = AdaRound(weight, 4)
-    nearest = fake_quantize(weight, rounding.scale, rounding.zero_point, 4)
-    inside = (rounding.floor + rounding.zero_point >= 0) & (rounding.floor + rounding.zero_point < 15)
-    torch.testing.assert_close(rounding()[inside], weight[inside], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rounding(hard=True), nearest)
-    assert rounding.undecided(20.0) > 0
-    with torch.no_grad():
-        rounding.v.copy_(torch.where(torch.rand_like(weight) < 0.5, -9.0, 9.0))
-    codes = rounding(hard=True) / rounding.scale + rounding.zero_point
-    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(rounding(), rounding(hard=True))
-    assert rounding.undecided(2.0).abs() < 1e-3
-
-
-def test_learned_steps_have_the_gradient_of_lsq():
-    act = LearnedStep(3)
-    with torch.no_grad():
-        act.scale.fill_(0.4)
-        act.zero_point.fill_(2.0)
-    x = torch.tensor([-3.0, -0.5, 0.1, 0.55, 1.9, 7.0], requires_grad=True)
-    upstream = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, 1.5])
-    out = act(x)
-    expected, slopes = [], []
-    for value in x.tolist():  # Q_N = 2, Q_P = 5; Esser et al., Eq. 3
-        v = value / 0.4
-        slopes.append(-2.0 if v <= -2 else 5.0 if v >= 5 else round(v) - v)
-        expected.append(0.4 * min(max(round(v), -2), 5))
-    assert out.tolist() == pytest.approx(expected, abs=1e-6)
-    grad_x, grad_scale = torch.autograd.grad((out * upstream).sum(), (x, act.scale))
-    assert grad_scale.item() == pytest.approx(sum(u * s for u, s in zip(upstream.tolist(), slopes)), abs=1e-4)
-    assert grad_x.tolist() == pytest.approx([0.0, 2.0, -1.0, 0.5, 3.0, 0.0])
-    first = LearnedStep(4)
-    batch = torch.rand(50)
-    first.begin(batch)
-    scale, zero_point = search_parameters(batch[None], 4)
-    assert first.scale.item() == scale.item() and first.zero_point.item() == zero_point.item()
-
-
-def test_lsq_begins_and_calms_its_steps_as_in_its_paper():
-    torch.manual_seed(0)
-    x, weight = torch.rand(3, 4, 5, 5), torch.randn(6, 4, 3, 3)
-    act, kernel = LearnedStep(4, lsq=True), LearnedWeight(weight, 4)
-    act.begin(x)
-    assert act.scale.item() == pytest.approx(2 * x.mean().item() / 15**0.5) and act.zero_point == 0
-    assert kernel.scale.item() == pytest.approx(2 * weight.abs().mean().item() / 7**0.5)
-    plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4)
-    expected = torch.autograd.grad(plain.sum(), scale)[0] / (4 * 5 * 5 * 15) ** 0.5
-    torch.testing.assert_close(torch.autograd.grad(act(x).sum(), act.scale)[0], expected, atol=1e-4, rtol=1e-4)
-    assert {value.device.type for value in LearnedWeight(weight.to("meta"), 4).state_dict().values()} == {"meta"}
-    codes = kernel(weight) / kernel.scale
-    assert codes.min() >= -8 and codes.max() <= 7
-    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
-    plain = learned_step(weight, scale := kernel.scale.detach().clone().requires_grad_(), torch.tensor(8.0), 4)
-    expected = torch.autograd.grad(plain.sum(), scale)[0] / (weight.numel() * 7) ** 0.5
-    torch.testing.assert_close(torch.autograd.grad(kernel(weight).sum(), kernel.scale)[0], expected, atol=1e-4, rtol=1e-4)
-    signed = LearnedStep(4, lsq=True)
-    signed.begin(x - 0.5)
-    assert signed.zero_point == 8
 
 
 def test_folded_networks_compute_the_same(net):

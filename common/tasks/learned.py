@@ -1,0 +1,157 @@
+"""Quantizers whose parameters are searched, rounded or learned, for ptq.py and qat.py.
+
+    search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
+    AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24
+    learned_step         x = s round(clip(x / s, -Q_N, Q_P)) with a gradient to s     Esser et al. (LSQ), ICLR 2020, Eq. 1 to 3
+"""
+
+import torch
+from torch import nn
+
+from common.quant import affine_parameters, fake_quantize
+
+
+def search_parameters(rows, bits, steps=80, power=2.4):
+    """Scale and zero point per row that lose least: of `steps` ranges, shrunk from the full one in hundredths, the one whose
+    errors have the smallest mean to the `power` (BRECQ).
+
+    Args:
+        rows: (R, N) float32.
+        bits: 2 to 8.
+
+    Returns:
+        scale, zero_point: (R, 1).
+    """
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    scale, zero_point = affine_parameters(low, high, bits)
+    for step in range(steps):
+        candidate = affine_parameters(low * (1 - 0.01 * step), high * (1 - 0.01 * step), bits)
+        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(power).mean(1, keepdim=True)
+        better, best = loss < best, torch.minimum(loss, best)
+        scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
+    return scale, zero_point
+
+
+class AdaRound(nn.Module):
+    """Weights whose rounding, up or down, is learned (Nagel et al., ICML 2020); scales per output channel by search.
+
+    Args:
+        weight: of a layer, (out, ...).
+        bits: 2 to 8.
+    """
+
+    LOW, HIGH = -0.1, 1.1  # the stretched sigmoid's ends
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        weight = weight.detach().float()
+        shape = (-1,) + (1,) * (weight.ndim - 1)
+        scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits))
+        self.bits = bits
+        for name, value in (("scale", scale), ("zero_point", zero_point), ("floor", torch.floor(weight / scale))):
+            self.register_buffer(name, value)
+        rest = weight / scale - self.floor
+        self.v = nn.Parameter(torch.logit((rest - self.LOW) / (self.HIGH - self.LOW)))  # h(v) = rest, to begin with
+
+    def up(self):
+        """h(v), how far each weight is rounded up, 0 to 1."""
+        return (torch.sigmoid(self.v) * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
+
+    def forward(self, hard=False):
+        """The weights; `hard` rounds each up or down for good."""
+        up = (self.up() >= 0.5).float() if hard else self.up()
+        codes = (self.floor + up + self.zero_point).clamp(0, 2**self.bits - 1)
+        return (codes - self.zero_point) * self.scale
+
+    def undecided(self, sharpness):
+        """The regulariser: sum of 1 - |2 h - 1|^sharpness, 0 when every weight is decided."""
+        return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
+
+
+def learned_step(x, scale, zero_point, bits):
+    """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
+    the range, the end's code outside. Values outside have no gradient.
+
+    Args:
+        x: float tensor.
+        scale: scalar, learned.
+        zero_point: integer-valued scalar.
+        bits: codes 0 ... 2^bits - 1.
+    """
+    v = x / scale
+    nearest = torch.round(v.detach())
+    steps = nearest.clamp(-zero_point, 2**bits - 1 - zero_point)
+    return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
+
+
+class _Calm(torch.autograd.Function):
+    """A step size with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
+
+    @staticmethod
+    def forward(ctx, scale, count, largest):
+        ctx.factor = (count * largest) ** -0.5
+        return scale.view_as(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None, None
+
+
+class LearnedStep(nn.Module):
+    """Activations with a learned step size; the first batch sets it.
+
+    Args:
+        bits: 2 to 8.
+        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and calms its gradient; else the range is searched (BRECQ).
+    """
+
+    def __init__(self, bits, lsq=False):
+        super().__init__()
+        self.bits, self.lsq = bits, lsq
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    @torch.no_grad()
+    def begin(self, x):
+        """Take the range of `x`."""
+        x = x.detach().float()
+        if self.lsq:
+            self.zero_point.fill_(2 ** (self.bits - 1) if x.min() < 0 else 0)
+            self.scale.copy_(2 * x.abs().mean() / (2**self.bits - 1 - self.zero_point) ** 0.5)
+        else:
+            scale, zero_point = search_parameters(x.flatten()[None], self.bits)
+            self.scale.copy_(scale[0, 0])
+            self.zero_point.copy_(zero_point[0, 0])
+
+    def forward(self, x):
+        scale = _Calm.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
+        return learned_step(x.float(), scale, self.zero_point, self.bits)
+
+
+class LearnedWeight(nn.Module):
+    """A parametrization: signed weights of one learned step per layer (LSQ).
+
+    Args:
+        weight: what the layer has, from which the step begins.
+        bits: 2 to 8.
+    """
+
+    def __init__(self, weight, bits):
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1), device=weight.device))
+        self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
+
+    def forward(self, weight):
+        scale = _Calm.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
+        return learned_step(weight, scale, self.zero_point, self.bits)
+
+
+def begin_steps(forward, steps):
+    """Let each `LearnedStep` take its range from what reaches it in one forward pass."""
+    hooks = [step.register_forward_pre_hook(lambda step, args: step.begin(args[0])) for step in steps]
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()

@@ -1,0 +1,218 @@
+def least_squares(inputs, targets, keep, ridge):
+    """Weights and intercept with the smallest squared error: targets ~ inputs @ weights.T + intercept (He et al., ICCV 2017).
+
+    Args:
+        inputs: (N, D).
+        targets: (N, O).
+        keep: bool (O, D), which weights there are; the others are 0.
+        ridge: added to the diagonal of the inputs' covariance, relative to its mean.
+
+    Returns:
+        weights (O, D), intercept (O,), float32.
+    """
+    x, y = inputs.double(), targets.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    covariance, products = (x - x_mean).T @ (x - x_mean), (x - x_mean).T @ (y - y_mean)
+    covariance += ridge * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance), device=x.device)
+    weights = torch.zeros(len(keep), x.shape[1], dtype=x.dtype, device=x.device)
+    if keep.all():
+        weights = torch.linalg.solve(covariance, products).T
+    else:
+        for row, kept in enumerate(keep):
+            chosen = kept.nonzero()[:, 0]
+            weights[row, chosen] = torch.linalg.solve(covariance[chosen][:, chosen], products[chosen, row])
+    return weights.float(), (y_mean - weights @ x_mean).float()
+
+
+def pick(columns, places):
+    """The columns (B, D, pixels) at `places`, int64 (B, P): (B * P, D)."""
+    return columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
+
+
+def patches(layer, x, places):
+    """What each output of a layer sees.
+
+    Args:
+        layer: nn.Conv2d or nn.Linear.
+        x: its input, (B, C, H, W) or (B, D).
+        places: int64 (B, P), output pixels; nothing for a linear layer.
+
+    Returns:
+        (groups, B * P, D).
+    """
+    if isinstance(layer, nn.Linear):
+        return x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as the convolution does
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, D, pixels)
+    columns = pick(columns, places)
+    return columns.view(len(columns), layer.groups, -1).movedim(1, 0)
+
+
+def observe_layer(name, full, pruned, images, cfg):
+    """Inputs of a layer in the pruned network and its outputs in the full one, at the same random pixels of each image."""
+    layer, reference = pruned.get_submodule(name), full.get_submodule(name)
+    inputs, targets, seen = [], [], {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone())),  # what comes behind may
+        reference.register_forward_hook(lambda *args: seen.update(y=args[2].clone())),  # work in place
+    ]
+    with torch.no_grad():
+        for part in images.split(64):
+            pruned(part)
+            full(part)
+            x, y, places = seen["x"], seen["y"], None
+            if y.ndim == 4:
+                count = y.shape[2] * y.shape[3]
+                places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
+                y = pick(y.flatten(2), places)
+            inputs.append(patches(layer, x, places))
+            targets.append(y)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(inputs, 1), torch.cat(targets)
+
+
+def refit(name, full, pruned, images, keep, cfg):
+    """Reconstruct a layer's weights from images, so that it answers as the full network's on the pruned one's inputs.
+
+    Args:
+        name: of the layer in both networks.
+        full, pruned: traced, BatchNorms folded.
+        images: (N, channels, H, W).
+        keep: bool, of the shape of the pruned layer's weight: which of them there are.
+    """
+    layer = pruned.get_submodule(name)
+    inputs, targets = observe_layer(name, full, pruned, images, cfg)
+    groups = len(inputs)
+    keep = keep.flatten(1).view(groups, -1, inputs.shape[2])
+    rows = targets.view(len(targets), groups, -1)
+    solved = [least_squares(inputs[g], rows[:, g], keep[g], cfg.ridge) for g in range(groups)]
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([weights for weights, _ in solved]).view_as(layer.weight))
+        layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
+
+
+CHANNELWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardswish,
+    nn.SiLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+
+
+def removable(network):
+    """The convolutions of a traced network whose channels can go: all that a channel goes through, up to the convolutions
+    that take it, works on that channel alone (activations, pooling, depthwise convolutions). What a residual sum, a
+    concatenation or the classifier takes stays whole.
+
+    Returns:
+        Dict of producer -> (depthwise convolutions on the way, consumers), names.
+    """
+    modules, found = dict(network.named_modules()), {}
+    for node in network.graph.nodes:
+        producer = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(producer, nn.Conv2d) or producer.groups > 1:
+            continue
+        way, consumers, ahead = [], [], list(node.users)
+        while ahead:
+            user = ahead.pop()
+            module = modules.get(user.target) if user.op == "call_module" else None
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
+                consumers.append(user.target)
+                continue
+            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+            if not depthwise and not isinstance(module, CHANNELWISE) and user.target not in (F.relu, torch.relu, F.relu6):
+                break
+            way += [user.target] if depthwise else []
+            ahead += user.users
+        else:
+            if consumers:
+                found[node.target] = way, consumers
+    return found
+
+
+def remove_channels(network, producer, way, consumers, keep):
+    """Remove the channels of `producer` that are not in `keep`, int64 indices, from it and from all that takes them."""
+    for name in (producer, *way):
+        layer = network.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach()[keep], requires_grad=False)
+        layer.bias = nn.Parameter(layer.bias.detach()[keep], requires_grad=False)
+        layer.out_channels = len(keep)
+        if name in way:
+            layer.in_channels = layer.groups = len(keep)
+    for name in consumers:
+        layer = network.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach()[:, keep], requires_grad=False)
+        layer.in_channels = len(keep)
+
+
+def prune(teacher, images, cfg, run):
+    """L1 magnitude pruning and reconstruction of the layers' outputs by least squares (Sec. 5.3), without fine-tuning.
+
+    --prune unstructured: in every convolution and linear layer the share --sparsity of its weights, those of least magnitude,
+    becomes 0. structured: of every convolution in `removable` that share of the channels is removed, those whose filters
+    have the smallest L1 norms. Either way the weights of the layer, or of those that took the channels, are solved for anew,
+    with an intercept, one after the other, at --points random pixels of each image; a small ridge keeps the solution tame
+    where pixels are few. Arguments as `ptq`.
+
+    Returns:
+        The pruned network, traced, its BatchNorms folded.
+    """
+    teacher = copy.deepcopy(teacher).cpu()
+    full = run.place(fold_batchnorm(teacher, probe(teacher, cfg.num_classes, cfg.image_size)))
+    layers = {name: module for name, module in full.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    for layer in layers.values():
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+    pruned, images = copy.deepcopy(full), images.to(run.device, torch.float32)
+    ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
+    quiet = run.folder is None
+    if cfg.prune == "unstructured":
+        for name in Progress(ordered, desc="layers", disable=quiet):
+            layer = pruned.get_submodule(name)
+            magnitude = layer.weight.abs()
+            rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
+            keep = rank >= round(cfg.sparsity * magnitude.numel())
+            layer.weight.mul_(keep)
+            if not cfg.no_refit:
+                refit(name, full, pruned, images, keep, cfg)
+        return pruned
+    for producer, (way, consumers) in Progress(removable(pruned).items(), desc="convolutions", disable=quiet):
+        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
+        keep = norms.argsort(descending=True)[: max(1, len(norms) - round(cfg.sparsity * len(norms)))].sort().values
+        remove_channels(pruned, producer, way, consumers, keep)
+        for name in sorted(consumers, key=ordered.index):
+            if not cfg.no_refit:
+                refit(name, full, pruned, images, torch.ones_like(pruned.get_submodule(name).weight, dtype=torch.bool), cfg)
+    return pruned
+
+
+def load_pruned(path, model):
+    """A pruned network from its student.pt.
+
+    Args:
+        path: of a run with --task prune.
+        model: an untrained instance of the architecture.
+
+    Returns:
+        The network in eval mode, traced, its BatchNorms folded, with the channels that are left.
+    """
+    state, network = read_weights(path), fold_batchnorm(model)
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and f"{name}.weight" in state:
+            weight = state[f"{name}.weight"]
+            layer.weight, layer.bias = (
+                nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias")
+            )
+            if isinstance(layer, nn.Conv2d):
+                if len(weight) != layer.out_channels and layer.groups == layer.in_channels == layer.out_channels:
+                    layer.groups = len(weight)
+                layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+    fit(network, state, path)
+    return network.eval()

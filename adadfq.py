@@ -51,7 +51,7 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, whole
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
@@ -249,8 +249,7 @@ def compress(teacher, cfg, run=None):
     """
     run = run or Run(cfg)
     device, channels = run.device, input_channels(teacher)
-    if cfg.image_size % 4:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of 4")
+    check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)

@@ -37,7 +37,7 @@ def _checked(kind, name, low, high):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:  # a NaN is not
-            raise argparse.ArgumentTypeError(f"is '{text}'; give a {name} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"is {text}; give a {name} from {low:g} to {high:g}")
         return value
 
     return check
@@ -218,6 +218,17 @@ def checked_schedule(cfg):
             "lower --warmup-epochs, or give --no-finetune"
         )
     return cfg
+
+
+def check_image_size(cfg, multiple):
+    """Raise an InputError where a generator whose first map is --image-size / `multiple` pixels wide cannot be trained."""
+    if cfg.image_size % multiple:
+        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+    if cfg.batch_size * cfg.image_size == multiple:
+        raise InputError(
+            f"--batch-size is 1 with --image-size {cfg.image_size}, and BatchNorm needs more than one value per channel, which "
+            "is what the generator's first map of 1x1 pixels has; raise one of them"
+        )
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def test_losses_against_the_equations_in_double_precision(logits):
     parts = {"no_margin": margin, "no_ds": 0.5 * 0.2 * ds, "no_as": 0.5 * 0.7 * agree, "no_bns": 6.0}
     assert generator_loss(p, q, y, bns, config(**TINY, **settings)).item() == pytest.approx(sum(parts.values()), rel=1e-4)
     for name, part in parts.items():
-        loss = generator_loss(p, q, y, bns, config(**TINY, **settings, **{name: True}))
+        cfg = config(**TINY, **settings)
+        setattr(cfg, name, True)  # the command line refuses the weight of a term that is left out
+        loss = generator_loss(p, q, y, bns, cfg)
         assert loss.item() == pytest.approx(sum(parts.values()) - part, rel=1e-4)
     gdfq = generator_loss(p, q, y, bns, config(**TINY, generator_loss="gdfq")).item()
     assert gdfq == pytest.approx(plain_cross_entropy(p.double().tolist(), y) + 0.3, rel=1e-4)
@@ -255,9 +257,12 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--lambda-l", -0.1], "--lambda-l is -0.1"),
         (["--batch-size", 1], "--batch-size is 1; H' is relative to the batch's smallest entropy, so give at least 2"),
         (["--epochs", 3], "before any fine-tuning"),
-        (["--student-loss", "eq13", "--temperature", 5], "--temperature is 5.0 and --student-loss eq13 has none"),
-        (["--generator-loss", "gdfq", "--no-bns"], "--generator-loss gdfq has none of the terms"),
-        (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give at least 2"),
+        (["--student-loss", "eq13", "--temperature", 5], "--temperature has no effect with --student-loss eq13"),
+        (["--variant", "paper", "--temperature", 5], "--temperature is 5.0 and --student-loss eq13 has none"),
+        (["--generator-loss", "gdfq", "--no-bns"], "--no-bns has no effect with --generator-loss gdfq; leave one of them out"),
+        (["--no-as", "--alpha-as", 0.1], "--alpha-as has no effect with --no-as; leave one of them out"),
+        (["--no-margin", "--lambda-u", 0.8], "--lambda-u has no effect with --no-margin"),
+        (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give a whole number from 2"),
     ]:
         assert words in fails(adadfq.main, *arguments)
     assert not list(tmp_path.iterdir())

@@ -19,8 +19,11 @@ import autorecon
 import gdfq
 import mixmix
 import qimera
+from common import InputError
+from common.cli import friendly_errors
 from common.export import load_quantized
 from common.models import build
+from common.progress import Progress
 from common.report import SyntheticSet
 from common.run import Run
 
@@ -111,7 +114,7 @@ def test_synthetic_images_for_agreement_are_all_different():
 def test_calibration_shorter_than_its_epochs_is_still_measured(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    result = gdfq.main([*TINY, "--no-finetune", "--epochs", "1", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
+    result = gdfq.main([*TINY[:-2], "--no-finetune", "--epochs", "1", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
     assert result["calibrated_top1"] is not None and result["last_top1"] is None
 
 
@@ -145,9 +148,9 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     for arguments, words in [
         (["--arch", "resnet21"], "nearest: resnet"),
         (["--dataset", "cifar11"], "did you mean cifar10"),
-        (["--bits", 9], "--bits is 9; give a number of bits from 2 to 8"),
+        (["--bits", 9], "--bits is 9; give a whole number from 2 to 8; see gdfq.py --help"),
         (["--abits", 1], "--abits is 1"),
-        (["--bits", "four"], "invalid int value"),
+        (["--bits", "four"], "--bits is four; give a whole number from 2 to 8"),
         (["--bit", 4], "unrecognized arguments"),
         (["--weights", "hundred.pt"], "100 classes and the data set has 10"),
         (["--weights", "hundred.pt", "--num-classes", 100], "use --dataset folder"),
@@ -155,6 +158,11 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--data-dir", "none"], "neither val/ nor test/"),
         (["--device", "cuda:7"], "CUDA devices here"),
         (["--device", "tpu"], "give auto, cpu"),
+        (["--no-kd", "--temperature", 4], "--temperature has no effect with --no-kd; leave one of them out"),
+        (["--no-bns", "--bns-weight", 0.1], "--bns-weight has no effect with --no-bns"),  # also where it is the default
+        ([*TINY[:-2], "--no-finetune", "--lr-q", 1], "--lr-q has no effect with --no-finetune"),
+        ([*TINY, "--batch-size", 1, "--image-size", 4, "--arch", "tiny:grey"], "--batch-size is 1 with --image-size 4"),
+        (["--check", *TINY, "--arch", "tiny:plain"], "no BatchNorm2d"),
         (["--iters", 0], "--iters is 0"),
         (["--eval", "absent.pt"], "is not a file"),
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
@@ -185,24 +193,103 @@ def test_a_missing_download_says_what_and_where(tmp_path, fails, monkeypatch):
 
 def test_what_is_not_a_run_stays(tmp_path, fails, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "cat.png").write_bytes(b"mine")
+    (tmp_path / "samples.png").write_bytes(b"mine")
     sentence = fails(gdfq.main, *TINY, "--out", tmp_path, "--epochs", 3)
-    assert f"--out {tmp_path} holds no run, but a 'images' that one would replace" in sentence
-    assert [path.name for path in tmp_path.rglob("*")] == ["images", "cat.png"]
+    assert f"--out {tmp_path} holds no run, but a 'samples.png' that one would replace" in sentence
+    assert [path.name for path in tmp_path.rglob("*")] == ["samples.png"]
 
 
-def test_resume_refuses_other_arguments(tmp_path, fails, monkeypatch):
+def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
-    arguments = [*TINY, "--out", tmp_path / "run", "--epochs", 3]
-    gdfq.main([str(argument) for argument in arguments])
-    before = (tmp_path / "run" / "quantized.pt").read_bytes()
-    assert "(epochs 3 there, 4 here)" in fails(gdfq.main, *arguments[:-1], 4, "--resume")
-    assert (tmp_path / "run" / "quantized.pt").read_bytes() == before
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
+    run, arguments = tmp_path / "run", [*TINY, "--out", str(tmp_path / "run"), "--epochs", "3"]
+    result = gdfq.main(arguments)
+    first = capsys.readouterr().out
+    written = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    for again in ([], ["--resume"], ["--eval-every", "2"]):
+        assert gdfq.main([*arguments, *again]) == result
+        printed = capsys.readouterr().out
+        assert printed.startswith("\ngdfq  w4a4") and "--overwrite makes it anew" in printed
+        assert first[first.index("\ngdfq  w4a4") :].strip() in printed  # the same table
+    assert written == {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert "(epochs 3 there, 4 here); give another --out, or --overwrite" in fails(gdfq.main, *arguments[:-1], 4, "--resume")
+    (run / "result.json").unlink()
+    assert "holds an unfinished run; give --resume to continue it, or --overwrite" in fails(gdfq.main, *arguments)
+    assert (run / "quantized.pt").exists()
+    assert gdfq.main([*arguments, "--overwrite"])["agreement"] == result["agreement"]
+    (run / "result.json").unlink()
+    (run / "checkpoint.pt").write_bytes(b"damaged")
     assert "checkpoint.pt is damaged" in fails(gdfq.main, *arguments, "--resume")
-    (tmp_path / "run" / "config.json").write_text("{")
+    (run / "config.json").write_text("{")
     assert "config.json that is damaged" in fails(gdfq.main, *arguments)
+
+
+def test_a_resumed_run_may_have_other_test_images(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    arguments = [*TINY, "--out", str(tmp_path / "run"), "--epochs", "3"]
+    gdfq.main(arguments)
+    before = (tmp_path / "run" / "quantized.pt").read_bytes()
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been killed before the end
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    result = gdfq.main([*arguments, "--resume", "--data-dir", str(data), "--eval-every", "3", "--threads", "1"])
+    assert result["images"] == 20 and (tmp_path / "run" / "quantized.pt").read_bytes() == before
+
+
+def test_check_prints_the_layers_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    for method in (gdfq, adadfq, qimera, autorecon):
+        found = method.main(["--check", *TINY, "--epochs", "9", "--bits", "3"])
+        assert [row[:6] for row in found["rows"]] == [
+            ("conv1", "Conv2d", "8x3x3x3", 3, 216, 216 * 64),
+            ("conv2", "Conv2d", "8x8x3x3", 3, 576, 576 * 64),
+            ("conv3", "Conv2d", "8x8x1x1", 3, 64, 64 * 64),
+            ("fc", "Linear", "5x8", 3, 40, 40),
+        ]
+        sources = [row[6] for row in found["rows"]]
+        assert sources == ["the image, full precision", "relu, 3 bits", "relu, 3 bits", "mean, full precision"]
+        assert found["bytes_student"] < found["bytes_fp32"]
+    assert "activations quantized: 3 to 3 bits" in capsys.readouterr().out
+    found = gdfq.main(["--check", *TINY, "--act-placement", "input"])
+    assert [row[6] for row in found["rows"]] == ["the image, 8 bits", "relu, 4 bits", "relu, 4 bits", "mean, 4 bits"]
+    assert gdfq.main(["--check", *[a if a != "tiny:net" else "tiny:branch" for a in TINY]])["rows"][0][6].startswith("unknown")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_defaults_of_zero():
+    assert "seed of every random number (default: 0)" in " ".join(gdfq.parser().format_help().split())
+
+
+def test_progress_in_a_log_is_a_few_lines_and_an_error_has_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    gdfq.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "30", "--iters", "10"])
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 5 and "300/300" in lines[-1] and all(len(line) <= 100 and "\r" not in line for line in lines)
+    bar = Progress(total=10)
+    bar.show({"gain": 1.0, "bns": 2.0, "loss_g": 3.0, "h": 4.0, "h_q10": 5.0, "loss_q": 6.0, "top1": 7.0})
+    assert bar.postfix == "loss_g=3, loss_q=6, top1=7, gain=1"
+    with pytest.raises(SystemExit), friendly_errors("gdfq.py"):
+        raise InputError("what is wrong")
+    assert capsys.readouterr().err.endswith("\ngdfq.py: error: what is wrong\n")
+
+
+def test_only_what_can_be_resumed_speaks_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def printed(place, *arguments):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(place, interrupted)
+            gdfq.main([*TINY, "--out", str(tmp_path / "run"), *arguments])
+        assert stop.value.code == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert printed("gdfq.generator_loss").endswith(
+        "stopped; the same command with --resume goes on from the last finished epoch"
+    )
+    for place, *arguments in (("common.report.load_teacher", "--check"), ("common.report.read_quantized", "--eval", "file.pt")):
+        assert printed(place, *arguments) == "gdfq.py: stopped"
 
 
 def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch, capsys):

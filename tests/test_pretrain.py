@@ -54,7 +54,7 @@ def test_training_goes_on_where_it_stopped_and_its_file_loads(tmp_path, monkeypa
 
     train(arguments("whole.pt"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain, "tqdm", stops_in_the_second_epoch)
+        patch.setattr(pretrain, "Progress", stops_in_the_second_epoch)
         train(arguments("resumed.pt"))
     assert (tmp_path / "resumed.checkpoint").exists() and not (tmp_path / "resumed.pt").exists()
     train(arguments("resumed.pt"))

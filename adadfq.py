@@ -8,14 +8,15 @@ learn from: neither so hard that it cannot follow (underfitting) nor so easy tha
 
 Where the equations are:
     entropy                 H_info(p_ds), p_ds = softmax(z_p - z_q)                 Eq. 1, 2
-    normalised_entropy      H'_info, by its smallest value within the batch         Eq. 3
-    disagreement_loss       L_ds                                                    Eq. 6
-    agreement_loss          L_as, p_as = softmax(z_p + z_q)                         Eq. 7, 8
+    normalised_entropy      H'_info(p_ds), by its smallest value within the batch   Eq. 3
+    loss_ds                 L_ds                                                    Eq. 6
+    loss_as                 L_as, p_as = softmax(z_p + z_q)                         Eq. 7, 8
     margin_loss             the two hinges at lambda_l and lambda_u                 Eq. 10, 12
     BatchNormStatistics     L_BNS                                                   Eq. 11
     generator_loss          the generator's side of the game                        Eq. 9, 12
     student_loss            the student's side                                      Eq. 13
-    measure_gains           what an epoch of either side does to the disagreement   Figure 3(a)
+    game_figures            shares of disagreement and agreement samples            Definitions 1, 2
+    disagreement            what an epoch of either side does to it: measure_gains  Figure 3(a)
 
     what                  paper                        released code                           here
     student's loss        1 - H' (Eq. 13)              -T^2 H(z_p - z_q; T), T = 20, on        --variant, --student-loss,
@@ -28,6 +29,13 @@ Where the equations are:
                           ImageNet once, at 350
     generator's beta1     0.9                          0.5                                     --variant, --beta1
     student's forward     not said                     once for each side                      once for both, see below
+    teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
+    precision             fp32                         fp32                                    --precision; auto: bf16 where
+                                                                                               the hardware computes it
+    inner BatchNorms, eps not given                    0.8                                     0.8
+    activation ranges     not said                     moving average that feeds its bias      plain moving average
+                                                       correction back
+    calibration           not said                     first 4 epochs                          --calibrate-epochs 4
     reported accuracy     not said                     best epoch on test images               last epoch (best beside it)
 
 The released code does not run as it was uploaded; its published figures cannot be traced to either column. `--variant
@@ -131,41 +139,41 @@ class ImageNetGenerator(nn.Module):
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
-def entropy(difference, temperature=1.0):
-    """H_info of softmax(difference / temperature), Eq. 1 and 2.
+def entropy(z_p, z_q, temperature=1.0):
+    """H_info(p_ds) with p_ds = softmax((z_p - z_q) / T), Eq. 1 and 2.
 
     Args:
-        difference: (B, C), teacher's minus student's logits.
-        temperature: T.
+        z_p, z_q: the teacher's and the student's logits, (B, C).
+        temperature: T, 1 in the paper.
 
     Returns:
         (B,), 0 to ln C; ln C where teacher and student agree.
     """
-    log_p = F.log_softmax(difference / temperature, 1)
-    return -(log_p.exp() * log_p).sum(1)
+    log_p_ds = F.log_softmax((z_p - z_q) / temperature, 1)
+    return -(log_p_ds.exp() * log_p_ds).sum(1)
 
 
-def normalised_entropy(difference, detach_least=False):
-    """H'_info (B,), 0 to 1: 0 for the sample of the batch that teacher and student disagree about most (Eq. 3).
+def normalised_entropy(z_p, z_q, detach_least=False):
+    """H'_info(p_ds) (B,), 0 to 1: 0 for the sample of the batch that teacher and student disagree about most (Eq. 3).
 
     Args:
-        difference: (B, C), teacher's minus student's logits, B at least 2.
+        z_p, z_q: the teacher's and the student's logits, (B, C), B at least 2.
         detach_least: whether the batch's smallest entropy is a constant. It has a gradient in the generator's hinges, as in
             the released code. In the student's loss that gradient would reward parting from the teacher on that sample.
     """
-    h = entropy(difference)
+    h = entropy(z_p, z_q)
     least = h.min().detach() if detach_least else h.min()
-    return (h - least) / (math.log(difference.shape[1]) - least).clamp(min=1e-4)  # below it, rounding is all there is
+    return (h - least) / (math.log(z_p.shape[1]) - least).clamp(min=1e-4)  # below it, rounding is all there is
 
 
-def disagreement_loss(teacher_logits, student_logits, y):
-    """L_ds, Eq. 6: images that the teacher knows as y and the student does not. Logits (B, C), labels (B,)."""
-    return F.cross_entropy(teacher_logits - student_logits, y)
+def loss_ds(z_p, z_q, y):
+    """L_ds = H_CE(p_ds, y), Eq. 6: images that the teacher knows as y and the student does not. Logits (B, C), labels (B,)."""
+    return F.cross_entropy(z_p - z_q, y)
 
 
-def agreement_loss(teacher_logits, student_logits, y):
-    """L_as, Eq. 8: images that both know as y. Logits (B, C), labels (B,)."""
-    return F.cross_entropy(teacher_logits + student_logits, y)
+def loss_as(z_p, z_q, y):
+    """L_as = H_CE(p_as, y) with p_as = softmax(z_p + z_q), Eq. 7 and 8: images that both know as y."""
+    return F.cross_entropy(z_p + z_q, y)
 
 
 def margin_loss(h, lambda_l, lambda_u):
@@ -173,63 +181,71 @@ def margin_loss(h, lambda_l, lambda_u):
     return F.relu(lambda_l - h).mean() + F.relu(h - lambda_u).mean()
 
 
-def generator_loss(teacher_logits, student_logits, y, bns, cfg):
+def generator_loss(z_p, z_q, y, bns, cfg):
     """What the generator minimises: Eq. 12 with its sign turned, or GDFQ's loss as a control.
 
     Args:
-        teacher_logits, student_logits: (B, C), both with a graph to the images.
+        z_p, z_q: the teacher's and the student's logits, (B, C), both with a graph to the images.
         y: labels (B,).
         bns: L_BNS of the same batch, a scalar.
     """
     if cfg.generator_loss == "gdfq":
-        return F.cross_entropy(teacher_logits, y) + 0.1 * bns
+        return F.cross_entropy(z_p, y) + 0.1 * bns
     loss = bns.new_zeros(()) if cfg.no_bns else cfg.gamma * bns
     if not cfg.no_ds:
-        loss = loss + cfg.beta * cfg.alpha_ds * disagreement_loss(teacher_logits, student_logits, y)  # Eq. 9
+        loss = loss + cfg.beta * cfg.alpha_ds * loss_ds(z_p, z_q, y)  # L_bal, Eq. 9
     if not cfg.no_as:
-        loss = loss + cfg.beta * cfg.alpha_as * agreement_loss(teacher_logits, student_logits, y)
+        loss = loss + cfg.beta * cfg.alpha_as * loss_as(z_p, z_q, y)
     if not cfg.no_margin:
-        loss = loss + margin_loss(normalised_entropy(teacher_logits - student_logits), cfg.lambda_l, cfg.lambda_u)
+        loss = loss + margin_loss(normalised_entropy(z_p, z_q), cfg.lambda_l, cfg.lambda_u)
     return loss
 
 
-def student_loss(student_logits, teacher_logits, y, cfg):
+def student_loss(z_p, z_q, y, cfg):
     """What the student minimises: logits (B, C), labels (B,), which only GDFQ's loss looks at.
 
-    "eq13" is 1 - H' (Eq. 13). "entropy-t" is -T^2 H(z_p - z_q; T), for large T half the variance of the logits'
-    difference over the classes, up to a constant. "gdfq" is cross-entropy and distillation, as a control.
+    "eq13" is the paper's 1 - H'_info(p_ds) (Eq. 13). The default "entropy-t" is not Eq. 13 but what the released code has
+    there: -T^2 H(z_p - z_q; T), for large T half the variance over the classes of the logits' difference, up to a constant.
+    "gdfq" is cross-entropy and distillation, as a control.
     """
-    difference, temperature = teacher_logits - student_logits, cfg.temperature
+    temperature = cfg.temperature
     if cfg.student_loss == "eq13":
-        return (1 - normalised_entropy(difference, detach_least=True)).mean()
+        return (1 - normalised_entropy(z_p, z_q, detach_least=True)).mean()
     if cfg.student_loss == "entropy-t":
-        return -(temperature**2) * entropy(difference, temperature).mean()
-    softened = [F.log_softmax(logits / temperature, 1) for logits in (teacher_logits, student_logits)]
+        return -(temperature**2) * entropy(z_p, z_q, temperature).mean()
+    softened = [F.log_softmax(z / temperature, 1) for z in (z_p, z_q)]
     kd = temperature**2 * (softened[0].exp() * (softened[0] - softened[1])).mean()  # over batch and classes, as released
-    return F.cross_entropy(student_logits, y) + kd
+    return F.cross_entropy(z_q, y) + kd
 
 
 @torch.no_grad()
 def game_figures(z_p, z_q, y):
     """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), and
-    the shares of disagreement samples (the teacher says y, the student does not follow; Definition 1) and of agreement
-    samples (both say the same; Definition 2). Logits (B, C), labels (B,); scalar tensors by name."""
-    h, p, q = normalised_entropy(z_p - z_q), z_p.argmax(1), z_q.argmax(1)
+    the shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2 (both say
+    the same). Logits (B, C), labels (B,); scalar tensors by name."""
+    h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     ordered = h.sort().values
     low, middle, high = (ordered[round(share * (len(h) - 1))] for share in (0.1, 0.5, 0.9))
-    shares = {"disagreement_samples": ((p == y) & (p != q)).float().mean(), "agreement_samples": (p == q).float().mean()}
+    shares = {"ds_samples": ((p == y) & (p != q)).float().mean(), "as_samples": (p == q).float().mean()}
     return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares}
 
 
 @torch.no_grad()
 @full_precision()
 def disagreement(run, teacher, students, labels):
-    """Each student's mean of 1 - H_info / ln C, 0 to 1, over images that the generator makes of fixed noise for `labels`."""
+    """Figure 3(a)'s quantity for each student: the mean of 1 - H_info(p_ds) / ln C, 0 to 1, over images that the generator
+    makes of fixed noise for `labels`."""
     at_once = len(labels) if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size
     parts = draw(run, labels, seed=0).split(at_once)
     z_p = torch.cat([teacher(part) for part in parts])
-    h = [entropy(z_p - torch.cat([student(part) for part in parts])) for student in students]
+    h = [entropy(z_p, torch.cat([student(part) for part in parts])) for student in students]
     return [1 - values.mean().item() / math.log(run.cfg.num_classes) for values in h]
+
+
+def one_forward_serves_both(cfg, calibrating):
+    """Whether the student's step uses the logits of the generator's step (see the top of the file): not in a compiled step,
+    for which a second forward costs less, but there, too, while activation ranges move, which they do once an iteration."""
+    return cfg.capture != "compile" or calibrating
 
 
 def compress(teacher, cfg, run=None):
@@ -263,11 +279,14 @@ def compress(teacher, cfg, run=None):
         with run.autocast():
             return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
 
+    def logits(network, x):
+        with run.autocast():
+            return network(x).float()
+
     def generator_step(keep_graph):
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        with run.autocast():
-            z_p, z_q = teacher(x).float(), student(x).float()
+        z_p, z_q = logits(teacher, x), logits(student, x)
         bns = stats.loss(cfg.bns_form)
         loss = generator_loss(z_p, z_q, y, bns, cfg)
         if loss.requires_grad:
@@ -275,19 +294,16 @@ def compress(teacher, cfg, run=None):
         run.log(loss_g=loss, bns=bns, **game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), z_q, y
 
-    def student_step(x, z_p, z_q, y, forward_again):
-        if forward_again:
-            with run.autocast():
-                z_q = student(x).float()
-        loss = student_loss(z_q, z_p, y, cfg)
+    def student_step(z_p, z_q, y):
+        loss = student_loss(z_p, z_q, y, cfg)
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def iteration(calibrating, tuning):  # what ranges do is baked into a captured step, so it is an argument
-        forward_again = cfg.capture == "compile" and not calibrating  # ranges that move do so once
-        batch = generator_step(keep_graph=tuning and not forward_again)
+        one_forward = one_forward_serves_both(cfg, calibrating)
+        x, z_p, z_q, y = generator_step(keep_graph=tuning and one_forward)
         if tuning:
-            student_step(*batch, forward_again)
+            student_step(z_p, z_q if one_forward else logits(student, x), y)
 
     def measure_gains(before, student_before):
         """Figure 3(a) by epochs: how the generator's, then the student's progress changes the disagreement."""
@@ -300,6 +316,8 @@ def compress(teacher, cfg, run=None):
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
+    # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay

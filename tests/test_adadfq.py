@@ -8,13 +8,13 @@ from conftest import ROOT
 import adadfq
 import gdfq
 from adadfq import (
-    agreement_loss,
     compress,
     config,
-    disagreement_loss,
     entropy,
     game_figures,
     generator_loss,
+    loss_as,
+    loss_ds,
     margin_loss,
     normalised_entropy,
 )
@@ -50,13 +50,13 @@ def test_losses_against_the_equations_in_double_precision(logits):
     minus, plus = (p - q).double().tolist(), (p + q).double().tolist()
     h = [plain_entropy(v) for v in minus]
     normalised = [(x - min(h)) / (math.log(5) - min(h)) for x in h]  # Eq. 3
-    assert entropy(p - q).tolist() == pytest.approx(h, rel=1e-4)
-    assert normalised_entropy(p - q).tolist() == pytest.approx(normalised, rel=1e-4, abs=1e-6)
+    assert entropy(p, q).tolist() == pytest.approx(h, rel=1e-4)
+    assert normalised_entropy(p, q).tolist() == pytest.approx(normalised, rel=1e-4, abs=1e-6)
     ds, agree = plain_cross_entropy(minus, y), plain_cross_entropy(plus, y)  # Eq. 6 and 8
-    assert disagreement_loss(p, q, y).item() == pytest.approx(ds, rel=1e-4)
-    assert agreement_loss(p, q, y).item() == pytest.approx(agree, rel=1e-4)
+    assert loss_ds(p, q, y).item() == pytest.approx(ds, rel=1e-4)
+    assert loss_as(p, q, y).item() == pytest.approx(agree, rel=1e-4)
     margin = sum(max(0.3 - x, 0) + max(x - 0.6, 0) for x in normalised) / 6
-    assert margin > 0.1 and margin_loss(normalised_entropy(p - q), 0.3, 0.6).item() == pytest.approx(margin, rel=1e-4)
+    assert margin > 0.1 and margin_loss(normalised_entropy(p, q), 0.3, 0.6).item() == pytest.approx(margin, rel=1e-4)
     settings = {"lambda_l": 0.3, "lambda_u": 0.6, "alpha_ds": 0.2, "alpha_as": 0.7, "beta": 0.5, "gamma": 2.0}
     bns = torch.tensor(3.0)
     parts = {"no_margin": margin, "no_ds": 0.5 * 0.2 * ds, "no_as": 0.5 * 0.7 * agree, "no_bns": 6.0}
@@ -75,15 +75,15 @@ def test_the_students_losses_against_the_equations_in_double_precision(logits):
     minus = (p - q).double().tolist()
     h = [plain_entropy(v) for v in minus]
     expected = sum(1 - (x - min(h)) / (math.log(5) - min(h)) for x in h) / 6  # Eq. 13
-    assert side_of_the_student(q, p, y, config(**TINY, student_loss="eq13")).item() == pytest.approx(expected, rel=1e-4)
+    assert side_of_the_student(p, q, y, config(**TINY, student_loss="eq13")).item() == pytest.approx(expected, rel=1e-4)
     softened = -400 * sum(plain_entropy(v, 20) for v in minus) / 6
-    released = side_of_the_student(q, p, y, config(**TINY))
+    released = side_of_the_student(p, q, y, config(**TINY))
     assert released.item() == pytest.approx(softened, rel=1e-4)
     variance = sum(torch.tensor(v).var(correction=0).item() for v in minus) / 6  # for large T, up to a constant
     assert released.item() + 400 * math.log(5) == pytest.approx(variance / 2, rel=0.1)
     log_p, log_q = (F.log_softmax(v.double() / 20, 1) for v in (p, q))
     kd = 400 * F.kl_div(log_q, log_p, reduction="sum", log_target=True) / 30 + F.cross_entropy(q.double(), y)
-    gdfq = side_of_the_student(q, p, y, config(**TINY, student_loss="gdfq"))
+    gdfq = side_of_the_student(p, q, y, config(**TINY, student_loss="gdfq"))
     torch.testing.assert_close(gdfq.double(), kd, atol=1e-4, rtol=1e-4)
 
 
@@ -91,17 +91,18 @@ def test_no_sample_gains_by_parting_from_the_teacher(logits):
     """A small step down Eq. 13 raises every sample's entropy, that of the batch's minimum included."""
     p, q, y = logits
     free = q.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(side_of_the_student(free, p, y, config(**TINY, student_loss="eq13")), free)
-    before, after = entropy(p - q), entropy(p - (q - 0.1 * grad))
+    (grad,) = torch.autograd.grad(side_of_the_student(p, free, y, config(**TINY, student_loss="eq13")), free)
+    before, after = entropy(p, q), entropy(p, q - 0.1 * grad)
     assert (after > before).all()
     others = torch.arange(6) != before.argmin()
-    (grad,) = torch.autograd.grad(normalised_entropy(p - free)[others].sum(), free)
+    (grad,) = torch.autograd.grad(normalised_entropy(p, free)[others].sum(), free)
     assert grad[~others].abs().sum() > 0  # in the generator's hinges the minimum has a gradient
 
 
 def test_normalised_entropy_stays_between_its_bounds_where_both_networks_agree():
     for spread in (1e-6, 1e-4, 1e-3, 1.0):
-        h = normalised_entropy(spread * torch.randn(16, 1000, generator=torch.Generator().manual_seed(0)))
+        z_p = spread * torch.randn(16, 1000, generator=torch.Generator().manual_seed(0))
+        h = normalised_entropy(z_p, torch.zeros(16, 1000))
         assert h.min() == 0 and h.max() <= 1 + 1e-5
 
 
@@ -110,9 +111,9 @@ def test_game_figures_of_logits_made_by_hand():
     z_q = 5 * F.one_hot(torch.tensor([0, 2, 2, 4, 0]), 5).float()
     z_q[0] = z_p[0]  # the only sample on which nothing differs
     figures = game_figures(z_p, z_q, torch.tensor([0, 1, 2, 3, 0]))
-    assert figures["agreement_samples"] == pytest.approx(2 / 5)  # samples 0 and 2
-    assert figures["disagreement_samples"] == pytest.approx(2 / 5)  # samples 1 and 3; the teacher does not say 0 of sample 4
-    h = normalised_entropy(z_p - z_q).sort().values
+    assert figures["as_samples"] == pytest.approx(2 / 5)  # samples 0 and 2
+    assert figures["ds_samples"] == pytest.approx(2 / 5)  # samples 1 and 3; the teacher does not say 0 of sample 4
+    h = normalised_entropy(z_p, z_q).sort().values
     names = ("h_q10", "h_q50", "h_q90", "h_mean")
     assert [figures[name] for name in names] == [h[0], h[2], h[4], h.mean()] and h[4] == pytest.approx(1)
 
@@ -216,7 +217,7 @@ def test_every_epoch_tells_how_the_game_stands(net):
     run = Run(cfg)
     compress(net, cfg, run)
     first, _, last = run.history
-    assert first.keys() == {"epoch", "seconds", "loss_g", "bns", "disagreement_samples", "agreement_samples"} | {
+    assert first.keys() == {"epoch", "seconds", "loss_g", "bns", "ds_samples", "as_samples"} | {
         f"h_{name}" for name in ("mean", "q10", "q50", "q90")
     }
     assert {"gain_g", "gain_q", "disagreement", "loss_q"} <= last.keys()

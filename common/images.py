@@ -35,12 +35,13 @@ def write_images(path, images, labels, normalisation):
         np.savez(file, images=images.cpu().numpy(), labels=labels.cpu().numpy(), mean=mean, std=std)
 
 
-def read_images(name, cfg):
+def read_images(name, cfg, labelled=False):
     """The images of --images.
 
     Args:
         name: an images.npz, the folder of the run that made it, or a folder of pictures, which need no labels.
         cfg: how many classes and how large images there must be; --mean and --std, by which pictures are normalised.
+        labelled: refuse images without labels.
 
     Returns:
         Images (N, channels, H, W) float16, labels (N,) int64 or None, and (mean, std) by which they are normalised.
@@ -51,6 +52,8 @@ def read_images(name, cfg):
     places = Path(name) / "images.npz", Path(name) / "images" / "images.npz", Path(name)  # a run's own, or for its task
     path = next((place for place in places if place.is_file()), Path(name))
     if path.is_dir() and not (path / "config.json").exists():
+        if labelled:
+            raise InputError(f"--images {name} holds pictures, and --task {cfg.task} needs labels; give images.npz files")
         normalisation = (list(cfg.mean), list(cfg.std))
         pixels = read_pictures(path, cfg.image_size, len(cfg.mean))
         return normalise(pixels, normalisation), None, normalisation

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError, replacing
 from common.check import print_check
@@ -153,15 +154,13 @@ def save_samples(run, path, columns=8, most_rows=100):
     save_grid(draw(run, labels, seed=0).cpu(), run.cfg, path, columns)
 
 
-def finish(run, teacher, student, images=None, folded=False):
+def finish(run, teacher, student):
     """Write the student, samples.png and result.json, and print the table.
 
     A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
 
     Args:
         run, teacher, student: as `execute` has them.
-        images: (N, channels, H, W), what the student was made with, where the run has no generator to draw samples from.
-        folded: whether the student's BatchNorms are folded.
     """
     cfg, folder, quantized = run.cfg, run.folder, bool(quantized_layers(student))
     file = folder / ("quantized.pt" if quantized else "student.pt")
@@ -170,7 +169,7 @@ def finish(run, teacher, student, images=None, folded=False):
             **{k: getattr(cfg, k) for k in ("method", "arch", "dataset", "num_classes", "image_size", "wbits", "abits")},
             **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
             "channels": input_channels(teacher),
-            "folded": folded,
+            "folded": run.folded,
             "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
         }
         save_quantized(student, file, meta)
@@ -178,9 +177,9 @@ def finish(run, teacher, student, images=None, folded=False):
     else:
         with replacing(file) as partial:
             torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
-    if images is None:
+    if run.images is None:
         save_samples(run, folder / "samples.png")
-    batches = run.test_set or (SyntheticSet(run) if images is None else ImageSet(images, run.device))
+    batches = run.test_set or (SyntheticSet(run) if run.images is None else ImageSet(run.images, run.device))
     result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
     result |= {
         "agreement": round(agreement(teacher, student, batches), 2),
@@ -201,6 +200,24 @@ def finish(run, teacher, student, images=None, folded=False):
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     print_table(result, run)
     return result
+
+
+def arithmetic(teacher, student, image_size):
+    """Floating-point operations per image of both networks, a dict for `Run.record`."""
+    found = {}
+    for name, network in (("flops_fp32", teacher), ("flops", student)):
+        device = next(network.parameters()).device
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, input_channels(network), image_size, image_size, device=device))
+        found[name] = counter.get_total_flops()
+    return found
+
+
+def print_rows(title, columns, rows):
+    """Print a table: the titles of its columns, and for each row its title and texts."""
+    width = max(14, *(len(text) + 2 for text in columns))
+    for name, texts in ((title, columns), *rows):
+        print(f"{name:<28}" + "".join(f"{text:>{width}}" for text in texts))
 
 
 def print_table(result, run):

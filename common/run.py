@@ -86,6 +86,8 @@ class Run:
     started = False  # whether the folder is this run's
     rates = "--lr-g or --lr-q"  # what to lower when a loss is not finite
     fp_top1 = None  # accuracy of the full-precision network, where there is a test set
+    images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
+    folded = False  # whether the student's BatchNorms are folded
 
     def __init__(self, cfg, folder=None, files=(), result="result.json", compared=(), free=()):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None

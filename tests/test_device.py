@@ -5,8 +5,9 @@ import torch
 from conftest import ROOT, FunctionalNet, ModuleNet, trained
 from elsewhere import second_device
 from test_capture import STEPS, TINY
-from test_mixmix import KD, NORMAL, QAT
+from test_mixmix import NORMAL
 from test_mixmix import TINY as SYNTH
+from test_tasks import DATA, KD, QAT
 
 import autorecon
 import common.run
@@ -94,7 +95,7 @@ def test_mixmix_trains_on_the_device(net, monkeypatch, task):
     monkeypatch.syspath_prepend(ROOT / "tests")
     images = torch.randn(40, 3, 16, 16)
     settings = QAT | {"qat_steps": 12} if task == "qat" else KD | {"kd_epochs": 2}
-    cfg = settings | {"device": "meta"}
+    cfg = DATA | settings | {"task": task, "data_source": "noise", "device": "meta"}
     assert_same(*on_second_device(monkeypatch, lambda: mixmix.compress(net, images, mixmix.config(**cfg)).state_dict()))
 
 

@@ -8,56 +8,36 @@ import time
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
 from test_data import make_folder
-from torch import nn
+from test_tasks import DATA, GENERATOR, KD, command_line
 
 import mixmix
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.export import load_quantized
-from common.models import build
+from common.images import jitter, read_images
 from common.ops import box_mix
-from common.quant import QuantConv2d, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
-from common.trace import fold_batchnorm
+from common.synthesis import make_labels, make_set
 from mixmix import (
     LossWeights,
     ZooModel,
-    compress,
     config,
-    dafl_loss,
     draw_boxes,
-    feature_loss,
-    find_blocks,
     image_prior,
     inception_score,
     invert,
-    jitter,
-    least_squares,
-    load_pruned,
+    load_source,
     load_zoo,
-    make_labels,
     mixed_cross_entropy,
     mixmix_loss,
-    patches,
-    read_images,
-    removable,
 )
 
-TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 10, "count": 25, "iterations": 6}
-TINY |= {"zoo": ["tiny:net", "tiny:other"], "zoo_sample": 1, "warmup_iterations": 2, "device": "cpu", "precision": "fp32"}
+TINY = DATA | {"batch_size": 10, "count": 25, "iterations": 6, "warmup_iterations": 2}
+TINY |= {"zoo": ["tiny:net", "tiny:other"], "zoo_sample": 1}
 NORMAL = ([0.5] * 3, [0.25] * 3)
-
-
-def command_line(settings):
-    flags = []
-    for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +110,8 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     cfg = config(**TINY, first_bn=3.0)
     x, y, run = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, Run(cfg)
     torch.manual_seed(7)
-    losses = mixmix_loss(zoo, x, y, cfg, run.autocast)
+    weigh = LossWeights({"ce": 2.0, "bn": 0.5})
+    loss, losses = mixmix_loss(zoo, x, y, weigh, cfg, run.autocast)
     torch.manual_seed(7)
     partner = torch.rand(6).argsort()
     boxes = draw_boxes(6, 16, 16, "cpu")
@@ -151,14 +132,15 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     torch.testing.assert_close(losses["ce"], ce, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses["bn"], bn, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(losses["tv"], image_prior(x)[0])  # of the images as they are
-    plain = mixmix_loss(zoo, x, y, config(**TINY, no_dmix=True), run.autocast)
+    torch.testing.assert_close(loss, 2 * ce + 0.5 * bn, atol=1e-4, rtol=1e-4)
+    _, plain = mixmix_loss(zoo, x, y, weigh, config(**TINY, no_dmix=True), run.autocast)
     torch.testing.assert_close(plain["ce"], sum(F.cross_entropy(model(x), y) for model in (net, other)) / 2)
 
 
 def test_weights_fixed_and_learned():
     losses = {"ce": torch.tensor(2.0), "bn": torch.tensor(5.0), "tv": torch.tensor(3.0), "l2": torch.tensor(4.0)}
     weights = {"ce": 1.0, "bn": 0.1, "tv": 0.0, "l2": 0.5}
-    assert LossWeights(weights, False)(losses).item() == pytest.approx(2 + 0.5 + 2)
+    assert LossWeights(weights)(losses).item() == pytest.approx(2 + 0.5 + 2)
     learned = LossWeights(weights, True)
     assert learned(losses).item() == pytest.approx(2 + 0.5 + 2 - math.log(0.1) - math.log(0.5))
     optimizer = torch.optim.SGD(learned.parameters(), 0.2)
@@ -256,13 +238,33 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
     assert not np.array_equal(*batches)
 
 
-def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
+def test_parts_make_the_images_of_one_process(tmp_path, fails, capsys):
+    flags = ["--task", "synth", *command_line(TINY)]
+    mixmix.main([*flags, "--out", str(tmp_path / "whole")])
+    parts = [*flags, "--out", str(tmp_path / "parts")]
+    assert "start --part 0/2 first" in fails(mixmix.main, *parts, "--part", "1/2")
+    assert mixmix.main([*parts, "--part", "0/2"]) is None and "--resume without --part" in capsys.readouterr().out
+    assert len(list((tmp_path / "parts" / "batches").iterdir())) == 2
+    mixmix.main([*parts, "--part", "1/2"])
+    assert "holds an unfinished run" in fails(mixmix.main, *parts)
+    result = mixmix.main([*parts, "--resume"])
+    assert result["images"] == 25 and not (tmp_path / "parts" / "batches").exists()
+    contents = [np.load(tmp_path / name / "images.npz") for name in ("whole", "parts")]
+    assert all(np.array_equal(contents[0][key], contents[1][key]) for key in ("images", "labels", "mean", "std"))
+    made = (tmp_path / "parts" / "images.npz").stat().st_mtime_ns
+    assert mixmix.main(parts) == result and "25 images of source mixmix" in capsys.readouterr().out  # finished ones stay
+    assert (tmp_path / "parts" / "images.npz").stat().st_mtime_ns == made
+    mixmix.main([*parts, "--overwrite"])
+    assert (tmp_path / "parts" / "images.npz").stat().st_mtime_ns > made
+
+
+def test_sources_and_what_networks_see_in_them(tmp_path, capsys, fails):
     data = make_folder(tmp_path / "data", 5, images=6, size=16)
     (data / "test").rename(data / "train")
     fast = ["--task", "synth", *command_line(TINY | {"iterations": 2})]
-    plain = [item for item in fast if item not in ("--zoo", "tiny:net", "tiny:other", "--zoo-sample", "1")]
-    plain += ["--arch", "tiny:net"]
-    runs = {"mixmix": fast, "single": plain, "zeroq": plain, "noise": plain, "real": [*plain, "--data-dir", str(data)]}
+    ready = ["--task", "synth", *command_line(DATA), "--count", "25", "--arch", "tiny:net"]
+    plain = [*ready, "--iterations", "2", "--batch-size", "10"]
+    runs = {"mixmix": fast, "single": plain, "zeroq": plain, "noise": ready, "real": [*ready, "--data-dir", str(data)]}
     for name, flags in runs.items():
         mixmix.main([*flags, "--data-source", name, "--out", str(tmp_path / name)])
         images, labels, _ = read_images(tmp_path / name, config(**TINY))
@@ -270,350 +272,83 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys):
     images, labels, (mean, std) = read_images(tmp_path / "real", config(**TINY))
     pixels = 255 * (images[:, 0, 0, 0] * std[0] + mean[0])  # every image is one grey: 20 times its class, and up to 5
     assert torch.equal(pixels.round().long() // 20, labels) and len(pixels.round().unique()) == 25
-    judge = ["--task", "evaluate", "--held-out", "tiny:other", "--images", *(str(tmp_path / name) for name in runs)]
-    judge += [*fast[2 : fast.index("--zoo")], "--zoo", "tiny:net", "--out", str(tmp_path / "evaluation")]
-    result = mixmix.main(judge)
+    judge = ["--task", "evaluate", *command_line(DATA), "--zoo", "tiny:net", "--held-out", "tiny:other"]
+    judging = [*judge, "--images", *(str(tmp_path / name) for name in runs), "--out", str(tmp_path / "evaluation")]
+    result = mixmix.main(judging)
     assert result == json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     (zoo, _), (images, labels, _) = load_zoo(["tiny:net"], config(**TINY)), read_images(tmp_path / "noise", config(**TINY))
     figures = result[str(tmp_path / "noise")]
     expected = 100 * (zoo[0].model(images.float()).argmax(1) == labels).float().mean().item()
     assert figures["models"]["tiny:net"]["top1"] == pytest.approx(expected, abs=0.01) == figures["zoo_top1"]
     assert figures["zoo_deviation"] == 0 and 1 <= figures["inception_score"] <= 5
-    out = capsys.readouterr().out
-    assert "tiny:other (held out)" in out and "Inception Score" in out
+    table = capsys.readouterr().out.split("there\n")[-1]
+    assert "tiny:other (held out)" in table and "Inception Score" in table
+    assert mixmix.main(judging) == result
+    again = capsys.readouterr().out
+    assert again.splitlines()[-2] in table and again.endswith("finished before; --overwrite makes it anew\n")
+    assert "needs labels; give images.npz files" in fails(mixmix.main, *judge, "--images", data / "train")
 
 
-STAGES = ((2, 4), (3, 8), (4, 4))  # of ShuffleNetV2, with their units
-
-
-@pytest.mark.parametrize("arch, names", [
-    ("resnet20", ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)), "fc"]),
-    ("mobilenet_v2", ["features.0.0", *(f"features.{i}" for i in range(1, 18)), "features.18.0", "classifier.1"]),
-    ("shufflenet_v2_x0_5", ["conv1.0", *(f"stage{i}.{j}" for i, n in STAGES for j in range(n)), "conv5.0", "fc"]),
-    ("vgg11_bn_x0_25", [f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22, 25)] + ["fc"]),
-])  # fmt: skip
-def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names):
-    torch.manual_seed(0)
-    net = trained(build(arch, 5, 16), steps=1)
-    folded = fold_batchnorm(net)
-    blocks = find_blocks(quantize(folded, 4, 4), net)
-    assert [block.name for block in blocks] == names
-    x = images = torch.randn(2, 3, 16, 16)
-    for block in blocks:
-        x = block(x, dict(folded.named_modules()), quantize_activations=False)
-    torch.testing.assert_close(x, net(images), atol=1e-4, rtol=1e-4)
-    student = quantize(folded, 4, 4)
-    observe(student, True)
-    student(images)
-    observe(student, False)
-    x = images
-    for block in find_blocks(student, net):
-        x = block(x, dict(student.named_modules()))
-    assert torch.equal(x, student(images)) and not torch.equal(x, folded(images))
-
-
-PTQ = {"wbits": 2, "abits": 8, "weight_iterations": 300, "step_iterations": 20, "lr_rounding": 0.01}
-PTQ |= {"device": "cpu", "precision": "fp32", "dataset": "folder", "num_classes": 5, "image_size": 16, "zoo": ["tiny:net"]}
-
-
-def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
-    images = torch.randn(128, 3, 16, 16)
-    learned, nearest = (compress(net, images, config(**PTQ | {"weight_iterations": n})) for n in (300, 0))
-    seen = []
-    for student in (learned, nearest):
-        modules = dict(student.named_modules())
-        block = find_blocks(student, net)[1]
-        x = images
-        for before in find_blocks(student, net)[:1]:
-            x = before(x, modules, quantize_activations=False)
-        full = dict(fold_batchnorm(net).named_modules())
-        target = block(find_blocks(student, net)[0](images, full, False), full, False)
-        seen.append((block(x, modules, quantize_activations=False) - target).square().mean().item())
-    assert seen[0] < 0.7 * seen[1]
-    layers = [layer for _, layer in quantized_layers(learned)]
-    assert [layer.bits for layer in layers] == [8, 2, 2, 8] and all(layer.packed for layer in layers)
-    for layer in layers:
-        assert all(len(row.unique()) <= 2**layer.bits for row in layer.weight.flatten(1))
-    acts = [act for _, act in quantized_activations(learned)]
-    assert all(act.seen and act.scale > 0 for act in acts) and [act.bits for act in acts] == [8, 8, 8]
-    assert all(p.requires_grad for p in net.parameters())
-
-
-def test_a_ptq_run_interrupted_at_any_block_gives_the_same_file(tmp_path, monkeypatch):
-    settings = PTQ | {"weight_iterations": 3, "step_iterations": 3, "data_source": "noise", "count": 64}
-    flags = [*command_line({name: value for name, value in settings.items() if name != "zoo"}), "--arch", "tiny:net"]
-    result = mixmix.main([*flags, "--out", str(tmp_path / "whole")])
-    assert result["data_source"] == "noise" and result["images_used"] == 64 and result["last_top1"] is None
-    for name in ("reconstruct_weights", "reconstruct_steps"):  # stopped at the second call of either
-        with monkeypatch.context() as patched, pytest.raises(SystemExit):
-            calls, real = [], getattr(mixmix, name)
-
-            def stop(*arguments, calls=calls, real=real):
-                calls.append(1)
-                if len(calls) == 2:
-                    raise KeyboardInterrupt
-                return real(*arguments)
-
-            patched.setattr(mixmix, name, stop)
-            mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
-    assert not (tmp_path / "stopped" / "quantized.pt").exists()
-    mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
-    files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "stopped")]
-    assert files[0] == files[1]
-    data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    again = mixmix.main(["--eval", str(tmp_path / "whole" / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)])
-    loaded = load_quantized(tmp_path / "whole" / "quantized.pt", tiny.net())
-    assert again["images"] == 20 and [layer.bits for _, layer in quantized_layers(loaded)] == [8, 2, 2, 8]
-
-
-QAT = {"task": "qat", "wbits": 3, "abits": 4, "qat_steps": 40, "qat_batch_size": 16, "device": "cpu", "precision": "fp32"}
-QAT |= {"dataset": "folder", "num_classes": 5, "image_size": 16, "zoo": ["tiny:net"], "qat_lr": 0.02}
-
-
-def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
-    torch.manual_seed(0)
-    images, losses = torch.randn(64, 3, 16, 16), []
-    for steps in (1, 600):
-        cfg = config(**QAT | {"qat_steps": steps}, capture="none")
-        run = Run(cfg)
-        student = compress(net, images, cfg, run)
-        losses.append((student(images) - net(images)).square().mean().item())
-    assert losses[1] < 0.5 * losses[0] and run.iterations == 600 and {"kd", "features"} < set(run.history[-1])
-    layers = quantized_layers(student)
-    assert [layer.bits for _, layer in layers] == [8, 3, 3, 8]
-    assert [activation.bits for _, activation in quantized_activations(student)] == [8, 4, 4]
-    assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
-    assert type(layers[1][1]) is QuantConv2d and not net.training
-    assert torch.equal(student.bn1.running_mean, net.bn1.running_mean)
-
-
-def test_feature_loss_is_relative_to_the_teachers_variance():
-    ours, theirs = [torch.randn(4, 3), torch.randn(4, 2, 5)], [torch.randn(4, 3), 9 * torch.randn(4, 2, 5)]
-    expected = sum(((a - b) ** 2).mean() / b.var() for a, b in zip(ours, theirs)) / 2
-    assert feature_loss(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("task", ["qat", "prune"])
-def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task):
-    flags = {**{name: value for name, value in QAT.items() if name not in ("zoo", "qat_steps")}, "task": task}
-    flags = [*command_line(flags | {"qat_steps": 4, "data_source": "noise", "count": 40}), "--arch", "tiny:net"]
-    images, run = tmp_path / "images", tmp_path / "run"
-    mixmix.main([*flags, "--task", "synth", "--out", str(images)])
-    made = (images / "images.npz").stat().st_mtime_ns
-    mixmix.main([*flags, "--task", "synth", "--out", str(images), "--resume"])  # finished images stay
-    assert (images / "images.npz").stat().st_mtime_ns == made
-    config_file = json.loads((images / "config.json").read_text())
-    assert config_file["arguments"]["device"] == "cpu"  # the kind alone: each process has a device of its own
-    result = mixmix.main([*flags, "--images", str(images), "--out", str(run)])
-    assert result["data_source"] == str(images) and result["images_used"] == 40 and result["flops"] == result["flops_fp32"]
-    if task == "qat":
-        loaded = load_quantized(run / "quantized.pt", tiny.net())
-        assert [layer.bits for _, layer in quantized_layers(loaded)] == [8, 3, 3, 8]
-    else:
-        loaded = load_pruned(run / "student.pt", tiny.net())
-        assert result["zero_weights"] / result["weights"] == pytest.approx(0.5, abs=0.01) and result["wbits"] is None
-    x = torch.randn(8, 3, 16, 16)
-    cfg = mixmix.parse_args([*flags, "--images", str(images)])
-    cfg.mean, cfg.std = result["arguments"]["mean"], result["arguments"]["std"]
-    again = compress(tiny.net().train(), read_images(images, cfg)[0], cfg)  # which must not move its statistics
-    torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-4)
-    left = sorted(run.iterdir())
-    with pytest.raises(SystemExit):  # what is there stays when the images are not
-        mixmix.main([*flags, "--images", str(tmp_path / "absent"), "--out", str(run)])
-    assert sorted(run.iterdir()) == left
-
-
-@pytest.mark.parametrize("task", ["qat", "kd"])
-def test_a_training_interrupted_after_an_epoch_gives_the_same_file(tmp_path, monkeypatch, task):
-    settings = {**QAT, **KD, "task": task, "data_source": "noise", "count": 40, "batch_size": 20, "qat_steps": 3}
-    unused = ("zoo", "zoo_sample", *(["student_arch"] if task == "qat" else []))
-    flags = command_line({name: value for name, value in settings.items() if name not in unused})
-    flags += ["--arch", "tiny:net", "--resume"]
-    file, epochs = "quantized.pt" if task == "qat" else "student.pt", []
-
-    def save(run, epoch, stateful, real=Run._save_checkpoint):
-        real(run, epoch, stateful)
-        epochs.append(epoch)
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(Run, "_save_checkpoint", save)
-        mixmix.main([*flags, "--out", str(tmp_path / "stopped")])
-    assert len(epochs) == 2 and not (tmp_path / "stopped" / file).exists()
-    for name in ("stopped", "whole"):
-        mixmix.main([*flags, "--out", str(tmp_path / name)])
-    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-class Centred(FunctionalNet):
-    """With a constant that tracing turns into an attribute of its own."""
-
-    def forward(self, x):
-        return super().forward(x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
-
-
-@pytest.mark.parametrize("task", ["ptq", "qat", "prune"])
-def test_a_network_with_a_constant_in_its_forward_pass(task):
-    torch.manual_seed(0)
-    cfg = config(**QAT | {"task": task, "qat_steps": 2, "weight_iterations": 2, "step_iterations": 2, "wbits": 8, "abits": 8})
-    net, images = trained(Centred()), torch.randn(64, 3, 16, 16)
-    student = compress(net, images, cfg)
-    assert (student(images).argmax(1) == net(images).argmax(1)).float().mean() > 0.8
-
-
-def test_least_squares_against_numpys(net):
-    rng = np.random.default_rng(0)
-    x, true = rng.normal(size=(60, 7)), rng.normal(size=(3, 7))
-    y = x @ true.T + 2 + 0.1 * rng.normal(size=(60, 3))
-    keep = rng.random((3, 7)) < 0.6
-    for mask in (keep, np.ones((3, 7), bool)):
-        weights, intercept = least_squares(*map(torch.from_numpy, (x, y)), torch.from_numpy(mask), 0.0)
-        for row in range(3):
-            columns = np.concatenate([x[:, mask[row]], np.ones((60, 1))], 1)
-            expected = np.linalg.lstsq(columns, y[:, row], rcond=None)[0]
-            np.testing.assert_allclose(weights[row].numpy()[mask[row]], expected[:-1], atol=1e-5)
-            assert intercept[row].item() == pytest.approx(expected[-1], abs=1e-5) and not weights[row].numpy()[~mask[row]].any()
-    tamed, _ = least_squares(torch.randn(4, 7), torch.randn(4, 3), torch.ones(3, 7, dtype=torch.bool), 1.0)  # fewer rows
-    assert tamed.isfinite().all() and tamed.abs().max() < 3
-
-
-CONVS = [(4, 6, 3, 2, 1), (4, 8, (3, 1), 1, (1, 0), 1, 2), (4, 4, 3, 1, 2, 2, 4)]  # a stride, groups, depthwise with holes
-
-
-@pytest.mark.parametrize("layer", [*(nn.Conv2d(*settings) for settings in CONVS), nn.Linear(5, 3)])
-def test_patches_are_what_each_output_sees(layer):
-    x = torch.randn(3, 5) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 9, 9)
-    y, places = layer(x), None
-    if y.ndim == 4:
-        count = y.shape[2] * y.shape[3]
-        places = torch.rand(3, count).argsort(1)[:, :5]
-        y = torch.stack([image.flatten(1)[:, place] for image, rows in zip(y, places) for place in rows])
-    seen, groups = patches(layer, x, places), getattr(layer, "groups", 1)
-    weights = layer.weight.flatten(1).view(groups, -1, seen.shape[2])
-    ours = torch.cat([seen[g] @ weights[g].T for g in range(groups)], 1) + layer.bias
-    torch.testing.assert_close(ours, y, atol=1e-5, rtol=1e-5)
-
-
-def test_unstructured_pruning_and_its_reconstruction(net):
-    torch.manual_seed(0)
-    images, outputs = torch.randn(128, 3, 16, 16), []
-    for no_refit in (True, False):
-        pruned = compress(net, images, config(**QAT | {"task": "prune"}, no_refit=no_refit))
-        outputs.append((pruned(images) - net(images)).square().mean().item())
-        for name in ("conv1", "conv2", "conv3", "fc"):
-            weight = pruned.get_submodule(name).weight
-            assert (weight == 0).sum() == round(0.5 * weight.numel())
-    kept, magnitude = pruned.conv2.weight != 0, fold_batchnorm(net).conv2.weight.abs()
-    assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
-
-
-def test_a_reconstruction_with_nothing_pruned_changes_nothing():
-    """Although what comes behind the convolutions works in place."""
-    torch.manual_seed(0)
-    net, images = trained(build("resnet18", 5, 16), steps=2), torch.randn(48, 3, 16, 16)
-    pruned = compress(net, images, config(**QAT | {"task": "prune"}, sparsity=0.0, points=20))
-    torch.testing.assert_close(pruned(images), net(images), atol=2e-3, rtol=1e-2)
-
-
-def test_a_layer_that_is_called_twice_is_refused():
-    class Twice(FunctionalNet):
-        def forward(self, x):
-            x = F.relu(self.bn2(self.conv2(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))))
-            return self.fc(x.mean((2, 3)))
-
-    with pytest.raises(InputError, match="is called 2 times"):
-        fold_batchnorm(trained(Twice()))
-
-
-def test_only_channels_without_a_residual_sum_are_removed():
-    found = removable(fold_batchnorm(build("resnet20", 5, 16)))
-    assert found == {f"layer{i}.{j}.conv1": ([], [f"layer{i}.{j}.conv2"]) for i in (1, 2, 3) for j in (0, 1, 2)}
-    mobile = removable(fold_batchnorm(build("mobilenet_v2", 5, 16)))
-    assert (
-        mobile["features.2.conv.0.0"] == (["features.2.conv.1.0"], ["features.2.conv.2"]) and "features.2.conv.2" not in mobile
-    )
-    assert list(removable(fold_batchnorm(build("vgg11_bn_x0_25", 5, 16)))) == [
-        f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22)
-    ]
-
-
-@pytest.mark.parametrize("arch", ["resnet20", "mobilenet_v2"])
-def test_a_network_without_channels_computes_what_it_does_with_them_silenced(arch, tmp_path):
-    torch.manual_seed(0)
-    net = trained(build(arch, 5, 16), steps=2)
-    images = torch.randn(16, 3, 16, 16)
-    cfg = config(**QAT | {"task": "prune"}, prune="structured", sparsity=0.25, no_refit=True)
-    run = Run(cfg)
-    pruned, silenced, full = compress(net, images, cfg, run), fold_batchnorm(net), fold_batchnorm(net)
-    for producer, (way, _) in removable(silenced).items():
-        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
-        gone = norms.argsort()[: round(0.25 * len(norms))]
-        for name in (producer, *way):
-            silenced.get_submodule(name).weight[gone] = 0
-            silenced.get_submodule(name).bias[gone] = 0
-        assert pruned.get_submodule(producer).out_channels == len(norms) - len(gone)
-    torch.testing.assert_close(pruned(images), silenced(images), atol=1e-4, rtol=1e-3)
-    assert run.facts["flops"] < 0.9 * run.facts["flops_fp32"]
-    torch.save(pruned.state_dict(), tmp_path / "student.pt")
-    loaded = load_pruned(tmp_path / "student.pt", build(arch, 5, 16))
-    torch.testing.assert_close(loaded(images), pruned(images))
-
-
-KD = {"task": "kd", "student_arch": "tiny:other", "kd_epochs": 4, "kd_iters": 6, "kd_batch_size": 20, "kd_latent_dim": 8}
-KD |= {name: QAT[name] for name in ("dataset", "num_classes", "image_size", "device", "precision")}
-KD |= {"zoo": ["tiny:net", "tiny:other"], "zoo_sample": 2, "kd_lr_g": 0.001}
-
-
-def test_dafl_losses_in_plain_arithmetic():
-    logits, features, cfg = torch.randn(6, 5), torch.randn(6, 3), config(**KD)
-    p = logits.double().softmax(1)
-    one_hot = -sum(row.max().log() for row in p) / 6
-    mean = p.mean(0)
-    information = sum(v * math.log10(v) for v in mean.tolist())
-    expected = 0.05 * one_hot + 5 * information - 0.01 * features.abs().mean()
-    assert dafl_loss(logits, features, cfg).item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_distillation_with_and_without_the_mixmix_terms_and_from_images(net):
-    cfg = config(**KD)
-    cfg.mean, cfg.std = NORMAL
+def test_distillation_with_the_mixmix_terms(net):
     histories = {}
-    for name, images, flags in [("mixmix", None, {}), ("dafl", None, {"data_source": "single"}), ("images", 40, {})]:
-        torch.manual_seed(0)
-        cfg = config(**{k: v for k, v in KD.items() if not flags or k not in ("zoo", "zoo_sample")}, **flags, capture="none")
+    for source, flags in (("mixmix", {"zoo": TINY["zoo"], "zoo_sample": 2}), ("single", {"data_source": "single"})):
+        cfg = config(**DATA, **KD, **GENERATOR, **flags, task="kd", arch="tiny:net")
         cfg.mean, cfg.std = NORMAL
         run = Run(cfg)
-        images = images and torch.randn(images, 3, 16, 16)
-        student = compress(net, images, cfg, run)
-        assert not student.training and student.bn1.num_batches_tracked > 20
-        histories[name] = run.history
-    assert {name: "bn" in lines[-1] for name, lines in histories.items()} == {"mixmix": True, "dafl": False, "images": False}
-    assert "loss_g" in histories["dafl"][-1] and "loss_g" not in histories["images"][-1]
-    for lines in histories.values():
-        assert lines[-1]["loss_q"] < lines[0]["loss_q"]
+        mixmix.compress(net, None, cfg, run)
+        histories[source] = run.history
+    assert "bn" in histories["mixmix"][-1] and "bn" not in histories["single"][-1]
+    assert all(lines[-1]["loss_q"] < lines[0]["loss_q"] for lines in histories.values())
 
 
 def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    arguments = [*command_line(KD), "--arch", "tiny:net", "--data-dir", str(data)]
-    result = mixmix.main([*arguments, "--out", str(tmp_path / "kd")])
+    flags = [*command_line(DATA | KD | GENERATOR), "--task", "kd", "--arch", "tiny:net", "--data-dir", str(data)]
+    result = mixmix.main([*flags, "--zoo", "tiny:net", "tiny:other", "--zoo-sample", "2", "--out", str(tmp_path / "kd")])
     assert result["wbits"] is None and result["images"] == 20 and (tmp_path / "kd" / "samples.png").exists()
     assert "student, last epoch" in capsys.readouterr().out
-    noise = [*command_line({name: QAT[name] for name in ("dataset", "num_classes", "image_size", "device", "precision")})]
-    mixmix.main([*noise, "--task", "synth", "--data-source", "noise", "--arch", "tiny:net", "--out", str(tmp_path / "noise")])
-    table = [*noise, "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--zoo", "tiny:net", "--data-dir", str(data)]
+    noise = [*command_line(DATA), "--task", "synth", "--data-source", "noise", "--arch", "tiny:net"]
+    mixmix.main([*noise, "--out", str(tmp_path / "noise")])
+    table = [*command_line(DATA), "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--data-dir", str(data)]
     table += ["--images", str(tmp_path / "noise"), "--weight-iterations", "2", "--step-iterations", "2"]
-    result = mixmix.main([*table, "--out", str(tmp_path / "transfer")])
+    table += ["--out", str(tmp_path / "transfer")]
+    result = mixmix.main(table)
     assert set(result) == {"full precision", str(tmp_path / "noise")}
     assert all(set(row) == {"tiny:net", "tiny:other"} for row in result.values())
     assert result == json.loads((tmp_path / "transfer" / "transfer.json").read_text())
+    (tmp_path / "noise" / "images.npz").unlink()
+    assert mixmix.main(table) == result and "--overwrite makes it anew" in capsys.readouterr().out
+
+
+def test_the_images_of_a_task_follow_its_resume_and_overwrite(tmp_path, monkeypatch, fails):
+    flags = [*command_line(TINY | {"weight_iterations": 1, "step_iterations": 1}), "--arch", "tiny:net"]
+    flags += ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(mixmix, "compress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        mixmix.main(flags)
+    images = tmp_path / "run" / "images" / "images.npz"
+    made = images.stat().st_mtime_ns
+    assert "holds an unfinished run; give --resume" in fails(mixmix.main, *flags)
+    mixmix.main([*flags, "--resume"])
+    assert images.stat().st_mtime_ns == made
+    mixmix.main([*flags, "--overwrite"])
+    assert images.stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("task", ["synth", "evaluate", "transfer"])
+def test_the_check_of_a_set_of_images_says_which_networks_there_are(tmp_path, monkeypatch, capsys, task):
+    monkeypatch.chdir(tmp_path)
+    flags = {"zoo": ["tiny:net", "tiny:other"]} | ({"zoo_sample": 2} if task == "synth" else {"images": "absent"})
+    assert mixmix.main([*command_line(DATA | flags), "--task", task, "--check"]) == ["tiny:net", "tiny:other"]
+    assert "network   tiny:other, 949 parameters" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--task", "synth", *command_line(TINY)]
-    own = [*tiny, "--task", "ptq", "--data-source", "noise"]
+    data = command_line(DATA)
+    own = [*data, "--data-source", "noise"]
+    judge = [*data, "--zoo", "tiny:net", "--task", "evaluate"]
     whole = {"images": np.zeros((2, 3, 8, 8)), "labels": np.zeros(2, int), "mean": [0.0] * 3, "std": [1.0] * 3}
     np.savez(tmp_path / "other.npz", **whole)
     broken = {
@@ -634,21 +369,30 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
             "zoo model tiny:seven: the model returns (2, 7) for 2 images, expected (2, 5)",
         ),
         ([*tiny, "--zoo", "tiny:absent"], "zoo model tiny:absent: --arch 'tiny:absent' cannot be imported"),
-        ([*tiny, "--data-source", "single"], "--data-source single inverts --arch alone"),
-        ([*tiny, "--data-source", "real"], "needs training images; give --data-dir"),
+        ([*tiny, "--data-source", "single"], "--zoo has no effect with --data-source single"),
+        ([*data, "--task", "synth", "--data-source", "real"], "needs training images; give --data-dir"),
+        ([*tiny, "--qat-lr", 1], "--qat-lr has no effect with --task synth"),
+        ([*data, "--images", "other.npz", "--iterations", 3], "--iterations has no effect with --images"),
+        ([*own, "--task", "prune", "--no-refit", "--ridge", 1], "--ridge has no effect with --no-refit"),
+        ([*own, "--part", "0/2"], "--part has no effect with --task ptq"),
+        ([*tiny, "--part", "2/2"], "--part is '2/2'; give I/N"),
         ([*tiny, "--low-iterations", 7], "--low-iterations is 7; give 0 to --iterations, 6"),
-        ([*tiny, "--task", "evaluate"], "evaluate and transfer need some"),
-        ([*tiny, "--task", "evaluate", "--images", "absent"], "--images absent is not a file or a finished run"),
-        ([*tiny, "--task", "evaluate", "--images", "damaged.npz"], "--images damaged.npz is damaged"),
-        *(([*tiny, "--task", "evaluate", "--images", f"{name}.npz"], f"{name}.npz is damaged") for name in broken),
-        ([*tiny, "--task", "evaluate", "--images", "other.npz"], "has images of 8x8 pixels and labels up to 0"),
+        (judge, "--task evaluate needs --images"),
+        ([*judge, "--images", "absent"], "--images absent is not a file, a folder of pictures"),
+        ([*judge, "--images", "damaged.npz"], "--images damaged.npz is damaged"),
+        *(([*judge, "--images", f"{name}.npz"], f"{name}.npz is damaged") for name in broken),
+        ([*judge, "--images", "other.npz"], "has images of 8x8 pixels and labels up to 0"),
         ([*tiny, "--capture", "compile"], "would compile anew"),
         ([*tiny, "--clipped-ste"], "--clipped-ste is set"),
         ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
-        ([*tiny, "--task", "kd"], "kd needs it"),
-        ([*own, "--arch", "tiny:branch"], "the model cannot be traced"),  # before any image is made
+        ([*data, "--task", "kd", "--zoo", "tiny:net"], "--task kd needs --student-arch"),
+        *(([*own, "--arch", "tiny:branch", "--task", task], "the model cannot be traced") for task in ("ptq", "qat", "prune")),
         ([*own, "--arch", "tiny:net", "--task", "kd", "--student-arch", "resnet2x"], "--student-arch 'resnet2x' is not known"),
-        ([*tiny, "--task", "transfer"], "evaluate and transfer need some"),
+        ([*data, "--task", "transfer"], "--task transfer needs --images"),
+        (
+            [*data, "--task", "transfer", "--targets", "tiny:branch", "--images", "other.npz"],
+            "--targets tiny:branch: the model",
+        ),
         (
             ["--dataset", "folder", "--num-classes", 5, "--image-size", 16, "--task", "transfer", "--images", "other.npz"],
             "has no networks to quantize; give --targets",
@@ -657,4 +401,4 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         assert words in fails(mixmix.main, *arguments), arguments
     assert all(path.suffix == ".npz" for path in tmp_path.iterdir())
     with pytest.raises(InputError, match="stopped being finite; lower --lr"):
-        mixmix.synthesize(config(**TINY, lr=1e30))
+        make_set(config(**TINY, lr=1e30, task="synth"), load_source, invert)

@@ -90,11 +90,16 @@ def find_blocks(student, teacher):
     return blocks
 
 
-def add_ends_bits(group):
-    """Declare --ends-bits in `group`, the flags of ptq.py or qat.py, unless the other has it already."""
-    if "--ends-bits" not in group._option_string_actions:
-        about = "bits of the weights of the first and the last layer, and of the first activation, with ptq and qat"
-        group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
+def ends_group(parser):
+    """The group of flags that ptq.py and qat.py share: --ends-bits."""
+    title = "both quantizations"
+    known = [group for group in parser._action_groups if group.title == title]
+    if known:
+        return known[0]
+    group = parser.add_argument_group(title)
+    about = "bits of the weights of the first and the last layer, and of the first activation"
+    group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
+    return group
 
 
 def raise_ends(student, bits):

@@ -1,3 +1,91 @@
+"""Distillation of a network into a small one with a generator of its images (DAFL: Chen et al., ICCV 2019), or with images.
+
+    one_hot, information, activation    what the generator minimises, in `dafl_loss`          Eq. 3 to 6
+    Generator                           noise -> images
+    compress                            the student learns from the teacher's outputs        Eq. 1
+
+With images, the student learns from them alone: shifted and mirrored, labelled anew by the teacher each time. A method that
+has terms of its own for the generator hands them over as a function; MixMix does (its Sec. 5.4).
+
+What stands here where the paper and its code differ or leave something open:
+
+    what                   paper                    released code              here
+    student's loss         cross-entropy with the   Kullback-Leibler           Kullback-Leibler, temperature 1
+                           teacher's outputs        divergence
+    weights of the terms   MNIST's                  0.05, 5, 0.01; CIFAR-100   the code's
+                                                    0.5, 20, 0.1
+    generator, rates       -                        GDFQ's without a label;    the code's; the decay at 2/5 and 4/5
+                                                    0.02, 0.1, decay at 800
+                                                    and 1600 of 2,000 epochs
+    reported accuracy      -                        best epoch                 last epoch (best beside it)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+from common.cli import fill_in, number, whole
+from common.images import jitter, sampler
+from common.models import SMALL_IMAGE, build_student, input_channels
+from common.ops import upsample_conv
+from common.run import Run
+
+GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()
+
+
+def add_flags(parser):
+    """Declare the flags of this task; returns the groups of `parser` that hold them."""
+    group = parser.add_argument_group("distillation (DAFL)")
+    add = group.add_argument
+    add("--student-arch", help="architecture of the student, as for --arch")
+    add("--kd-epochs", type=whole(1), default=2000, help="epochs")
+    add("--kd-iters", type=whole(1), default=120, help="iterations per epoch")
+    add("--kd-batch-size", type=whole(1), default=1024, help="images per iteration")
+    add("--kd-latent-dim", type=whole(1), default=1000, help="length of the generator's noise vector")
+    student = "learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs"
+    add("--kd-lr", type=number(0), default=0.1, help=student)
+    add("--kd-lr-g", type=number(0), default=0.02, help="learning rate of the generator (Adam)")
+    add("--one-hot-weight", type=number(0), help="weight of DAFL's one-hot loss (default: 0.05, CIFAR-100 0.5)")
+    add("--information-weight", type=number(0), help="weight of DAFL's information entropy (default: 5, CIFAR-100 20)")
+    add("--activation-weight", type=number(0), help="weight of DAFL's activation loss (default: 0.01, CIFAR-100 0.1)")
+    return (group,)
+
+
+def complete(cfg):
+    """Fill in the defaults that depend on the data set.
+
+    Raises:
+        InputError: no student.
+    """
+    weights = (0.5, 20.0, 0.1) if cfg.dataset == "cifar100" else (0.05, 5.0, 0.01)
+    fill_in(cfg, dict(zip(("one_hot_weight", "information_weight", "activation_weight"), weights)))
+    if cfg.student_arch is None and cfg.eval is None:
+        raise InputError("--task kd needs --student-arch; give the architecture to distil into")
+
+
+def plan(model, cfg, run, generates=False):
+    """The student as the distillation begins, with random weights.
+
+    Args:
+        model: the teacher; left as it is.
+        cfg: the flags of this task and the shared ones.
+        run: device and memory layout.
+        generates: whether there will be a generator instead of images.
+
+    Raises:
+        InputError: a student or a teacher that cannot be used.
+    """
+    teacher, example = run.adopt(model)
+    student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
+    if generates and (cfg.image_size > SMALL_IMAGE or cfg.image_size % 4):
+        raise InputError(f"--image-size is {cfg.image_size}; DAFL's generator makes up to {SMALL_IMAGE}, in fours")
+    if generates and not any(isinstance(m, nn.Linear) for m in teacher.modules()):
+        raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
+    run.settle_layout(student, example, retrace=False)
+    return run.place(student)
+
+
 class Generator(nn.Module):
     """DAFL's generator for small images: noise (B, latent_dim) -> images (B, channels, size, size), standardised.
 
@@ -27,104 +115,93 @@ class Generator(nn.Module):
 
 
 def dafl_loss(logits, features, cfg):
-    """What DAFL's generator minimises (Chen et al., ICCV 2019): one-hot, information entropy and activation terms.
+    """What the generator minimises: images of one class each, of all classes alike, that excite the teacher.
 
     Args:
         logits: the teacher's, (B, C).
         features: what enters its last layer, (B, D).
+        cfg: the flags of this task.
     """
     log_p = F.log_softmax(logits, 1)
-    one_hot = F.nll_loss(log_p, logits.argmax(1))
+    one_hot = F.nll_loss(log_p, logits.argmax(1))  # Eq. 3
+    activation = -features.abs().mean()  # Eq. 4
     mean = log_p.exp().mean(0)
-    information = (mean * mean.clamp(min=1e-12).log10()).sum()
-    return cfg.one_hot_weight * one_hot + cfg.information_weight * information - cfg.activation_weight * features.abs().mean()
+    information = (mean * mean.clamp(min=1e-12).log10()).sum()  # Eq. 5
+    return cfg.one_hot_weight * one_hot + cfg.information_weight * information + cfg.activation_weight * activation  # Eq. 6
 
 
-def kd(teacher, images, cfg, run):
-    """Distil the teacher into --student-arch (Sec. 5.4), from random weights.
-
-    Without --images it is DAFL's loop, in which a generator is trained beside the student; with data source "mixmix" its
-    generator also minimises the MixMix objective (Eq. 6) of its images, pseudo-labelled by the teacher and mixed (Eq. 8, 9),
-    over the teacher and m' - 1 further networks of the zoo, drawn anew in every epoch; "single" is DAFL alone. The weights
-    of the added terms are open in the paper: --ce-weight and --kd-bn-weight. With images the student learns from them alone,
-    shifted and mirrored, labelled anew by the teacher each time.
+def compress(model, images, cfg, run=None, added=None):
+    """Distil a network into --student-arch, from random weights.
 
     Args:
-        teacher: a trained network, left as it is.
-        images: (N, channels, H, W), normalised for it, or None.
-        cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop.
+        model: the teacher, a trained classifier; left as it is.
+        images: (N, channels, H, W), normalised for it, without labels; or None for DAFL's generator.
+        cfg: the flags of this task and the shared ones.
+        run: what surrounds the loop; by default nothing is written or shown.
+        added: what the generator minimises beside DAFL's loss: a function of the teacher, as the loop has it, that returns two
+            functions: of the epoch, a hashable choice that is used in it; of images (B, channels, H, W), the teacher's labels
+            (B,) for them and that choice, a scalar.
 
     Returns:
         The student, in eval mode.
+
+    Raises:
+        InputError: a student or a teacher that cannot be used.
     """
-    device, channels = run.device, input_channels(teacher)
-    teacher = run.place(copy.deepcopy(teacher)).eval().requires_grad_(False)
-    student = run.place(build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size))
+    run = run or Run(cfg)
+    torch.manual_seed(cfg.seed)
+    device = run.device
+    student = plan(model, cfg, run, generates=images is None)
+    teacher, _ = run.adopt(model)
     sgd = torch.optim.SGD(student.parameters(), cfg.kd_lr, momentum=0.9, weight_decay=5e-4, fused=run.fused)
-    stateful, optimizers, zoo, generator = {"sgd": sgd}, [sgd], [], None
+    stateful, features = {"sgd": sgd}, {}
     if images is None:
-        if cfg.image_size > SMALL_IMAGE or cfg.image_size % 4:
-            raise InputError(f"--image-size is {cfg.image_size}; DAFL's generator makes up to {SMALL_IMAGE}, in fours")
-        generator = run.place(Generator(cfg.image_size, channels, cfg.kd_latent_dim))
+        generator = run.place(Generator(cfg.image_size, input_channels(teacher), cfg.kd_latent_dim))
         adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
         stateful |= {"generator": generator, "adam": adam}
-        optimizers.append(adam)
-        if cfg.data_source == "mixmix":
-            normalisation = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-            zoo.append(ZooModel(cfg.arch, teacher, normalisation, normalisation).to(device))
-            others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, normalisation)
-            zoo += [run.place(model) for model in others]
-            if cfg.zoo_sample > len(zoo):
-                raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(zoo)} models with the teacher; lower it")
+        last = [m for m in teacher.modules() if isinstance(m, nn.Linear)][-1]
+        last.register_forward_pre_hook(lambda _, args: features.update(latest=args[0]))
     else:
         batch, draw = sampler(images, cfg.kd_batch_size, device)
-    seen, last = {}, [m for m in teacher.modules() if isinstance(m, nn.Linear)]
-    if images is None and not last:
-        raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
-    if last:
-        last[-1].register_forward_pre_hook(lambda _, args: seen.update(features=args[0]))
+    choose, added_loss = added(teacher) if added else (lambda epoch: None, None)
 
-    def generator_step(models):
+    def synthesize(y):
+        """Images for samples; what they show is the generator's choice."""
+        return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
+
+    def generator_step(choice):
         with run.autocast():
             x = generator(torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device)).float()
             logits = teacher(x).float()
-        loss = dafl_loss(logits, seen.pop("features").float(), cfg)
-        if cfg.data_source == "mixmix":
-            losses = mixmix_loss([zoo[index] for index in models], x, logits.argmax(1), cfg, run.autocast)
-            loss = loss + cfg.ce_weight * losses["ce"] + cfg.kd_bn_weight * losses["bn"]
-            run.log(bn=losses["bn"])
+        loss = dafl_loss(logits, features.pop("latest").float(), cfg)
+        if added_loss:
+            loss = loss + added_loss(x, logits.argmax(1), choice)
         run.update(adam, loss)
         run.log(loss_g=loss)
         return x.detach(), logits.detach()
 
-    def iteration(models):
-        if generator is None:
-            x = jitter(batch, cfg.image_size // 8, flip=True)
-            with torch.no_grad(), run.autocast():
-                logits = teacher(x).float()
-        else:
-            x, logits = generator_step(models)
+    def labelled_batch():
+        x = jitter(batch, cfg.image_size // 8, flip=True)
+        with torch.no_grad(), run.autocast():
+            return x, teacher(x).float()
+
+    def iteration(choice):
+        x, logits = generator_step(choice) if images is None else labelled_batch()
         with run.autocast():
             ours = student(x).float()
         loss = F.kl_div(F.log_softmax(ours, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
         run.update(sgd, loss)
         run.log(loss_q=loss)
 
-    def synthesize(y):
-        """Images for samples; what they show is the generator's choice."""
-        return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
-
+    optimizers = (sgd, adam) if images is None else (sgd,)
     step, run.rates = run.capture(iteration, *optimizers), "--kd-lr or --kd-lr-g"
-    for epoch in run.epochs(cfg.epochs, student, synthesize, **stateful):
-        sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.epochs for part in (2, 4))
-        drawn = torch.Generator().manual_seed((cfg.seed * 1_000_003 + epoch) % 2**63)
-        others = 1 + torch.randperm(max(len(zoo) - 1, 0), generator=drawn)[: cfg.zoo_sample - 1]
-        models = (0, *sorted(others.tolist()))
+    for epoch in run.epochs(cfg.kd_epochs, student, synthesize, iters=cfg.kd_iters, **stateful):
+        sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.kd_epochs for part in (2, 4))
+        choice = choose(epoch)
         student.train()
         for _ in run.steps():
-            if generator is None:
+            if images is not None:
                 draw()
-            step(models)
+            step(choice)
         student.eval()
     return student

@@ -1,8 +1,8 @@
 """Quantizers whose parameters are searched, rounded or learned, for ptq.py and qat.py.
 
-    search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
-    AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24
-    learned_step         x = s round(clip(x / s, -Q_N, Q_P)) with a gradient to s     Esser et al. (LSQ), ICLR 2020, Eq. 1 to 3
+search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
+AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24
+learned_step         x = s round(clip(x / s, -Q_N, Q_P)) with a gradient to s     Esser et al. (LSQ), ICLR 2020, Eq. 1 to 3
 """
 
 import torch

@@ -1,5 +1,88 @@
+"""Pruning by L1 magnitude, and reconstruction of what layers send by least squares (MixMix, Sec. 5.3).
+
+Single weights (Han et al., ICLR 2016) or whole channels go; the weights that remain, in a layer or in those that took the
+channels, are solved for anew, one layer after the other, as He et al. (ICCV 2017) do:
+
+    refit, least_squares    min_W |Y - X W^T - b|^2, Y the full network's outputs, X the pruned one's inputs
+    removable               the convolutions whose channels can go
+    load_pruned             reads the network that a run leaves
+
+What MixMix leaves open, and what stands here:
+
+    what                  here                                               why
+    which weights go      the smallest of each layer, all layers alike       not said; He et al. choose channels by LASSO
+    ranking               of weights with the BatchNorms folded in           what a channel sends is what counts
+    "0.2" of channels     removed, of every convolution in `removable`       a residual sum needs all its channels
+    solution              with intercept and a small ridge (--ridge)         pixels can be fewer than weights
+    pixels                --points random ones of each image                 He et al. take ten
+    fine-tuning           none                                               none is mentioned
+"""
+
+import copy
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.cli import fill_in, number, whole
+from common.models import fit, read_weights
+from common.progress import Progress
+from common.run import Run
+from common.trace import fold_batchnorm
+
+CHANNELWISE = (
+    nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+)  # fmt: skip
+
+
+def add_flags(parser):
+    """Declare the flags of this task; returns the groups of `parser` that hold them."""
+    group = parser.add_argument_group("pruning")
+    add = group.add_argument
+    add(
+        "--prune", choices=("unstructured", "structured"), default="unstructured", help="prune single weights or whole channels"
+    )
+    add("--sparsity", type=number(0, 0.99), help="share that is pruned (default: unstructured 0.5, structured 0.2)")
+    add("--points", type=whole(1), default=10, help="pixels per image for the least-squares reconstruction")
+    ridge = "ridge of the least-squares reconstruction, relative to the inputs' variance"
+    add("--ridge", type=number(1e-12), default=1e-4, help=ridge)
+    add("--no-refit", action="store_true", help="no reconstruction after pruning")
+    parser.without_effect("--no-refit", "--points", "--ridge")
+    return (group,)
+
+
+def complete(cfg):
+    """Fill in the defaults that depend on others: the reconstruction runs step by step in fp32."""
+    cfg.capture, cfg.precision = "none", "fp32"
+    fill_in(cfg, {"sparsity": 0.5 if cfg.prune == "unstructured" else 0.2})
+
+
+def weighted_layers(network):
+    """The convolutions and linear layers of a network, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def plan(model, cfg, run):
+    """The network that is pruned: traced, its BatchNorms folded, every layer with a bias.
+
+    Args:
+        model: a trained network; left as it is.
+        cfg: the flags of this task and the shared ones.
+        run: device and memory layout.
+
+    Raises:
+        InputError: a network that cannot be traced.
+    """
+    full = run.place(fold_batchnorm(*run.adopt(model)))
+    for layer in weighted_layers(full).values():
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+    return full
+
+
 def least_squares(inputs, targets, keep, ridge):
-    """Weights and intercept with the smallest squared error: targets ~ inputs @ weights.T + intercept (He et al., ICCV 2017).
+    """Weights and intercept with the smallest squared error: targets ~ inputs @ weights.T + intercept .
 
     Args:
         inputs: (N, D).
@@ -93,19 +176,6 @@ def refit(name, full, pruned, images, keep, cfg):
         layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
 
 
-CHANNELWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardswish,
-    nn.SiLU,
-    nn.Identity,
-    nn.Dropout,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-
-
 def removable(network):
     """The convolutions of a traced network whose channels can go: all that a channel goes through, up to the convolutions
     that take it, works on that channel alone (activations, pooling, depthwise convolutions). What a residual sum, a
@@ -152,44 +222,62 @@ def remove_channels(network, producer, way, consumers, keep):
         layer.in_channels = len(keep)
 
 
-def prune(teacher, images, cfg, run):
-    """L1 magnitude pruning and reconstruction of the layers' outputs by least squares (Sec. 5.3), without fine-tuning.
+@torch.no_grad()
+def kept_entries(magnitude, sparsity):
+    """Which entries of a tensor stay, bool in its shape, when the share `sparsity` of them goes, the smallest first."""
+    rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
+    return rank >= round(sparsity * magnitude.numel())
+
+
+def compress(model, images, cfg, run=None):
+    """Prune a trained network and reconstruct its layers from images, without fine-tuning.
 
     --prune unstructured: in every convolution and linear layer the share --sparsity of its weights, those of least magnitude,
     becomes 0. structured: of every convolution in `removable` that share of the channels is removed, those whose filters
-    have the smallest L1 norms. Either way the weights of the layer, or of those that took the channels, are solved for anew,
-    with an intercept, one after the other, at --points random pixels of each image; a small ridge keeps the solution tame
-    where pixels are few. Arguments as `ptq`.
+    have the smallest L1 norms.
+
+    Args:
+        model: a classifier that can be traced; left as it is.
+        images: (N, channels, H, W), normalised for it; labels are not needed.
+        cfg: the flags of this task and the shared ones.
+        run: what surrounds the task; by default nothing is written or shown.
 
     Returns:
-        The pruned network, traced, its BatchNorms folded.
+        The pruned network, in eval mode, traced, its BatchNorms folded.
+
+    Raises:
+        InputError: a network that cannot be traced.
     """
-    teacher = copy.deepcopy(teacher).cpu()
-    full = run.place(fold_batchnorm(teacher, probe(teacher, cfg.num_classes, cfg.image_size)))
-    layers = {name: module for name, module in full.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    for layer in layers.values():
-        if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+    run = run or Run(cfg)
+    began = time.time()
+    torch.manual_seed(cfg.seed)
+    full = plan(model, cfg, run)
     pruned, images = copy.deepcopy(full), images.to(run.device, torch.float32)
-    ordered = [node.target for node in pruned.graph.nodes if node.target in layers]
+    run.start()
+    weighted = weighted_layers(full)
+    layers = [node.target for node in full.graph.nodes if node.target in weighted]
     quiet = run.folder is None
+
+    def reconstruct(name, keep):
+        if not cfg.no_refit:
+            refit(name, full, pruned, images, keep, cfg)
+
     if cfg.prune == "unstructured":
-        for name in Progress(ordered, desc="layers", disable=quiet):
+        for name in Progress(layers, desc="layers", disable=quiet):
             layer = pruned.get_submodule(name)
-            magnitude = layer.weight.abs()
-            rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
-            keep = rank >= round(cfg.sparsity * magnitude.numel())
+            keep = kept_entries(layer.weight.abs(), cfg.sparsity)
             layer.weight.mul_(keep)
-            if not cfg.no_refit:
-                refit(name, full, pruned, images, keep, cfg)
-        return pruned
-    for producer, (way, consumers) in Progress(removable(pruned).items(), desc="convolutions", disable=quiet):
-        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
-        keep = norms.argsort(descending=True)[: max(1, len(norms) - round(cfg.sparsity * len(norms)))].sort().values
-        remove_channels(pruned, producer, way, consumers, keep)
-        for name in sorted(consumers, key=ordered.index):
-            if not cfg.no_refit:
-                refit(name, full, pruned, images, torch.ones_like(pruned.get_submodule(name).weight, dtype=torch.bool), cfg)
+            reconstruct(name, keep)
+    else:
+        for producer, (way, consumers) in Progress(removable(pruned).items(), desc="convolutions", disable=quiet):
+            norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
+            keep = norms.argsort(descending=True)[: max(1, len(norms) - round(cfg.sparsity * len(norms)))].sort().values
+            remove_channels(pruned, producer, way, consumers, keep)
+            for name in sorted(consumers, key=layers.index):
+                reconstruct(name, torch.ones_like(pruned.get_submodule(name).weight, dtype=torch.bool))
+    weights = torch.cat([p.detach().flatten() for p in pruned.parameters() if p.ndim > 1])
+    run.record(weights=len(weights), zero_weights=int((weights == 0).sum()))
+    run.conclude(pruned, began)
     return pruned
 
 
@@ -204,15 +292,13 @@ def load_pruned(path, model):
         The network in eval mode, traced, its BatchNorms folded, with the channels that are left.
     """
     state, network = read_weights(path), fold_batchnorm(model)
-    for name, layer in network.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and f"{name}.weight" in state:
-            weight = state[f"{name}.weight"]
-            layer.weight, layer.bias = (
-                nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias")
-            )
-            if isinstance(layer, nn.Conv2d):
-                if len(weight) != layer.out_channels and layer.groups == layer.in_channels == layer.out_channels:
-                    layer.groups = len(weight)
-                layer.out_channels, layer.in_channels = len(weight), weight.shape[1] * layer.groups
+    for name, layer in weighted_layers(network).items():
+        if f"{name}.weight" not in state:
+            continue  # which `fit` refuses
+        layer.weight, layer.bias = (nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias"))
+        if isinstance(layer, nn.Conv2d):
+            if len(layer.weight) != layer.out_channels and layer.groups == layer.in_channels == layer.out_channels:
+                layer.groups = len(layer.weight)
+            layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
     fit(network, state, path)
     return network.eval()

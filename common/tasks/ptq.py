@@ -1,20 +1,90 @@
-def in_parts(function, x, size=256):
-    """function(x), in parts of `size` images, without gradients."""
-    with torch.no_grad():
-        return torch.cat([function(part) for part in x.split(size)])
+"""Post-training quantization by block reconstruction (BRECQ: Li et al., ICLR 2021), with AdaRound (Nagel et al., ICML 2020).
+
+The weights of one block after the other are rounded so that the block, fed by the quantized blocks before it, answers as the
+full-precision one does; then the step sizes of its activations are learned on full-precision inputs.
+
+    reconstruct_weights    min_V |z - z_q(V)|^2 + lambda f_reg(V), z the block's output      AdaRound's Eq. 21, for blocks
+    learned.AdaRound       the weights of V and f_reg                                        AdaRound's Eq. 22 to 24
+    reconstruct_steps      min_s |z - z_q(s)|^2.4 by the gradient of LSQ                     BRECQ, LSQ's Eq. 3
+    blocks.find_blocks     what is reconstructed together
+
+What the papers leave open, or have otherwise, and what stands here:
+
+    what                   paper                       BRECQ's code                here
+    distance of outputs    weighted by the Fisher      squared error by default    squared error
+                           information
+    ranges                 not given                   80 shrunk ranges, L_2.4     the same; activations on 64 images
+    lambda, sharpness      not given                   0.01; 20 to 2, linear,      the same (--rounding-weight)
+                                                       after a fifth of the steps
+    first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits
+    last layer, first      8 bits                      8 bits                      --ends-bits
+    activation
+    input of last layer    not given                   depends on the network      as all activations
+"""
+
+import functools
+import time
+
+import torch
+from torch import nn
+
+from common import replacing
+from common.cli import number, whole
+from common.progress import Progress
+from common.quant import QuantAct, quantize
+from common.run import Run
+from common.tasks.blocks import ends_group, find_blocks, raise_ends
+from common.tasks.learned import AdaRound, LearnedStep, begin_steps
+from common.trace import fold_batchnorm
+
+
+def add_flags(parser):
+    """Declare the flags of this task; returns the groups of `parser` that hold them."""
+    group = parser.add_argument_group("post-training quantization (BRECQ)")
+    add = group.add_argument
+    add("--weight-iterations", type=whole(0), default=20000, help="steps per block for the rounding of the weights")
+    add("--step-iterations", type=whole(0), default=5000, help="steps per block for the step sizes of the activations")
+    add("--ptq-batch-size", type=whole(1), default=32, help="images per step")
+    add("--lr-rounding", type=number(0), default=1e-3, help="learning rate of the rounding (Adam)")
+    add("--lr-step", type=number(0), default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
+    add("--rounding-weight", type=number(0), default=0.01, help="weight of the regulariser that decides the rounding")
+    return group, ends_group(parser)
+
+
+def complete(cfg):
+    """Settings that follow from others: the reconstruction runs step by step in fp32."""
+    cfg.capture, cfg.precision = "none", "fp32"
+
+
+def plan(model, cfg, run):
+    """The quantized network as the reconstruction begins: BatchNorms folded, --ends-bits at its ends.
+
+    Args:
+        model: a trained network; left as it is.
+        cfg: the flags of this task and the shared ones.
+        run: device and memory layout.
+
+    Raises:
+        InputError: a network that cannot be traced or quantized.
+    """
+    teacher, example = run.adopt(model)
+    folded = fold_batchnorm(teacher, example)
+    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
+    raise_ends(student, cfg.ends_bits)
+    return run.place(student)
 
 
 def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
-    """Learn how each weight of a block is rounded, so that its output for `x` comes near `target` (BRECQ, with AdaRound).
+    """Learn how each weight of a block is rounded, so that its output for `x` comes near `target`.
 
     Args:
         block: a `Block`.
         roundings: dict of layer name -> `AdaRound`.
-        modules: of the student.
+        modules: of the student, by name.
         x: (N, ...), what the blocks before send, with their weights quantized.
         target: (N, ...), the full-precision block's output.
-        cfg: from `config(...)`, or the command line.
-        progress: called after every iteration.
+        cfg: the flags of this task.
+        progress: called after every step.
     """
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=True)
     for index in range(cfg.weight_iterations):
@@ -22,9 +92,9 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
         soft = {name: functools.partial(modules[name].with_weight, weight=r()) for name, r in roundings.items()}
         output = block(x[chosen], modules | soft, quantize_activations=False)
         loss = (output - target[chosen]).square().sum(1).mean()
-        share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the iterations
+        share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the steps
         if share >= 0:
-            loss = loss + cfg.rounding_weight * sum(r.undecided(20 - 18 * share) for r in roundings.values())
+            loss = loss + cfg.rounding_weight * sum(r.undecided(20 - 18 * share) for r in roundings.values())  # Eq. 21
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -47,81 +117,92 @@ def reconstruct_steps(block, steps, modules, x, target, cfg, progress):
         progress()
 
 
-def ptq(teacher, images, cfg, run):
-    """Post-training quantization by block reconstruction (BRECQ; Sec. 5.2).
+@torch.no_grad()
+def output_of(block, x, modules, size=256):
+    """The block's output for x (N, ...) without quantized activations, computed in parts of `size` images."""
+    return torch.cat([block(part, modules, quantize_activations=False) for part in x.split(size)])
 
-    The weights of one block after the other are rounded so that the block, fed by the quantized blocks before it, answers as
-    the full-precision one; then the step sizes of its activations are learned on full-precision inputs. The first layer is
-    rounded to nearest; it and the last have --ends-bits, and so has what follows the first.
+
+def made_once(run, stage, index, make):
+    """What `make` returns for block `index`, a dict of tensors; from the run's folder if an earlier run has it there."""
+    path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
+    if path and path.exists():
+        return torch.load(path, map_location=run.device, weights_only=True)
+    torch.manual_seed((run.cfg.seed * 1_000_003 + index) % 2**63)
+    made = make()
+    if path:
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as partial:
+            torch.save(made, partial)
+    return made
+
+
+def compress(model, images, cfg, run=None):
+    """Quantize a trained network with images.
 
     Args:
-        teacher: a trained network that can be traced.
-        images: (N, channels, H, W), normalised for it.
-        cfg: from `config(...)`, or the command line.
-        run: what surrounds the task; by its folder an interrupted run goes on with the next block.
+        model: a classifier that can be traced; left as it is.
+        images: (N, channels, H, W), normalised for it; labels are not needed.
+        cfg: the flags of this task and the shared ones.
+        run: what surrounds the task; by its folder an interrupted run goes on with the next block. By default nothing is
+            written or shown.
 
     Returns:
-        The quantized network, its BatchNorms folded.
+        The quantized network, in eval mode, its BatchNorms folded.
+
+    Raises:
+        InputError: a network that cannot be traced or quantized.
     """
-    teacher = copy.deepcopy(teacher).cpu().eval()
-    example = probe(teacher, cfg.num_classes, cfg.image_size)
-    folded = fold_batchnorm(teacher, example)
-    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
+    run = run or Run(cfg)
+    began = time.time()
+    torch.manual_seed(cfg.seed)
+    student = plan(model, cfg, run)
+    teacher, example = run.adopt(model)
     blocks = find_blocks(student, teacher)
-    full = dict(run.place(folded).named_modules())
-    modules = dict(run.place(student).named_modules())
-    layers = raise_ends(student, cfg)
+    full = dict(run.place(fold_batchnorm(teacher, example)).named_modules())
+    modules = dict(student.named_modules())
+    images = images.to(run.device, torch.float32)
+    run.folded = True
     run.start()
-    bar = Progress(total=len(blocks) * (cfg.weight_iterations + cfg.step_iterations), unit="it", disable=run.folder is None)
+    total = len(blocks) * (cfg.weight_iterations + cfg.step_iterations)
+    bar = Progress(total=total, unit="it", disable=run.folder is None)
 
     def calls(block, kind):
         """The block's modules of a kind, by name, in order."""
         names = [n.target for n in block.nodes if n.op == "call_module"]
         return {name: modules[name] for name in names if isinstance(modules[name], kind)}
 
-    def kept(stage, index, make):
-        """What `make` returns, from the run's folder if an earlier run has it."""
-        path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
-        if path and path.exists():
-            return torch.load(path, map_location=run.device, weights_only=True)
-        torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
-        made = make()
-        if path:
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as partial:
-                torch.save(made, partial)
-        return made
+    def rounded(block, x, target, learn):
+        roundings = {
+            name: AdaRound(m.weight, m.bits).to(run.device) for name, m in calls(block, (nn.Conv2d, nn.Linear)).items()
+        }
+        if learn:
+            reconstruct_weights(block, roundings, modules, x, target, cfg, bar.update)
+        return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in roundings.items()}
 
-    x_full = x = images.to(run.device, torch.float32)
+    def stepped(block, x, target):
+        steps = {name: LearnedStep(act.bits).to(run.device) for name, act in calls(block, QuantAct).items()}
+        begin_steps(lambda: block(x[:64], modules | steps), steps.values())
+        if steps:
+            reconstruct_steps(block, steps, modules, x, target, cfg, bar.update)
+        return {name: (step.scale.detach(), step.zero_point) for name, step in steps.items()}
+
+    x = x_full = images
     for index, block in enumerate(blocks):
-        bar.set_description(f"weights {index + 1}/{len(blocks)}, {block.name}")
-        target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
-
-        def rounded(block=block, x=x, target=target):
-            layers_here = calls(block, (nn.Conv2d, nn.Linear))
-            roundings = {name: AdaRound(m.weight, m.bits).to(run.device) for name, m in layers_here.items()}
-            if list(roundings) != layers[:1]:
-                reconstruct_weights(block, roundings, modules, x, target, cfg, bar.update)
-            return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in roundings.items()}
-
-        for name, (weight, scale, zero_point) in kept("weights", index, rounded).items():
+        bar.set_description(f"weights {index + 1}/{len(blocks)}, {block.name}", refresh=False)
+        target = output_of(block, x_full, full)
+        only_first = index == 0 and len(calls(block, (nn.Conv2d, nn.Linear))) == 1
+        make = functools.partial(rounded, block, x, target, learn=not only_first)
+        for name, (weight, scale, zero_point) in made_once(run, "weights", index, make).items():
             modules[name].pack(weight, scale, zero_point)
-        x = in_parts(lambda part, block=block: block(part, modules, quantize_activations=False), x)
-        x_full = target
-    x_full = images.to(run.device, torch.float32)
+        x, x_full = output_of(block, x, modules), target
+    x_full = images
     for index, block in enumerate(blocks):
-        bar.set_description(f"activations {index + 1}/{len(blocks)}, {block.name}")
-        target = in_parts(lambda part, block=block: block(part, full, quantize_activations=False), x_full)
-
-        def stepped(block=block, x_full=x_full, target=target):
-            steps = {name: LearnedStep(act.bits).to(run.device) for name, act in calls(block, QuantAct).items()}
-            begin_steps(lambda: block(x_full[:64], modules | steps), steps.values())
-            if steps:
-                reconstruct_steps(block, steps, modules, x_full, target, cfg, bar.update)
-            return {name: (step.scale.detach(), step.zero_point) for name, step in steps.items()}
-
-        for name, values in kept("activations", index, stepped).items():
+        bar.set_description(f"activations {index + 1}/{len(blocks)}, {block.name}", refresh=False)
+        target = output_of(block, x_full, full)
+        for name, values in made_once(run, "activations", index, functools.partial(stepped, block, x_full, target)).items():
             modules[name].fix(*values)
         x_full = target
     bar.close()
+    run.conclude(student, began)
     return student

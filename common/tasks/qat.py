@@ -1,32 +1,141 @@
+"""Quantization-aware training with learned step sizes (LSQ: Esser et al., ICLR 2020), as MixMix uses it (its Sec. 5.2).
+
+One step per weight tensor and one per activation are learned with the weights; the full-precision network is the teacher.
+
+    learned.learned_step    x = s round(clip(x / s, -Q_N, Q_P)) and its gradient to s      Eq. 1 to 3
+    learned._Calm           the gradient of s times 1 / sqrt(N Q_P)                        Sec. 2.2
+    kd_loss                 Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
+    feature_loss            intermediate features (Haroush et al., CVPR 2020)              MixMix, Sec. 5.2
+
+What MixMix leaves open, and what stands here:
+
+    what                  here                                              why
+    optimizer             SGD, momentum 0.9, cosine decay                   as LSQ has it
+    learning rate         a tenth of LSQ's                                  networks with fixed statistics do not bear more:
+                                                                            ResNet-20, 4 bits, real images: 0.01 leaves 22 %
+    BatchNorm             statistics stay fixed                             those of synthetic images are no better
+    feature loss          blocks' outputs, squared difference over the      Haroush et al. do not say
+                          variance of the teacher's, mean over blocks
+    labels                none                                              the teacher answers
+    first and last layer  --ends-bits, as the activation behind the first   as LSQ has it
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+
+from common import InputError
+from common.cli import fill_in, number, whole
+from common.images import sampler
+from common.quant import QuantAct, quantize, quantized_activations, quantized_layers
+from common.run import Run
+from common.tasks.blocks import ends_group, find_blocks, raise_ends
+from common.tasks.learned import LearnedStep, LearnedWeight, begin_steps
+from common.trace import trace
+
+
+def add_flags(parser):
+    """Declare the flags of this task; returns the groups of `parser` that hold them."""
+    group = parser.add_argument_group("quantization-aware training (LSQ)")
+    add = group.add_argument
+    add("--qat-steps", type=whole(1), default=44000, help="training steps, rounded up to whole epochs")
+    add("--qat-batch-size", type=whole(1), default=128, help="images per step")
+    add("--qat-lr", type=number(0), help="peak learning rate (SGD, cosine decay; default: 0.001, mobilenet_v2 0.0001)")
+    decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
+    add("--qat-weight-decay", type=number(0), help=decay)
+    add("--temperature", type=number(1e-3, 1e6), default=3.0, help="tau of the distillation loss")
+    add("--feature-weight", type=number(0), default=1.0, help="weight of the intermediate feature loss")
+    return group, ends_group(parser)
+
+
+def complete(cfg):
+    """Fill in the defaults that depend on the network."""
+    mobile = cfg.arch.startswith("mobilenet_v2")
+    fill_in(cfg, {"qat_lr": 1e-4 if mobile else 1e-3, "qat_weight_decay": 0.0 if mobile else 1e-4})
+
+
+def plan(model, cfg, run):
+    """The quantized network as the training begins, before its steps are learned; --ends-bits at its ends.
+
+    Args:
+        model: a trained network; left as it is.
+        cfg: the flags of this task and the shared ones.
+        run: device and memory layout.
+
+    Raises:
+        InputError: a network that cannot be traced or quantized.
+    """
+    teacher, example = run.adopt(model)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
+    if not isinstance(student, fx.GraphModule):
+        raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
+    raise_ends(student, cfg.ends_bits)
+    return student
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """tau^2 times the Kullback-Leibler divergence from teacher to student, mean over the batch; logits (B, C)."""
+    p, q = (F.log_softmax(logits.float() / temperature, 1) for logits in (teacher_logits, student_logits))
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
 def feature_loss(ours, theirs):
-    """How far the students' block outputs are from the teacher's: mean over the blocks of the mean squared difference over
+    """How far the student's block outputs are from the teacher's: mean over the blocks of the mean squared difference over
     the variance of the teacher's. Lists of (B, ...)."""
     losses = [F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]
     return torch.stack(losses).mean()
 
 
-def qat(teacher, images, cfg, run):
-    """Quantization-aware training with learned step sizes (LSQ; Sec. 5.2): one step per weight tensor and activation, the
-    full-precision network as the teacher, by its softened outputs and by the outputs of its blocks.
-
-    Open in the paper, chosen here: SGD with momentum 0.9 and a cosine decay, as LSQ has it; BatchNorm statistics stay fixed,
-    for those of synthetic images are no better; a tenth of LSQ's learning rates, because networks with fixed statistics do not
-    bear more (ResNet-20 at 4 bits, real images: 0.01 leaves it at 22 %); the feature loss normalised by the teacher's
-    variance; no labels.
-    Arguments and result as `ptq`.
-    """
-    teacher, example = run.adopt(teacher)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
-    if not isinstance(student, fx.GraphModule):
-        raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
-    blocks = find_blocks(student, teacher)
-    raise_ends(student, cfg)
+def learn_steps(student):
+    """Let the weights of all layers have a learned step; returns a dict of activation name -> the `LearnedStep` in its
+    place."""
     for _, layer in quantized_layers(student):
         register_parametrization(layer, "weight", LearnedWeight(layer.weight, layer.bits))
         layer.packed = True  # its weight is quantized by the parametrization
-    steps = {name: LearnedStep(act.bits, lsq=True).to(run.device) for name, act in quantized_activations(student)}
+    device = next(student.parameters()).device
+    steps = {name: LearnedStep(act.bits, lsq=True).to(device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
         student.set_submodule(name, step)
+    return steps
+
+
+def keep_steps(student, steps):
+    """Make what was learned final: quantized layers and activations as every quantized network here has them."""
+    for _, layer in quantized_layers(student):
+        learned, weight = layer.parametrizations.weight[0], layer.weight.detach()
+        remove_parametrizations(layer, "weight")
+        column = (len(weight),) + (1,) * (weight.ndim - 1)
+        layer.pack(weight, *(value.detach().expand(column).clone() for value in (learned.scale, learned.zero_point)))
+    for name, step in steps.items():
+        act = QuantAct(step.bits).to(step.scale.device)
+        act.fix(step.scale, step.zero_point)
+        student.set_submodule(name, act)
+    return student.requires_grad_(False)
+
+
+def compress(model, images, cfg, run=None):
+    """Quantize a trained network and train it with images.
+
+    Args:
+        model: a classifier that can be traced; left as it is.
+        images: (N, channels, H, W), normalised for it; labels are not needed.
+        cfg: the flags of this task and the shared ones.
+        run: what surrounds the loop; by default nothing is written or shown.
+
+    Returns:
+        The quantized network, in eval mode.
+
+    Raises:
+        InputError: a network that cannot be traced or quantized.
+    """
+    run = run or Run(cfg)
+    torch.manual_seed(cfg.seed)
+    student = plan(model, cfg, run)
+    teacher, example = run.adopt(model)
+    blocks, steps = find_blocks(student, teacher), learn_steps(student)
     full, modules = dict(trace(teacher, example).named_modules()), dict(student.named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
     begin_steps(lambda: student(draw()), steps.values())
@@ -48,26 +157,17 @@ def qat(teacher, images, cfg, run):
             with torch.no_grad():
                 theirs = outputs(x, full, False)
             ours = outputs(x, modules, True)
-        p, q = (F.log_softmax(sent[-1].float() / cfg.temperature, 1) for sent in (theirs, ours))
-        kd = cfg.temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+        kd = kd_loss(ours[-1], theirs[-1], cfg.temperature)
         features = feature_loss(ours[:-1], theirs[:-1]) if len(blocks) > 1 else torch.zeros_like(kd)
         run.update(optimizer, kd + cfg.feature_weight * features)
         run.log(kd=kd, features=features)
 
     step, run.rates = run.capture(iteration, optimizer), "--qat-lr"
-    for epoch in run.epochs(cfg.epochs, student, None, optimizer=optimizer):
+    epochs = math.ceil(cfg.qat_steps / max(min(500, cfg.qat_steps // 20), 1))  # the rate decays by epochs
+    for epoch in run.epochs(epochs, student, None, iters=math.ceil(cfg.qat_steps / epochs), optimizer=optimizer):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
+            group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         for _ in run.steps():
             draw()
             step()
-    for _, layer in quantized_layers(student):
-        learned, weight = layer.parametrizations.weight[0], layer.weight.detach()
-        remove_parametrizations(layer, "weight")
-        column = (len(weight),) + (1,) * (weight.ndim - 1)
-        layer.pack(weight, *(value.detach().expand(column).clone() for value in (learned.scale, learned.zero_point)))
-    for name, step in steps.items():
-        act = QuantAct(step.bits).to(run.device)
-        act.fix(step.scale, step.zero_point)
-        student.set_submodule(name, act)
-    return student.requires_grad_(False)
+    return keep_steps(student, steps)

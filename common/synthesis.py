@@ -1,0 +1,236 @@
+"""Making a set of images in a run folder: batch by batch, in parts, by one process or several, resumable."""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import torch
+
+from common import InputError
+from common.cli import resumable, whole
+from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
+from common.progress import Progress
+from common.report import show_finished
+from common.run import Run, write_atomically
+
+READY = ("real", "noise")  # values of --data-source that no network makes
+
+
+def add_flags(parser):
+    """Declare the flags of a set of images."""
+    add = parser.add_argument_group("set of images").add_argument
+    add("--count", type=whole(1), default=1024, help="number of images")
+    add("--labels", choices=("balanced", "random"), default="balanced", help="how the images' labels are drawn")
+    about = "make only the batches I, I + N, ... of the images (--task synth); torchrun gives each process its part"
+    add("--part", type=part, metavar="I/N", help=about)
+    parser.shared.add("part")  # not in the folder's name: all parts go to one folder
+
+
+def part(text):
+    """A `type` for argparse: I/N, part I of N, as (I, N)."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"is '{text}'; give I/N, from 0/N to N-1/N")
+    return int(found[1]), int(found[2])
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def join_torchrun(cfg):
+    """Where torchrun has started several processes, make this one's rank its --part of `cfg`, on a GPU of its own."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        cfg.part = int(os.environ["RANK"]), count
+        if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+
+def together():
+    """Whether torchrun has started several processes, which can wait for each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def wait_for_all():
+    """With torchrun, return when all processes are here; when another has ended, which has said why, so does this one."""
+    if together():
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            sys.exit(2)
+
+
+def complete(cfg):
+    """What --part implies: all but the first join the folder that the first has begun.
+
+    Raises:
+        InputError: a part of something else than images.
+    """
+    if cfg.part and cfg.task != "synth":
+        raise InputError(f"--task {cfg.task} runs in one process; make the images with --task synth, which runs in several")
+    if cfg.part and cfg.part[0]:
+        cfg.resume, cfg.overwrite = True, False
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def make_labels(cfg):
+    """Labels of all images (count,): balanced and shuffled, or drawn at random."""
+    source = torch.Generator().manual_seed(cfg.seed)
+    if cfg.labels == "random":
+        return torch.randint(cfg.num_classes, (cfg.count,), generator=source)
+    return (torch.arange(cfg.count) % cfg.num_classes)[torch.randperm(cfg.count, generator=source)]
+
+
+def batch_file(run, index):
+    """Where the batch of that number goes."""
+    return run.folder / "batches" / f"{index:05}.npz"
+
+
+def make_batches(make, labels, run):
+    """Make the batches that are not in the run's folder yet, or those of --part; each is written when it is finished.
+
+    A batch depends on its number and the seed only, so any number of processes makes the same images, if each has as many
+    threads (torchrun gives one, OMP_NUM_THREADS): other numbers of threads round differently, and so do the additions in no
+    fixed order by which a GPU differentiates resized boxes.
+
+    Args:
+        make: as for `make_set`, without the networks.
+        labels: of each batch, (B,).
+        run: with a folder.
+    """
+    cfg = run.cfg
+    first, every = cfg.part or (0, 1)
+    own = [index for index in range(first, len(labels), every) if not batch_file(run, index).exists()]
+    with Progress(total=cfg.iterations * len(own), unit="it", position=first, disable=not own) as bar:
+        for index in own:
+            torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
+            y = labels[index].to(run.device)
+
+            def progress(step, names, losses, index=index, size=len(y)):
+                bar.set_description(f"batch {index + 1}/{len(labels)}, {names}", refresh=False)
+                bar.update()
+                if step % 50 == 0 or step == cfg.iterations:  # reading the losses waits for the device
+                    rate = bar.n * size / cfg.iterations / bar.format_dict["elapsed"]
+                    bar.show({"images/s": rate} | {name: loss.item() for name, loss in losses.items()})
+
+            images = make(y, cfg, run, progress).half()
+            if not torch.isfinite(images).all():
+                raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
+            write_images(batch_file(run, index), images, y, (cfg.mean, cfg.std))
+
+
+def read_batches(labels, run):
+    """The images of all batches, (N, channels, H, W) float16; `labels` as for `make_batches`."""
+    cfg = run.cfg
+    images = torch.empty(cfg.count, len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
+    for index, place in enumerate(images.split([len(y) for y in labels])):
+        place.copy_(torch.from_numpy(np.load(batch_file(run, index))["images"]))
+    return images
+
+
+# ------------------------------------------------------------------------------------------------------------- the set
+
+
+def make_set(cfg, load, make, begin=lambda: None):
+    """A set of images in the run folder of `cfg`, unless it is there already.
+
+    Args:
+        cfg: parsed arguments, with the flags declared here, --data-source, --iterations and --batch-size.
+        load: function of `cfg` that returns the networks that make images, with names; it fills in --mean and --std.
+        make: function of the networks, labels (B,), `cfg`, the run and `progress`; returns images (B, channels, H, W).
+            It calls progress(steps done, names of networks, dict of losses as tensors) after each step.
+        begin: called when all is checked, before anything is written.
+
+    Returns:
+        The run; its folder has no result.json yet where --part has made some batches only.
+    """
+    began, joins = time.time(), bool(cfg.part and cfg.part[0])
+    if joins:
+        wait_for_all()  # the first process downloads what there is to download, and begins the folder
+    networks, labels = load(cfg), make_labels(cfg)
+    compared = ("data_dir",) if cfg.data_source == "real" else ()
+    run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), compared=compared, free=("part",))
+    finished = run.finished
+    if joins and not (run.folder / "config.json").exists():
+        raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
+    if not joins:
+        images = real_images(cfg, labels) if cfg.data_source == "real" and not finished else None
+        if not finished:
+            begin()
+            run.start()
+        wait_for_all()
+    if finished:
+        return run
+    parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
+    if cfg.data_source not in READY:
+        placed = [network.place(run.device) for network in networks]
+        make_batches(lambda *args: make(placed, *args), parts, run)
+    wait_for_all()
+    if joins or (cfg.part and not together()):
+        return run
+    if cfg.data_source != "real":
+        images = noise(cfg.count, cfg) if cfg.data_source == "noise" else read_batches(parts, run)
+    write_images(run.folder / "images.npz", images, labels, (cfg.mean, cfg.std))
+    draw_grid(images, labels, cfg, run.folder / "grid.png")
+    made = {"images": cfg.count, "data_source": cfg.data_source, "zoo": [network.name for network in networks]}
+    made |= {"seconds": round(time.time() - began, 1), "arguments": run.arguments()}
+    write_atomically(run.folder / "result.json", json.dumps(made, indent=1))
+    shutil.rmtree(run.folder / "batches", ignore_errors=True)
+    return run
+
+
+def synthesize(cfg, load, make):
+    """--task synth: a set of images, and what is said of it. Arguments as for `make_set`.
+
+    Returns:
+        The contents of result.json; None where there are some batches only, or another process says it.
+    """
+    with resumable():
+        run = make_set(cfg, load, make)
+    if together() and cfg.part[0]:
+        return None
+
+    def show(made):
+        print(f"\n{made['images']:,} images of source {made['data_source']} in {made['seconds']:.0f} s")
+        print(f"  in {run.folder}/: images.npz, grid.png, result.json; --images {run.folder} uses them")
+
+    if run.finished:
+        return show_finished(run, show)
+    if not (run.folder / "result.json").exists():
+        first, count = cfg.part
+        print(f"part {first}/{count} is made; when all are, --resume without --part puts them together")
+        return None
+    made = json.loads((run.folder / "result.json").read_text())
+    show(made)
+    return made
+
+
+def find_images(cfg, run, load, make):
+    """The images to compress with, normalised as `cfg` says: those of --images, or a new set in the run's folder.
+
+    Args:
+        cfg, load, make: as for `make_set`; also `synthesis`, a dict of the arguments that are others for the set.
+        run: of the compression, which begins when the images are known to be usable.
+    """
+    source = cfg.images[0] if cfg.images else run.folder / "images"
+    if not cfg.images:
+        own = {"out": str(source), "task": "synth", **cfg.synthesis}
+        make_set(argparse.Namespace(**vars(cfg) | own), load, make, begin=run.start)
+    images, labels, normalisation = read_images(source, cfg)
+    if images.shape[1] != len(cfg.mean):
+        raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")
+    run.start()
+    images = renormalise(images, normalisation, (cfg.mean, cfg.std))
+    draw_grid(images, labels, cfg, run.folder / "grid.png")
+    run.record(data_source=str(source) if cfg.images else cfg.data_source, images_used=len(images))
+    return images

@@ -1,0 +1,498 @@
+"""The tasks of common/tasks, alone and from the command line of mixmix.py, which makes images for them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, FunctionalNet, trained
+from test_data import make_folder
+from torch import nn
+from torchvision.utils import save_image
+
+import mixmix
+from common import InputError
+from common.cli import Parser
+from common.export import load_quantized
+from common.images import read_images
+from common.models import build
+from common.quant import QuantConv2d, fake_quantize, observe, quantize, quantized_activations, quantized_layers
+from common.report import arithmetic
+from common.run import Run
+from common.tasks import TASKS, kd, ptq, qat
+from common.tasks.blocks import find_blocks
+from common.tasks.kd import dafl_loss
+from common.tasks.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
+from common.tasks.prune import least_squares, load_pruned, patches, removable
+from common.tasks.qat import feature_loss
+from common.trace import fold_batchnorm
+
+DATA = {"dataset": "folder", "num_classes": 5, "image_size": 16, "device": "cpu", "precision": "fp32"}
+PTQ = {"wbits": 2, "abits": 8, "weight_iterations": 300, "step_iterations": 20, "lr_rounding": 0.01}
+QAT = {"wbits": 3, "abits": 4, "qat_steps": 40, "qat_batch_size": 16, "qat_lr": 0.02}
+KD = {"student_arch": "tiny:other", "kd_epochs": 4, "kd_iters": 6, "kd_batch_size": 20}
+GENERATOR = {"kd_latent_dim": 8, "kd_lr_g": 0.001}
+
+
+def config(task, **flags):
+    """The arguments of a task without those of a script."""
+    parser = Parser("task", "")
+    TASKS[task].add_flags(parser)
+    cfg = parser.config(**DATA, **flags)
+    TASKS[task].complete(cfg)
+    return cfg
+
+
+def command_line(settings):
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+@pytest.fixture(autouse=True)
+def tiny_networks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+
+
+# ------------------------------------------------------------------------------------------------------------- learned
+
+
+def test_searched_ranges_are_the_best_of_the_shrunk_ones():
+    torch.manual_seed(0)
+    rows = torch.randn(5, 200) ** 3
+    scale, zero_point = search_parameters(rows, 3)
+    for row, s, z in zip(rows, scale, zero_point):
+        losses = []
+        for step in range(80):
+            low, high = row.min() * (1 - 0.01 * step), row.max() * (1 - 0.01 * step)
+            unit = (high - low) / 7
+            ours = torch.fake_quantize_per_tensor_affine(row, unit, torch.round(-low / unit).int(), 0, 7)
+            losses.append((ours - row).abs().pow(2.4).mean().item())
+        found = (fake_quantize(row, s, z, 3) - row).abs().pow(2.4).mean().item()
+        assert found == pytest.approx(min(losses), rel=1e-3) and min(losses) < losses[0]
+
+
+def test_adaround_begins_with_the_weights_and_ends_on_codes():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    rounding = AdaRound(weight, 4)
+    nearest = fake_quantize(weight, rounding.scale, rounding.zero_point, 4)
+    inside = (rounding.floor + rounding.zero_point >= 0) & (rounding.floor + rounding.zero_point < 15)
+    torch.testing.assert_close(rounding()[inside], weight[inside], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rounding(hard=True), nearest)
+    assert rounding.undecided(20.0) > 0
+    with torch.no_grad():
+        rounding.v.copy_(torch.where(torch.rand_like(weight) < 0.5, -9.0, 9.0))
+    codes = rounding(hard=True) / rounding.scale + rounding.zero_point
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rounding(), rounding(hard=True))
+    assert rounding.undecided(2.0).abs() < 1e-3
+
+
+def test_learned_steps_have_the_gradient_of_lsq():
+    act = LearnedStep(3)
+    with torch.no_grad():
+        act.scale.fill_(0.4)
+        act.zero_point.fill_(2.0)
+    x = torch.tensor([-3.0, -0.5, 0.1, 0.55, 1.9, 7.0], requires_grad=True)
+    upstream = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, 1.5])
+    out = act(x)
+    expected, slopes = [], []
+    for value in x.tolist():  # Q_N = 2, Q_P = 5; Esser et al., Eq. 3
+        v = value / 0.4
+        slopes.append(-2.0 if v <= -2 else 5.0 if v >= 5 else round(v) - v)
+        expected.append(0.4 * min(max(round(v), -2), 5))
+    assert out.tolist() == pytest.approx(expected, abs=1e-6)
+    grad_x, grad_scale = torch.autograd.grad((out * upstream).sum(), (x, act.scale))
+    assert grad_scale.item() == pytest.approx(sum(u * s for u, s in zip(upstream.tolist(), slopes)), abs=1e-4)
+    assert grad_x.tolist() == pytest.approx([0.0, 2.0, -1.0, 0.5, 3.0, 0.0])
+    first = LearnedStep(4)
+    batch = torch.rand(50)
+    first.begin(batch)
+    scale, zero_point = search_parameters(batch[None], 4)
+    assert first.scale.item() == scale.item() and first.zero_point.item() == zero_point.item()
+
+
+def test_lsq_begins_and_calms_its_steps_as_in_its_paper():
+    torch.manual_seed(0)
+    x, weight = torch.rand(3, 4, 5, 5), torch.randn(6, 4, 3, 3)
+    act, kernel = LearnedStep(4, lsq=True), LearnedWeight(weight, 4)
+    act.begin(x)
+    assert act.scale.item() == pytest.approx(2 * x.mean().item() / 15**0.5) and act.zero_point == 0
+    assert kernel.scale.item() == pytest.approx(2 * weight.abs().mean().item() / 7**0.5)
+    plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4)
+    expected = torch.autograd.grad(plain.sum(), scale)[0] / (4 * 5 * 5 * 15) ** 0.5
+    torch.testing.assert_close(torch.autograd.grad(act(x).sum(), act.scale)[0], expected, atol=1e-4, rtol=1e-4)
+    assert {value.device.type for value in LearnedWeight(weight.to("meta"), 4).state_dict().values()} == {"meta"}
+    codes = kernel(weight) / kernel.scale
+    assert codes.min() >= -8 and codes.max() <= 7
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    plain = learned_step(weight, scale := kernel.scale.detach().clone().requires_grad_(), torch.tensor(8.0), 4)
+    expected = torch.autograd.grad(plain.sum(), scale)[0] / (weight.numel() * 7) ** 0.5
+    torch.testing.assert_close(torch.autograd.grad(kernel(weight).sum(), kernel.scale)[0], expected, atol=1e-4, rtol=1e-4)
+    signed = LearnedStep(4, lsq=True)
+    signed.begin(x - 0.5)
+    assert signed.zero_point == 8
+
+
+# -------------------------------------------------------------------------------------------------------- blocks, ptq
+
+
+STAGES = ((2, 4), (3, 8), (4, 4))  # of ShuffleNetV2, with their units
+
+
+@pytest.mark.parametrize("arch, names", [
+    ("resnet20", ["conv1", *(f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)), "fc"]),
+    ("mobilenet_v2", ["features.0.0", *(f"features.{i}" for i in range(1, 18)), "features.18.0", "classifier.1"]),
+    ("shufflenet_v2_x0_5", ["conv1.0", *(f"stage{i}.{j}" for i, n in STAGES for j in range(n)), "conv5.0", "fc"]),
+    ("vgg11_bn_x0_25", [f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22, 25)] + ["fc"]),
+])  # fmt: skip
+def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names):
+    torch.manual_seed(0)
+    net = trained(build(arch, 5, 16), steps=1)
+    folded = fold_batchnorm(net)
+    blocks = find_blocks(quantize(folded, 4, 4), net)
+    assert [block.name for block in blocks] == names
+    x = images = torch.randn(2, 3, 16, 16)
+    for block in blocks:
+        x = block(x, dict(folded.named_modules()), quantize_activations=False)
+    torch.testing.assert_close(x, net(images), atol=1e-4, rtol=1e-4)
+    student = quantize(folded, 4, 4)
+    observe(student, True)
+    student(images)
+    observe(student, False)
+    x = images
+    for block in find_blocks(student, net):
+        x = block(x, dict(student.named_modules()))
+    assert torch.equal(x, student(images)) and not torch.equal(x, folded(images))
+
+
+def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
+    images = torch.randn(128, 3, 16, 16)
+    learned, nearest = (ptq.compress(net, images, config("ptq", **PTQ | {"weight_iterations": n})) for n in (300, 0))
+    seen = []
+    for student in (learned, nearest):
+        modules = dict(student.named_modules())
+        block = find_blocks(student, net)[1]
+        x = images
+        for before in find_blocks(student, net)[:1]:
+            x = before(x, modules, quantize_activations=False)
+        full = dict(fold_batchnorm(net).named_modules())
+        target = block(find_blocks(student, net)[0](images, full, False), full, False)
+        seen.append((block(x, modules, quantize_activations=False) - target).square().mean().item())
+    assert seen[0] < 0.7 * seen[1]
+    layers = [layer for _, layer in quantized_layers(learned)]
+    assert [layer.bits for layer in layers] == [8, 2, 2, 8] and all(layer.packed for layer in layers)
+    for layer in layers:
+        assert all(len(row.unique()) <= 2**layer.bits for row in layer.weight.flatten(1))
+    acts = [act for _, act in quantized_activations(learned)]
+    assert all(act.seen and act.scale > 0 for act in acts) and [act.bits for act in acts] == [8, 8, 8]
+    assert all(p.requires_grad for p in net.parameters())
+
+
+NOISE = command_line(DATA) + ["--data-source", "noise", "--arch", "tiny:net"]
+
+
+def test_a_ptq_run_interrupted_at_any_block_gives_the_same_file(tmp_path, monkeypatch, capsys):
+    flags = [*NOISE, *command_line(PTQ | {"weight_iterations": 3, "step_iterations": 3, "count": 64})]
+    result = mixmix.main([*flags, "--out", str(tmp_path / "whole")])
+    assert result["data_source"] == "noise" and result["images_used"] == 64 and result["last_top1"] is None
+    for name in ("reconstruct_weights", "reconstruct_steps"):  # stopped at the second call of either
+        capsys.readouterr()
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            calls, real = [], getattr(ptq, name)
+
+            def stop(*arguments, calls=calls, real=real):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+                return real(*arguments)
+
+            patched.setattr(ptq, name, stop)
+            mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+        assert "the same command with --resume" in capsys.readouterr().err
+    assert not (tmp_path / "stopped" / "quantized.pt").exists()
+    mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    again = mixmix.main(["--eval", str(tmp_path / "whole" / "quantized.pt"), "--arch", "tiny:net", "--data-dir", str(data)])
+    loaded = load_quantized(tmp_path / "whole" / "quantized.pt", tiny.net())
+    assert again["images"] == 20 and [layer.bits for _, layer in quantized_layers(loaded)] == [8, 2, 2, 8]
+
+
+def test_a_folder_of_pictures_without_labels_serves_a_task(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for index, pixels in enumerate(torch.rand(64, 3, 20, 24)):
+        save_image(pixels, (pictures / "more" if index % 2 else pictures) / f"{index}.png")
+    fast = command_line({"weight_iterations": 2, "step_iterations": 2, "images": str(pictures)})
+    flags = [*command_line(DATA), "--arch", "tiny:net", *fast, "--out", str(tmp_path / "run")]
+    result = mixmix.main(flags)
+    assert result["images_used"] == 64 and result["data_source"] == str(pictures) and (tmp_path / "run" / "grid.png").exists()
+    table = capsys.readouterr().out.split("\n\n")[1]
+    written = (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns
+    assert mixmix.main(flags) == result  # the run that is there, shown again
+    assert capsys.readouterr().out.strip() == table.strip() + "\n  finished before; --overwrite makes it anew"
+    assert (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns == written
+    mixmix.main([*flags, "--overwrite"])
+    assert (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns > written
+
+
+@pytest.mark.parametrize("task, bits", [("ptq", [8, 2, 2, 8]), ("qat", [8, 2, 2, 8]), ("prune", [32] * 4), ("kd", [32] * 4)])
+def test_the_check_of_a_task_shows_the_bits_of_every_layer(tmp_path, monkeypatch, capsys, task, bits):
+    monkeypatch.chdir(tmp_path)
+    more = ["--student-arch", "tiny:other"] if task == "kd" else ["--wbits", "2"]
+    checked = mixmix.main([*command_line(DATA), "--arch", "tiny:net", "--task", task, *more, "--check", "--zoo", "tiny:net"])
+    assert [row[3] for row in checked["rows"]] == bits and "conv1" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------- qat
+
+
+def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
+    torch.manual_seed(0)
+    images, losses = torch.randn(64, 3, 16, 16), []
+    for steps in (1, 600):
+        cfg = config("qat", **QAT | {"qat_steps": steps})
+        run = Run(cfg)
+        student = qat.compress(net, images, cfg, run)
+        losses.append((student(images) - net(images)).square().mean().item())
+    assert losses[1] < 0.5 * losses[0] and run.iterations == 600 and {"kd", "features"} < set(run.history[-1])
+    layers = quantized_layers(student)
+    assert [layer.bits for _, layer in layers] == [8, 3, 3, 8]
+    assert [activation.bits for _, activation in quantized_activations(student)] == [8, 4, 4]
+    assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
+    assert type(layers[1][1]) is QuantConv2d and not net.training
+    assert torch.equal(student.bn1.running_mean, net.bn1.running_mean)
+
+
+def test_feature_loss_is_relative_to_the_teachers_variance():
+    ours, theirs = [torch.randn(4, 3), torch.randn(4, 2, 5)], [torch.randn(4, 3), 9 * torch.randn(4, 2, 5)]
+    expected = sum(((a - b) ** 2).mean() / b.var() for a, b in zip(ours, theirs)) / 2
+    assert feature_loss(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task, flags", [("qat", QAT | {"qat_steps": 4}), ("prune", {"points": 8})])
+def test_a_task_from_the_command_line_and_what_it_leaves(tmp_path, task, flags):
+    images, run = tmp_path / "images", tmp_path / "run"
+    mixmix.main([*NOISE, "--count", "40", "--task", "synth", "--out", str(images)])
+    config_file = json.loads((images / "config.json").read_text())
+    assert config_file["arguments"]["device"] == "cpu"  # the kind alone: each process has a device of its own
+    task_flags = [*command_line(DATA | flags), "--task", task, "--arch", "tiny:net"]
+    result = mixmix.main([*task_flags, "--images", str(images), "--out", str(run)])
+    assert result["data_source"] == str(images) and result["images_used"] == 40 and result["flops"] == result["flops_fp32"]
+    if task == "qat":
+        loaded = load_quantized(run / "quantized.pt", tiny.net())
+        assert [layer.bits for _, layer in quantized_layers(loaded)] == [8, 3, 3, 8]
+    else:
+        loaded = load_pruned(run / "student.pt", tiny.net())
+        assert result["zero_weights"] / result["weights"] == pytest.approx(0.5, abs=0.01) and result["wbits"] is None
+    x = torch.randn(8, 3, 16, 16)
+    cfg = mixmix.parse_args([*task_flags, "--images", str(images)])
+    cfg.mean, cfg.std = result["arguments"]["mean"], result["arguments"]["std"]
+    again = mixmix.compress(tiny.net().train(), read_images(images, cfg)[0], cfg)  # which must not move its statistics
+    torch.testing.assert_close(loaded(x), again(x), atol=1e-5, rtol=1e-4)
+    left = sorted(run.iterdir())
+    with pytest.raises(SystemExit):  # what is there stays when the images are not
+        mixmix.main([*task_flags, "--images", str(tmp_path / "absent"), "--out", str(run), "--overwrite"])
+    assert sorted(run.iterdir()) == left
+
+
+@pytest.mark.parametrize("task, flags", [("qat", QAT | {"qat_steps": 3}), ("kd", KD)])
+def test_a_training_interrupted_after_an_epoch_gives_the_same_file(tmp_path, monkeypatch, task, flags):
+    flags = [*NOISE, *command_line(flags | {"count": 40, "batch_size": 20}), "--task", task, "--resume"]
+    file, epochs = "quantized.pt" if task == "qat" else "student.pt", []
+
+    def save(run, epoch, stateful, real=Run._save_checkpoint):
+        real(run, epoch, stateful)
+        epochs.append(epoch)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Run, "_save_checkpoint", save)
+        mixmix.main([*flags, "--out", str(tmp_path / "stopped")])
+    assert len(epochs) == 2 and not (tmp_path / "stopped" / file).exists()
+    for name in ("stopped", "whole"):
+        mixmix.main([*flags, "--out", str(tmp_path / name)])
+    assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+class Centred(FunctionalNet):
+    """With a constant that tracing turns into an attribute of its own."""
+
+    def forward(self, x):
+        return super().forward(x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+
+
+@pytest.mark.parametrize("task, flags", [
+    ("ptq", {"weight_iterations": 2, "step_iterations": 2}), ("qat", QAT | {"qat_steps": 2}), ("prune", {}),
+])  # fmt: skip
+def test_a_network_with_a_constant_in_its_forward_pass(task, flags):
+    torch.manual_seed(0)
+    net, images = trained(Centred()), torch.randn(64, 3, 16, 16)
+    student = TASKS[task].compress(net, images, config(task, **flags | {"wbits": 8, "abits": 8}))
+    assert (student(images).argmax(1) == net(images).argmax(1)).float().mean() > 0.8
+
+
+# --------------------------------------------------------------------------------------------------------------- prune
+
+
+def test_least_squares_against_numpys():
+    rng = np.random.default_rng(0)
+    x, true = rng.normal(size=(60, 7)), rng.normal(size=(3, 7))
+    y = x @ true.T + 2 + 0.1 * rng.normal(size=(60, 3))
+    keep = rng.random((3, 7)) < 0.6
+    for mask in (keep, np.ones((3, 7), bool)):
+        weights, intercept = least_squares(*map(torch.from_numpy, (x, y)), torch.from_numpy(mask), 0.0)
+        for row in range(3):
+            columns = np.concatenate([x[:, mask[row]], np.ones((60, 1))], 1)
+            expected = np.linalg.lstsq(columns, y[:, row], rcond=None)[0]
+            np.testing.assert_allclose(weights[row].numpy()[mask[row]], expected[:-1], atol=1e-5)
+            assert intercept[row].item() == pytest.approx(expected[-1], abs=1e-5) and not weights[row].numpy()[~mask[row]].any()
+    tamed, _ = least_squares(torch.randn(4, 7), torch.randn(4, 3), torch.ones(3, 7, dtype=torch.bool), 1.0)  # fewer rows
+    assert tamed.isfinite().all() and tamed.abs().max() < 3
+
+
+CONVS = [(4, 6, 3, 2, 1), (4, 8, (3, 1), 1, (1, 0), 1, 2), (4, 4, 3, 1, 2, 2, 4)]  # a stride, groups, depthwise with holes
+
+
+@pytest.mark.parametrize("layer", [*(nn.Conv2d(*settings) for settings in CONVS), nn.Linear(5, 3)])
+def test_patches_are_what_each_output_sees(layer):
+    x = torch.randn(3, 5) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 9, 9)
+    y, places = layer(x), None
+    if y.ndim == 4:
+        count = y.shape[2] * y.shape[3]
+        places = torch.rand(3, count).argsort(1)[:, :5]
+        y = torch.stack([image.flatten(1)[:, place] for image, rows in zip(y, places) for place in rows])
+    seen, groups = patches(layer, x, places), getattr(layer, "groups", 1)
+    weights = layer.weight.flatten(1).view(groups, -1, seen.shape[2])
+    ours = torch.cat([seen[g] @ weights[g].T for g in range(groups)], 1) + layer.bias
+    torch.testing.assert_close(ours, y, atol=1e-5, rtol=1e-5)
+
+
+def prune(net, images, **flags):
+    return TASKS["prune"].compress(net, images, config("prune", **flags))
+
+
+def test_unstructured_pruning_and_its_reconstruction(net):
+    torch.manual_seed(0)
+    images, outputs = torch.randn(128, 3, 16, 16), []
+    for no_refit in (True, False):
+        pruned = prune(net, images, no_refit=no_refit)
+        outputs.append((pruned(images) - net(images)).square().mean().item())
+        for name in ("conv1", "conv2", "conv3", "fc"):
+            weight = pruned.get_submodule(name).weight
+            assert (weight == 0).sum() == round(0.5 * weight.numel())
+    kept, magnitude = pruned.conv2.weight != 0, fold_batchnorm(net).conv2.weight.abs()
+    assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
+
+
+def test_a_reconstruction_with_nothing_pruned_changes_nothing():
+    """Although what comes behind the convolutions works in place."""
+    torch.manual_seed(0)
+    net, images = trained(build("resnet18", 5, 16), steps=2), torch.randn(48, 3, 16, 16)
+    pruned = prune(net, images, sparsity=0.0, points=20)
+    torch.testing.assert_close(pruned(images), net(images), atol=2e-3, rtol=1e-2)
+
+
+def test_a_layer_that_is_called_twice_is_refused():
+    class Twice(FunctionalNet):
+        def forward(self, x):
+            x = F.relu(self.bn2(self.conv2(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))))
+            return self.fc(x.mean((2, 3)))
+
+    with pytest.raises(InputError, match="is called 2 times"):
+        fold_batchnorm(trained(Twice()))
+
+
+def test_only_channels_without_a_residual_sum_are_removed():
+    found = removable(fold_batchnorm(build("resnet20", 5, 16)))
+    assert found == {f"layer{i}.{j}.conv1": ([], [f"layer{i}.{j}.conv2"]) for i in (1, 2, 3) for j in (0, 1, 2)}
+    mobile = removable(fold_batchnorm(build("mobilenet_v2", 5, 16)))
+    assert (
+        mobile["features.2.conv.0.0"] == (["features.2.conv.1.0"], ["features.2.conv.2"]) and "features.2.conv.2" not in mobile
+    )
+    assert list(removable(fold_batchnorm(build("vgg11_bn_x0_25", 5, 16)))) == [
+        f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22)
+    ]
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "mobilenet_v2"])
+def test_a_network_without_channels_computes_what_it_does_with_them_silenced(arch, tmp_path):
+    torch.manual_seed(0)
+    net = trained(build(arch, 5, 16), steps=2)
+    images = torch.randn(16, 3, 16, 16)
+    pruned = prune(net, images, prune="structured", sparsity=0.25, no_refit=True)
+    silenced, full = fold_batchnorm(net), fold_batchnorm(net)
+    for producer, (way, _) in removable(silenced).items():
+        norms = full.get_submodule(producer).weight.abs().flatten(1).sum(1)
+        gone = norms.argsort()[: round(0.25 * len(norms))]
+        for name in (producer, *way):
+            silenced.get_submodule(name).weight[gone] = 0
+            silenced.get_submodule(name).bias[gone] = 0
+        assert pruned.get_submodule(producer).out_channels == len(norms) - len(gone)
+    torch.testing.assert_close(pruned(images), silenced(images), atol=1e-4, rtol=1e-3)
+    found = arithmetic(net, pruned, 16)
+    assert found["flops"] < 0.9 * found["flops_fp32"]
+    torch.save(pruned.state_dict(), tmp_path / "student.pt")
+    loaded = load_pruned(tmp_path / "student.pt", build(arch, 5, 16))
+    torch.testing.assert_close(loaded(images), pruned(images))
+
+
+# ------------------------------------------------------------------------------------------------------------------ kd
+
+
+def test_dafl_losses_in_plain_arithmetic():
+    logits, features, cfg = torch.randn(6, 5), torch.randn(6, 3), config("kd", **KD)
+    p = logits.double().softmax(1)
+    one_hot = -sum(row.max().log() for row in p) / 6
+    mean = p.mean(0)
+    information = sum(v * math.log10(v) for v in mean.tolist())
+    expected = 0.05 * one_hot + 5 * information - 0.01 * features.abs().mean()
+    assert dafl_loss(logits, features, cfg).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("images", [None, torch.randn(40, 3, 16, 16)])
+def test_distillation_with_a_generator_and_with_images(net, images):
+    run = Run(config("kd", **KD, **GENERATOR))
+    student = kd.compress(net, images, run.cfg, run)
+    assert not student.training and student.bn1.num_batches_tracked > 20
+    assert ("loss_g" in run.history[-1]) == (images is None)
+    assert run.history[-1]["loss_q"] < run.history[0]["loss_q"]
+
+
+def test_a_method_adds_to_the_loss_of_the_generator(net):
+    """Its terms see the generator's images and the teacher's labels, and what it chose for the epoch."""
+    seen, losses = [], []
+
+    def added(teacher):
+        def loss(x, y, choice):
+            assert torch.equal(teacher(x).argmax(1), y) and x.requires_grad
+            seen.append(choice)
+            return 100.0 * x.square().mean()
+
+        return lambda epoch: epoch // 2, loss
+
+    for terms in (None, added):
+        run = Run(config("kd", **KD, **GENERATOR))
+        kd.compress(net, None, run.cfg, run, added=terms)
+        losses.append(run.history[0]["loss_g"])
+    assert seen == [0] * 12 + [1] * 12 and losses[1] > losses[0] + 10
+
+
+def test_a_generator_needs_a_linear_layer_and_small_images(net):
+    cfg = config("kd", **KD | {"student_arch": "tiny:grey"})
+    kd.plan(tiny.grey(), cfg, Run(cfg))
+    with pytest.raises(InputError, match="no linear layer"):
+        kd.plan(tiny.grey(), cfg, Run(cfg), generates=True)
+    cfg = config("kd", **KD)
+    cfg.image_size = 18
+    with pytest.raises(InputError, match="--image-size is 18; DAFL's generator makes up to 64, in fours"):
+        kd.plan(net, cfg, Run(cfg), generates=True)

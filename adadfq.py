@@ -353,42 +353,44 @@ RELEASED = {
 def parser():
     p = Parser("adadfq", __doc__.split("\n\n")[0])
     add = p.add_argument_group("AdaDFQ").add_argument
-    add("--variant", choices=("released", "paper"), default="released", help="see the table at the top of adadfq.py")
-    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
-    add("--iters", type=whole(1), default=200, help="iterations per epoch")
-    add("--batch-size", type=whole(1), default=16, help="images per iteration")
-    add(
-        "--warmup-epochs",
-        type=whole(0, 10**6),
-        help="epochs of the generator alone (default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)",
-    )
+    variant = "use the losses and settings of the released code or of the paper; the table at the top of adadfq.py lists them"
+    add("--variant", choices=("released", "paper"), default="released", help=variant)
+    add("--epochs", type=whole(1), default=400, help="number of epochs, including warm-up")
+    add("--iters", type=whole(1), default=200, help="number of iterations per epoch")
+    add("--batch-size", type=whole(1), default=16, help="number of images per iteration")
+    warmup = "number of first epochs in which only the generator learns "
+    warmup += "(default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)"
+    add("--warmup-epochs", type=whole(0, 10**6), help=warmup)
     add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
-    add(
-        "--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images"
-    )
+    calibrate = "number of first epochs in which the activation ranges are calibrated; they are frozen afterwards"
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
     add("--beta1", type=number(0, 0.9999), help="beta1 of the generator's Adam (default: released 0.5, paper 0.9)")
     add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
-    decay = "epochs at which both rates fall to a tenth (default: CIFAR 100 200 300, ImageNet by network and bits)"
+    decay = "epochs at which both learning rates are divided by 10 (default: CIFAR 100 200 300, ImageNet by network and bits)"
     add("--decay-epochs", type=whole(0), nargs="*", help=decay)
     add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
-    add("--lambda-l", type=number(0, 1), help="lower bound of H' (Eq. 12; default: 0.1, released ImageNet by network and bits)")
-    add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of H' (Eq. 12)")
-    add("--alpha-ds", type=number(0), help="weight of L_ds (Eq. 9; default: 0.2, released ImageNet by network and bits)")
-    add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
-    add("--beta", type=number(0), default=1.0, help="weight of both (Eq. 12)")
-    add("--gamma", type=number(0), default=1.0, help="weight of L_BNS (Eq. 12)")
-    add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
-    sides = "the student's side (default: released entropy-t, paper eq13); gdfq as a control"
+    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1, released code on ImageNet by network and bits)"
+    add("--lambda-l", type=number(0, 1), help=low)
+    add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
+    about = "weight of the disagreement loss L_ds (Eq. 9; default: 0.2, released code on ImageNet by network and bits)"
+    add("--alpha-ds", type=number(0), help=about)
+    add("--alpha-as", type=number(0), default=0.1, help="weight of the agreement loss L_as (Eq. 9)")
+    add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")
+    add("--gamma", type=number(0), default=1.0, help="weight of the BatchNorm statistics loss L_BNS (Eq. 12)")
+    form = "form of the BatchNorm statistics loss, see common/bns.py (default: released gdfq, paper sum)"
+    add("--bns-form", choices=BatchNormStatistics.forms, help=form)
+    sides = "loss of the student: of the paper, of the released code, or of GDFQ (default: released entropy-t, paper eq13)"
     add("--student-loss", choices=("eq13", "entropy-t", "gdfq"), help=sides)
-    add("--temperature", type=number(1e-3, 1e6), help="T of entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)")
+    temperature = "temperature T of the student losses entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)"
+    add("--temperature", type=number(1e-3, 1e6), help=temperature)
     add = p.add_argument_group("ablations").add_argument
-    add("--generator-loss", choices=("adadfq", "gdfq"), default="adadfq", help="the generator's side; gdfq as a control")
-    add("--no-ds", action="store_true", help="no disagreement loss (Table 3)")
-    add("--no-as", action="store_true", help="no agreement loss (Table 3)")
-    add("--no-margin", action="store_true", help="no bounds of H' (Table 3)")
-    add("--no-bns", action="store_true", help="no BatchNorm statistics (Table 3)")
-    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    add("--generator-loss", choices=("adadfq", "gdfq"), default="adadfq", help="loss of the generator: AdaDFQ's or GDFQ's")
+    add("--no-ds", action="store_true", help="train the generator without the disagreement loss (Table 3)")
+    add("--no-as", action="store_true", help="train the generator without the agreement loss (Table 3)")
+    add("--no-margin", action="store_true", help="train the generator without the bounds on H' (Table 3)")
+    add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss (Table 3)")
+    add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     p.without_effect("--no-ds", "--alpha-ds")
     p.without_effect("--no-as", "--alpha-as")
     p.without_effect("--no-margin", "--lambda-l", "--lambda-u")

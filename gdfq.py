@@ -269,39 +269,39 @@ def compress(teacher, cfg, run=None):
 def parser():
     p = Parser("gdfq", __doc__.split("\n\n")[0])
     add = p.add_argument_group("GDFQ").add_argument
-    variant = "sets --bns-form and --kd-reduction, see the table at the top of gdfq.py"
+    variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
-    add("--iters", type=whole(1), default=200, help="iterations per epoch")
+    add("--epochs", type=whole(1), default=400, help="number of epochs, including warm-up")
+    add("--iters", type=whole(1), default=200, help="number of iterations per epoch")
     group = p.add_argument_group("GDFQ, defaults by data set")
-    p.add_by_size(group, "--batch-size", 200, 16, "images per iteration", type=whole(1))
-    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
+    p.add_by_size(group, "--batch-size", 200, 16, "number of images per iteration", type=whole(1))
+    warmup = "number of first epochs in which only the generator learns"
+    p.add_by_size(group, "--warmup-epochs", 4, 50, warmup, type=whole(0, 10**6))
     p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=number(0))
-    add(
-        "--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images"
-    )
+    calibrate = "number of first epochs in which the activation ranges are calibrated; they are frozen afterwards"
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
     add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
     add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
-    decay = "epochs at which both learning rates fall to a tenth"
+    decay = "epochs at which both learning rates are divided by 10"
     add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
     add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
-    add("--bns-weight", type=number(0), default=0.1, help="alpha of Eq. 1")
-    add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_BNS (default: released gdfq, paper sum)")
-    add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
-    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    add(
-        "--kd-reduction",
-        choices=("mean", "batchmean"),
-        help="average of L_KD; mean also divides by C (default: released mean, paper batchmean)",
-    )
+    add("--bns-weight", type=number(0), default=0.1, help="weight of the BatchNorm statistics loss, alpha in Eq. 1")
+    form = "form of the BatchNorm statistics loss, see common/bns.py (default: released gdfq, paper sum)"
+    add("--bns-form", choices=BatchNormStatistics.forms, help=form)
+    add("--kd-weight", type=number(0), default=1.0, help="weight of the distillation loss, delta in Eq. 3")
+    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="temperature T of the distillation loss")
+    reduction = "how the distillation loss is averaged: over images (batchmean), or over images and classes (mean) "
+    reduction += "(default: released mean, paper batchmean)"
+    add("--kd-reduction", choices=("mean", "batchmean"), help=reduction)
     add = p.add_argument_group("ablations").add_argument
-    add("--mix", choices=("none", "mixup", "cutmix"), default="none", help="mix the student's images (Table 2 of Qimera)")
-    add("--no-ce", action="store_true", help="generator without cross-entropy")
-    add("--no-bns", action="store_true", help="generator without BatchNorm statistics")
-    add("--no-student-ce", action="store_true", help="student without cross-entropy")
-    add("--no-kd", action="store_true", help="student without distillation")
-    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    mix = "mix the images that the student learns from (Table 2 of Qimera)"
+    add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
+    add("--no-ce", action="store_true", help="train the generator without the cross-entropy loss")
+    add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss")
+    add("--no-student-ce", action="store_true", help="train the student without the cross-entropy loss")
+    add("--no-kd", action="store_true", help="train the student without the distillation loss")
+    add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     p.without_effect("--no-bns", "--bns-weight", "--bns-form")
     p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
     p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction", "--mix")

@@ -1,37 +1,48 @@
 """Qimera: Data-free Quantization with Synthetic Boundary Supporting Samples (Choi et al., NeurIPS 2021).
 
-A generator that gets class embeddings as its input is trained against the frozen full-precision network (the teacher), as
+A generator that gets class embeddings as its input is trained against the frozen full-precision network (the teacher, P), as
 in GDFQ. With probability p a batch is made from superpositions of K class embeddings, with soft labels of the same shares:
 such images lie near the teacher's decision boundaries, which images of single classes leave bare. The quantized network
-(the student) is calibrated and then fine-tuned on both kinds.
+(the student, Q) is calibrated and then fine-tuned on both kinds.
 
     python qimera.py --arch resnet20 --dataset cifar100 --bits 4
 
 Where the equations are:
-    Latent                          x = G(z + E_y), and superposed with K embeddings    Eq. 5-8
-    draw_classes                    lambda = Softmax(p), p ~ N(0, 1)                    Eq. 9
-    common.ops.superposed_labels    y = sum_k lambda_k y_k                              Eq. 7, 8
-    Latent.mapping                  disentanglement mapping M                           Sec. 4.3
-    classifier                      extracted embedding initialization                  Sec. 4.4
-    generator_loss, student_loss    L(G), L(Q) of GDFQ                                  Eq. 1, 3
-    zaq_losses                      L(G), L(Q) of ZAQ with cross-entropy                Eq. 2, 4, 11, 12
-    analyze                         distance ratio, intrusion score, PCA                Table 5, Figure 3
+    Latent                                 S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
+    superpose_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
+    draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
+    classifier                             extracted embedding initialization                 Sec. 4.4
+    generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
+    zaq_terms                              L_o, L_f, L_a                                      Eq. 2, 4
+    zaq_generator_loss, zaq_student_loss   L(G), L(Q) of ZAQ with cross-entropy               Eq. 11, 12
+    measure_paths, project_features        distance ratio, intrusion score; PCA               Table 5, Figure 3
 
-    what                       paper                        released code                     here
-    batch, CIFAR / ImageNet    64 / 16                      200 / 16                          --variant, --batch-size
-    student's rate             1e-4                         1e-4, on ImageNet 1e-6            --variant, --lr-q
-    disentanglement mapping    to 64 (CIFAR), 100           off, by an inverted flag          --variant, --dm
-    extracted initialization   always                       CIFAR-100 and ResNet-50 only      --variant, --eei
-    noise                      one vector per sample,       one per slot, before the mapping  --variant, --noise
-                               after the superposition
-    embeddings with noise      as they are                  standardised: per sample, in      --variant, --normalise
-                                                            superposed batches per slot
-    conditional BatchNorm      sum over the embeddings      mean, so shrunk K times           --variant, --cbn
-    reported accuracy          not said                     best epoch on test images         last (best beside it)
+    what                       paper                      released code               here
+    teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
+    teacher, ResNet-18, -50,   71.47, 77.73,              as the paper                69.76, 76.13,
+      MobileNetV2              73.03 %                                                71.88 (torchvision); --weights
+    precision                  fp32                       fp32                        auto: bf16 where the hardware has it
+    batch, CIFAR / ImageNet    64 / 16                    200 / 16                    --variant, --batch-size
+    student's rate             1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
+    disentanglement mapping    to 64 (CIFAR), 100         off, by an inverted flag    --variant, --dm
+    extracted initialization   always                     CIFAR-100, ResNet-50 only   --variant, --eei
+    noise                      one vector per sample,     one per embedding, before   --variant, --noise
+                               after the superposition    the mapping
+    embeddings with noise      as they are                standardised per sample,    --variant, --normalise
+                                                          or superposed per slot
+    conditional BatchNorm      sum over the embeddings    mean, so shrunk K times     --variant, --cbn
+    inner BatchNorms, eps      not given                  0.8                         0.8
+    temperature of L_KD        not given                  20                          20, --temperature
+    activation ranges          not given                  moving average that feeds   plain moving average
+                                                          its correction back
+    ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
+    K and p                    varied in Table 4          by network and bits         as released; three bits as four,
+                                                                                      other networks as CIFAR-10
+    ZAQ's feature maps         not given                  not released                what enters each BatchNorm2d
+    reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
 
 `--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
 headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take GDFQ's losses as GDFQ's code has them.
-K and p are those of the released run scripts; three bits, which they leave out, take the settings of four.
 """
 
 import argparse
@@ -39,6 +50,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,88 +72,11 @@ from common.trace import trace
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
 
-class Latent(nn.Module):
-    """The generator's input: class embeddings, mapped, superposed, with noise (Eq. 5-8).
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm in the place of a conditional one."""
 
-    Args:
-        num_classes: C.
-        width: D, of an embedding.
-        mapped: d, of what the disentanglement mapping makes of it; None leaves the mapping out.
-        noise: "sample" adds one vector z ~ N(0, 1) to the superposition (Eq. 8), "slot" one to each embedding before it is
-            mapped, as the released code does.
-        normalise: standardise embeddings with noise, as the released code does; with it, "sample" adds its one vector to
-            each embedding, before both.
-    """
-
-    def __init__(self, num_classes, width, mapped=None, noise="sample", normalise=False):
-        super().__init__()
-        self.embedding = nn.Embedding(num_classes, width)
-        self.mapping = nn.Linear(width, mapped) if mapped else nn.Identity()
-        self.out_features = mapped or width
-        self.noise, self.normalise = noise, normalise
-
-    @property
-    def slotwise(self):
-        """Whether every embedding of a superposition is worked on by itself, as in the released code."""
-        return self.noise == "slot" or self.normalise
-
-    def draw(self, batch, k):
-        """Noise z ~ N(0, 1) for a batch of superpositions of K embeddings."""
-        device = self.embedding.weight.device
-        if self.slotwise:
-            return torch.randn(batch, k if self.noise == "slot" else 1, self.embedding.embedding_dim, device=device)
-        return torch.randn(batch, self.out_features, device=device)
-
-    def forward(self, classes, shares, superposed, z):
-        """Latent vectors (B, d).
-
-        Args:
-            classes: (B, K) int64.
-            shares: (B, K), lambda; a sample of one class has (1, 0, ..., 0).
-            superposed: bool scalar tensor, whether the batch is one of superpositions.
-            z: from `draw`, or anything that broadcasts to it.
-        """
-        table = self.embedding.weight
-        if not self.slotwise:
-            return superpose(superposed_labels(classes, shares, len(table)), self.mapping(table)) + z
-        slots = self.embedding(classes) + z  # (B, K, D)
-        if self.normalise:
-            slots = torch.where(superposed, _standardise(slots, (0, 2)), _standardise(slots, 2))
-        return (shares[:, :, None] * self.mapping(slots)).sum(1)
-
-
-def _standardise(x, dims):
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + 1e-5)
-
-
-class Generator(nn.Module):
-    """Generator for small images.
-
-    Args:
-        latent_dim: length of the latent vectors.
-        image_size: side of the images, a multiple of 4.
-        channels: of the images.
-    """
-
-    def __init__(self, latent_dim, image_size=32, channels=3):
-        super().__init__()
-        self.side = image_size // 4
-        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = nn.BatchNorm2d(128)
-        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(128, eps=BN_EPS)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(64, eps=BN_EPS)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, latent, soft):
-        """Images (B, channels, size, size), standardised, for latent vectors (B, d); the labels are in them already."""
-        x = self.linear(latent).view(-1, 128, self.side, self.side)
-        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
-        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(x)))
+    def forward(self, x, soft):
+        return super().forward(x)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -160,77 +95,116 @@ class ConditionalBatchNorm(nn.Module):
         return gamma[:, :, None, None] * self.bn(x) + beta[:, :, None, None]
 
 
-class ImageNetGenerator(nn.Module):
-    """Generator for large images, with conditional BatchNorm at every scale (Sec. 5.1). Arguments as `Generator`."""
+class Generator(nn.Module):
+    """The body of the generator; for large images its BatchNorms are conditional (Sec. 5.1).
 
-    def __init__(self, latent_dim, image_size=224, channels=3, num_classes=1000):
+    `latent_dim` is d, `num_classes` C, `image_size` the side of the images, a multiple of 4, `channels` theirs.
+    """
+
+    def __init__(self, latent_dim, num_classes, image_size=32, channels=3):
         super().__init__()
+        norm = BatchNorm if image_size <= SMALL_IMAGE else partial(ConditionalBatchNorm, num_classes)
         self.side = image_size // 4
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = ConditionalBatchNorm(num_classes, 128)
+        self.bn0 = norm(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = ConditionalBatchNorm(num_classes, 128, BN_EPS)
+        self.bn1 = norm(128, eps=BN_EPS)
         self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = ConditionalBatchNorm(num_classes, 64, BN_EPS)
+        self.bn2 = norm(64, eps=BN_EPS)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, latent, soft):
-        """Images for latent vectors (B, d) and soft labels (B, C)."""
+        """Images (B, channels, size, size), standardised, for latent vectors (B, d) and soft labels (B, C)."""
         x = self.linear(latent).view(-1, 128, self.side, self.side)
         x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, soft), self.conv1), soft), 0.2)
         x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), soft), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
-class SuperposingGenerator(nn.Module):
-    """Latent vectors and the network that turns them into images.
+class Labels(NamedTuple):
+    """What the samples of a batch are made of; a sample of one class has the shares (1, 0, ..., 0)."""
 
-    Args:
-        latent: a `Latent`.
-        body: (latent vectors, soft labels) -> images.
-        cbn: "sum" gives conditional BatchNorms the superposition of their rows, "mean" a K-th of it in superposed batches,
-            as the released code does.
+    classes: torch.Tensor  # (B, K) int64; a class may come twice
+    shares: torch.Tensor  # lambda, (B, K)
+    soft: torch.Tensor  # y', (B, C)
+    superposed: torch.Tensor  # bool scalar: whether this is a batch of superpositions
+
+
+def superpose_labels(classes, shares, num_classes, superposed=True):
+    """Labels of superpositions; `superposed` is a bool or a bool scalar tensor."""
+    soft = superposed_labels(classes, shares, num_classes)  # y' = sum_k lambda_k y_k, Eq. 7, 8
+    return Labels(classes, shares, soft, torch.as_tensor(superposed, device=classes.device))
+
+
+def single_labels(y, k, num_classes):
+    """Labels of samples of one class each, y (B,), as superpositions of K."""
+    shares = torch.eye(1, k, device=y.device).expand(len(y), k)
+    return superpose_labels(y[:, None].expand(-1, k), shares, num_classes, superposed=False)
+
+
+def draw_labels(cfg, device):
+    """Labels of a batch, superposed with probability --p; drawn on the device, in shapes that do not depend on the outcome."""
+    classes = torch.randint(cfg.num_classes, (cfg.batch_size, cfg.k), device=device)
+    superposed = torch.rand((), device=device) < cfg.p
+    shares = torch.randn(cfg.batch_size, cfg.k, device=device).softmax(1)  # lambda = Softmax(p), p ~ N(0, 1), Eq. 9
+    shares = torch.where(superposed, shares, torch.eye(1, cfg.k, device=device))
+    return superpose_labels(classes, shares, cfg.num_classes, superposed)
+
+
+class Latent(nn.Module):
+    """The generator's input, (B, d): class embeddings, mapped and superposed, plus noise (Eq. 5, 6, 8).
+
+    `num_classes` is C, `width` D, of an embedding, and `mapped` d, to which it is mapped; None leaves the mapping out.
     """
 
-    def __init__(self, latent, body, cbn="sum"):
+    def __init__(self, num_classes, width, mapped=None):
         super().__init__()
-        self.latent, self.body, self.cbn = latent, body, cbn
+        self.embedding = nn.Embedding(num_classes, width)  # E
+        self.mapping = nn.Linear(width, mapped) if mapped else nn.Identity()  # M
+        self.out_features = mapped or width
 
-    def forward(self, classes, shares, superposed, z=None):
-        """Images of superposed classes; arguments as `Latent.forward`, by default with noise of their own."""
-        with torch.autocast(classes.device.type, enabled=False):
-            z = self.latent.draw(*classes.shape) if z is None else z
-            latent = self.latent(classes, shares, superposed, z)
-            soft = superposed_labels(classes, shares, self.latent.embedding.num_embeddings)
-            if self.cbn == "mean":
-                soft = torch.where(superposed, soft / classes.shape[1], soft)
-        return self.body(latent, soft)
+    def draw_noise(self, batch, k):
+        """z ~ N(0, 1), (B, d)."""
+        return torch.randn(batch, self.out_features, device=self.embedding.weight.device)
 
-
-def draw_classes(batch, cfg, device):
-    """Classes (B, K), shares (B, K), and whether this batch is superposed: lambda = Softmax(N(0, 1)), Eq. 9, in a share p
-    of the batches, else all of the first class. Drawn on the device, in shapes that do not depend on the outcome."""
-    classes = torch.randint(cfg.num_classes, (batch, cfg.k), device=device)
-    superposed = torch.rand((), device=device) < cfg.p
-    shares = torch.where(superposed, torch.randn(batch, cfg.k, device=device).softmax(1), single(batch, cfg.k, device))
-    return classes, shares, superposed
+    def forward(self, labels, z):
+        m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
+        return z + superpose(labels.soft, m)  # S(m) = z + sum_k lambda_k m_k
 
 
-def single(batch, k, device):
-    """Shares (B, K) of samples of one class."""
-    return (torch.arange(k, device=device) == 0).float().expand(batch, k)
+class ReleasedLatent(Latent):
+    """The released code's latent: noise enters each of the K slots of a superposition, before the mapping.
+
+    `noise` is one vector per "slot" or per "sample". `normalise` standardises embeddings with noise, each by itself in a
+    batch of single classes, all of a slot together in a superposed one.
+    """
+
+    def __init__(self, num_classes, width, mapped=None, noise="slot", normalise=True):
+        super().__init__(num_classes, width, mapped)
+        self.noise, self.normalise = noise, normalise
+
+    def draw_noise(self, batch, k):
+        """z ~ N(0, 1), (B, K, D) or (B, 1, D)."""
+        weight = self.embedding.weight
+        return torch.randn(batch, k if self.noise == "slot" else 1, weight.shape[1], device=weight.device)
+
+    def forward(self, labels, z):
+        slots = self.embedding(labels.classes) + z  # (B, K, D)
+        if self.normalise:
+            slots = torch.where(labels.superposed, standardise(slots, (0, 2)), standardise(slots, 2))
+        return (labels.shares[:, :, None] * self.mapping(slots)).sum(1)
+
+
+def standardise(x, dims):
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 
 def classifier(model, example=None):
-    """Name and weight (C, D) of the last linear layer of a network, a 1x1 convolution included (Sec. 4.4).
+    """Name and weight (C, D) of the last layer of a network, linear or a 1x1 convolution (Sec. 4.4).
 
-    Args:
-        model: the network.
-        example: a batch that it takes.
-
-    Raises:
-        InputError: the network's output does not come from such a layer.
+    `example` is a batch that the network takes. Raises InputError where the output does not come from such a layer.
     """
     advice = "embeddings cannot be extracted (--no-eei does without), nor its features analysed"
     try:
@@ -249,6 +223,70 @@ def classifier(model, example=None):
             break
     what = f"is '{node.target}' ({type(layer).__name__})" if layer is not None else f"is computed by '{node.name}'"
     raise InputError(f"the last layer of the model {what}, expected a linear layer or a 1x1 convolution; {advice}")
+
+
+def make_latent(teacher, cfg, example=None):
+    """The latent that `cfg` describes; its embeddings start as the rows of the teacher's last layer, or random."""
+    try:
+        rows = None if cfg.latent_dim else classifier(teacher, example)[1]
+    except InputError:
+        if cfg.eei:
+            raise
+        rows = None
+    width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # Sec. 5.1
+    sizes = cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None
+    released = cfg.noise == "slot" or cfg.normalise
+    latent = ReleasedLatent(*sizes, cfg.noise, cfg.normalise) if released else Latent(*sizes)
+    if cfg.eei:
+        if len(rows) != cfg.num_classes:
+            expected = f"{len(rows)} rows, expected one for each of the {cfg.num_classes} classes"
+            raise InputError(f"the last layer of the model has {expected}; give --no-eei, which starts from random embeddings")
+        latent.embedding.weight.data.copy_(rows)  # Sec. 4.4
+    return latent
+
+
+class SuperposingGenerator(nn.Module):
+    """A latent, and the body that makes images of it: (latent vectors, soft labels) -> images.
+
+    `cbn` "sum" superposes the rows of conditional BatchNorms, "mean" takes a K-th of that in superposed batches.
+    """
+
+    def __init__(self, latent, body, cbn="sum"):
+        super().__init__()
+        self.latent, self.body, self.cbn = latent, body, cbn
+
+    def forward(self, labels, z=None):
+        """Images of `Labels`, by default with noise of their own."""
+        with torch.autocast(labels.soft.device.type, enabled=False):
+            latent = self.latent(labels, self.latent.draw_noise(*labels.classes.shape) if z is None else z)
+            soft = labels.soft
+            if self.cbn == "mean":
+                soft = torch.where(labels.superposed, soft / labels.classes.shape[1], soft)
+        return self.body(latent, soft)
+
+
+def make_generator(teacher, cfg, channels, example=None):
+    """The generator that `cfg` describes, for a teacher; on the CPU."""
+    latent = make_latent(teacher, cfg, example)
+    sizes = cfg.num_classes, cfg.image_size, channels
+    if cfg.generator == "qimera":
+        body = Generator(latent.out_features, *sizes)
+    else:
+        Discovered, genotype = discovered(cfg)
+        body = Discovered(genotype, *sizes, latent.out_features)
+    return SuperposingGenerator(latent, body, cfg.cbn)
+
+
+def discovered(cfg):
+    """AutoReCon's generator class and the genotype that --generator names; only these need the other script."""
+    source, _, name = cfg.generator.partition(":")
+    if source != "autorecon" or name in ("", "acgan", "gdfq", "search"):
+        raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
+    try:
+        import autorecon
+    except ImportError:
+        raise InputError(f"--generator {cfg.generator} needs autorecon.py; copy it beside qimera.py") from None
+    return autorecon.Generator, autorecon.read_genotype(name, cfg.seed, "--generator autorecon:")
 
 
 def generator_loss(teacher_logits, soft, bns, bns_weight):
@@ -277,85 +315,58 @@ def student_loss(student_logits, teacher_logits, soft, cfg):
     return F.cross_entropy(student_logits, soft) + cfg.kd_weight * kd
 
 
-class Features:
-    """Hooks that keep what enters each BatchNorm2d of `model` in passes with gradients, by name: the feature maps that ZAQ
-    compares."""
+def keep_feature_maps(teacher, student, example):
+    """Two dicts that hooks fill in passes of the teacher and of the student: what enters each BatchNorm2d, (B, c, h, w).
 
-    def __init__(self, model):
-        self.maps = {}
-        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
-        for name, layer in layers:
-            layer.register_forward_pre_hook(partial(self._record, name))
-        if not layers:
-            raise InputError("the model has no BatchNorm2d, where --adversarial zaq takes its feature maps; leave the flag out")
+    Raises:
+        InputError: the teacher has no BatchNorm2d, or one that the student lacks.
+    """
 
-    def _record(self, name, layer, args):
+    def keep(maps, name, layer, args):
         if torch.is_grad_enabled():  # an evaluation's would take its memory
-            self.maps[name] = args[0]
+            maps[name] = args[0]
+
+    kept = {}, {}
+    for network, maps in zip((teacher, student), kept):
+        for name, layer in network.named_modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_pre_hook(partial(keep, maps, name))
+        network(example)
+    if not kept[0]:
+        raise InputError("the model has no BatchNorm2d, where --adversarial zaq takes its feature maps; leave the flag out")
+    if lost := [name for name in kept[0] if name not in kept[1]]:
+        what = f"the quantized network has no layer '{lost[0]}' ({type(teacher.get_submodule(lost[0])).__name__})"
+        raise InputError(f"{what}, whose feature maps --adversarial zaq compares; give a plain BatchNorm2d or leave it out")
+    for maps in kept:
+        maps.clear()
+    return kept
 
 
-def feature_discrepancy(teacher_maps, student_maps):
-    """ZAQ's distance of feature maps: mean over layers of the mean absolute difference of their channel relation maps, the
-    cosines (B, c, c) between a layer's channels. Maps: dicts of (B, c, h, w) by layer."""
-    distances = []
-    for name, theirs in teacher_maps.items():
-        relations = []
-        for maps in (theirs, student_maps[name]):
-            channels = F.normalize(maps.float().flatten(2), dim=2)
-            relations.append(channels @ channels.transpose(1, 2))
-        distances.append(F.l1_loss(*relations))
-    return torch.stack(distances).mean()
+def channel_relations(features):
+    """Cosines (B, c, c) between the channels of feature maps (B, c, h, w)."""
+    channels = F.normalize(features.float().flatten(2), dim=2)
+    return channels @ channels.transpose(1, 2)
 
 
-def zaq_losses(teacher_logits, student_logits, teacher_maps, student_maps, soft, cfg):
-    """L(G) and L(Q) of ZAQ with cross-entropy, Eq. 11 and 12: a generator that parts teacher and student, a student that
-    follows. `teacher_maps`, `student_maps` as for `feature_discrepancy`; the last of them is the activation of L_a."""
-    outputs = F.l1_loss(student_logits, teacher_logits)  # -L_o
-    features = feature_discrepancy(teacher_maps, student_maps)  # -L_f
-    activation = -list(teacher_maps.values())[-1].float().abs().mean()  # L_a: large activations, as real images have
-    game = outputs + cfg.zaq_beta * features
-    loss_g = -game + cfg.zaq_gamma * activation + cfg.zaq_rho * F.cross_entropy(teacher_logits, soft)  # Eq. 11
-    loss_q = game + cfg.zaq_rho * F.cross_entropy(student_logits, soft)  # Eq. 12
-    return loss_g, loss_q
+def zaq_terms(teacher_logits, student_logits, teacher_maps, student_maps):
+    """L_o, L_f, L_a of Eq. 2, scalars that fall as outputs (B, C) and feature maps of P and Q part and P's last map grows."""
+    l_o = -F.l1_loss(student_logits, teacher_logits)
+    relations = [map(channel_relations, (maps, student_maps[name])) for name, maps in teacher_maps.items()]
+    l_f = -torch.stack([F.l1_loss(*pair) for pair in relations]).mean()
+    l_a = -list(teacher_maps.values())[-1].float().abs().mean()
+    return l_o, l_f, l_a
 
 
-def make_generator(teacher, cfg, channels, example=None):
-    """The superposing generator that `cfg` describes, for a teacher; on the CPU."""
-    weight = classifier(teacher, example)[1] if cfg.eei else None  # D is the width of the last linear layer (Sec. 5.1)
-    if cfg.eei and len(weight) != cfg.num_classes:
-        raise InputError(
-            f"the last layer of the model has {len(weight)} rows, expected one for each of the {cfg.num_classes} classes; give "
-            "--no-eei, which starts from random embeddings"
-        )
-    width = weight.shape[1] if cfg.eei else cfg.latent_dim or _width(teacher, example)
-    latent = Latent(cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None, cfg.noise, cfg.normalise)
-    if cfg.eei:
-        latent.embedding.weight.data.copy_(weight)
-    if cfg.generator != "qimera":
-        from autorecon import Generator as Discovered
-
-        body = Discovered(discovered_genotype(cfg), cfg.num_classes, cfg.image_size, channels, latent.out_features)
-    elif cfg.image_size <= SMALL_IMAGE:
-        body = Generator(latent.out_features, cfg.image_size, channels)
-    else:
-        body = ImageNetGenerator(latent.out_features, cfg.image_size, channels, cfg.num_classes)
-    return SuperposingGenerator(latent, body, cfg.cbn)
+def zaq_generator_loss(terms, teacher_logits, soft, cfg):
+    """L(G) = L_o + beta L_f + gamma L_a + rho L_CE of P, Eq. 11: `terms` as from `zaq_terms`, soft labels (B, C)."""
+    l_o, l_f, l_a = terms
+    return l_o + cfg.zaq_beta * l_f + cfg.zaq_gamma * l_a + cfg.zaq_rho * F.cross_entropy(teacher_logits, soft)
 
 
-def discovered_genotype(cfg):
-    """The genotype that --generator names; only this combination needs the other script."""
-    try:
-        from autorecon import read_genotype
-    except ImportError:
-        raise InputError(f"--generator {cfg.generator} needs autorecon.py; copy it beside qimera.py") from None
-    return read_genotype(cfg.generator.removeprefix("autorecon:"), cfg.seed, "--generator autorecon:")
-
-
-def _width(teacher, example):
-    try:
-        return classifier(teacher, example)[1].shape[1]
-    except InputError:
-        return 64
+def zaq_student_loss(terms, student_logits, soft, cfg):
+    """L(Q) = -L_o - beta L_f + rho L_CE of Q, Eq. 12: `terms` as from `zaq_terms`, soft labels (B, C)."""
+    l_o, l_f, _ = terms
+    return -l_o - cfg.zaq_beta * l_f + cfg.zaq_rho * F.cross_entropy(student_logits, soft)
 
 
 def compress(teacher, cfg, run=None):
@@ -383,43 +394,41 @@ def compress(teacher, cfg, run=None):
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     generator = run.place(make_generator(teacher, cfg, channels, example))
     stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
-    maps = (Features(teacher).maps, Features(student).maps) if cfg.adversarial == "zaq" else None
+    maps = keep_feature_maps(teacher, student, example) if cfg.adversarial == "zaq" else ()
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
     def synthesize(y):
-        """Images of single classes, labels (B,)."""
         with run.autocast():
-            classes, shares = y[:, None].expand(-1, cfg.k), single(len(y), cfg.k, device)
-            return generator(classes, shares, torch.tensor(False, device=device)).float()
+            return generator(single_labels(y, cfg.k, cfg.num_classes)).float()
 
     def generator_step():
-        classes, shares, superposed = draw_classes(cfg.batch_size, cfg, device)
-        soft = superposed_labels(classes, shares, cfg.num_classes)  # Eq. 7, 8
+        labels = draw_labels(cfg, device)
         with run.autocast():
-            x = generator(classes, shares, superposed).float()
-            logits = teacher(x).float()
+            x = generator(labels).float()
+            teacher_logits = teacher(x).float()
+            student_logits = student(x).float() if maps else None
         if maps:
-            with run.autocast():
-                student_logits = student(x).float()
-            loss = zaq_losses(logits, student_logits, *maps, soft, cfg)[0]
+            terms = zaq_terms(teacher_logits, student_logits, *maps)
+            loss = zaq_generator_loss(terms, teacher_logits, labels.soft, cfg)
         else:
             bns = stats.loss(cfg.bns_form)
-            loss = generator_loss(logits, soft, bns, cfg.bns_weight)
+            loss = generator_loss(teacher_logits, labels.soft, bns, cfg.bns_weight)
             run.log(bns=bns)
         run.update(optim_g, loss)
         run.log(loss_g=loss)
-        return x.detach(), logits.detach(), soft
+        return x.detach(), teacher_logits.detach(), labels.soft
 
     def student_step(x, teacher_logits, soft):
         with run.autocast():
-            logits = student(x).float()
+            student_logits = student(x).float()
         if maps:
-            theirs = {name: features.detach() for name, features in maps[0].items()}
-            loss = zaq_losses(teacher_logits, logits, theirs, maps[1], soft, cfg)[1]
+            teacher_maps = {name: features.detach() for name, features in maps[0].items()}
+            terms = zaq_terms(teacher_logits, student_logits, teacher_maps, maps[1])
+            loss = zaq_student_loss(terms, student_logits, soft, cfg)
         else:
-            loss = student_loss(logits, teacher_logits, soft, cfg)
+            loss = student_loss(student_logits, teacher_logits, soft, cfg)
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
@@ -430,7 +439,7 @@ def compress(teacher, cfg, run=None):
         elif calibrating and not maps:  # ZAQ's generator has sent its images through the student already
             with torch.no_grad(), run.autocast():
                 student(batch[0])
-        for kept in maps or ():
+        for kept in maps:
             kept.clear()  # they would keep the graph of this iteration alive
 
     run.announce(describe(student))
@@ -438,6 +447,8 @@ def compress(teacher, cfg, run=None):
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
+    # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
@@ -451,27 +462,85 @@ def compress(teacher, cfg, run=None):
     return student
 
 
-@torch.no_grad()
 def path_metrics(features, logits, pair):
-    """Table 5's two figures of a path between two classes.
+    """Table 5's two figures of a path between the classes `pair`: the teacher's features (N, F) and logits (N, C) along it.
 
-    Args:
-        features: (..., N, F), what enters the teacher's last layer at N points from one end to the other.
-        logits: (..., N, C) there.
-        pair: the two classes.
-
-    Returns:
-        Distance ratio (length of the path over the distance of its ends, at least 1) and intrusion score (probability of
-        all other classes, mean over the points), a tensor of shape (...) each.
+    The distance ratio is the path's length over the distance of its ends, at least 1; the intrusion score is the probability
+    of all other classes, mean over the points.
     """
-    steps = (features[..., 1:, :] - features[..., :-1, :]).norm(dim=-1).sum(-1)
-    others = 1 - logits.softmax(-1)[..., list(pair)].sum(-1)
-    return steps / (features[..., -1, :] - features[..., 0, :]).norm(dim=-1), others.mean(-1)
+    length = (features[1:] - features[:-1]).norm(dim=1).sum()
+    others = 1 - logits.softmax(1)[:, list(pair)].sum(1)
+    return length / (features[-1] - features[0]).norm(), others.mean()
+
+
+def measure_paths(generator, look, num_classes, device, points=101, most_pairs=450, shared=4):
+    """Table 5, means over all pairs of classes or `most_pairs` drawn ones.
+
+    The paper leaves open where the noise comes from: the figures are given for z = 0 ("zero") and for one z per path
+    ("shared", mean over `shared` of them). "mixup" mixes the pixels of the path's ends.
+    """
+    pairs = torch.combinations(torch.arange(num_classes))
+    if len(pairs) > most_pairs:
+        pairs = pairs[torch.randperm(len(pairs))[:most_pairs]]
+    share = torch.linspace(1, 0, points, device=device)  # lambda of Eq. 6
+    of_pixels = share.view(-1, 1, 1, 1)
+    found = {"zero": [], "shared": [], "mixup": []}
+    for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
+        classes = torch.tensor(pair, device=device).expand(points, 2)
+        labels = superpose_labels(classes, torch.stack([share, 1 - share], 1), num_classes)
+        images = generator(labels, torch.zeros((), device=device))
+        found["zero"].append(path_metrics(*look(images), pair))
+        found["mixup"].append(path_metrics(*look(of_pixels * images[0] + (1 - of_pixels) * images[-1]), pair))
+        for _ in range(shared):
+            z = generator.latent.draw_noise(1, 2)
+            found["shared"].append(path_metrics(*look(generator(labels, z)), pair))
+    result = {"pairs": len(pairs), "points": points, "shared_noise_vectors": shared}
+    for name, values in found.items():
+        ratio, intrusion = torch.tensor(values).mean(0).tolist()
+        result[name] = {"distance_ratio": round(ratio, 4), "intrusion": round(intrusion, 6)}
+    return result
+
+
+def project_features(generator, look, num_classes, device, test_set, samples=2000):
+    """Figure 3: arrays by name, features (N, 2) on the principal axes of "single", and labels (N,) of "single" and "real"."""
+
+    def features(labels):
+        parts = zip(*(part.to(device).split(250) for part in labels[:3]))
+        return torch.cat([look(generator(Labels(*part, labels.superposed.to(device))))[0] for part in parts]).numpy()
+
+    y = torch.arange(samples) % num_classes
+    clouds = {"single": features(single_labels(y, 2, num_classes)), "labels": y.numpy()}
+    classes = torch.randint(num_classes, (samples // 4, 2))
+    clouds["superposed"] = features(superpose_labels(classes, torch.randn(len(classes), 2).softmax(1), num_classes))
+    if test_set:
+        parts = [(look(images)[0], labels.cpu()) for images, labels in test_set]
+        clouds["real"], clouds["real_labels"] = (torch.cat(part).numpy() for part in zip(*parts))
+    centre = clouds["single"].mean(0)
+    axes = np.linalg.svd(clouds["single"] - centre, full_matrices=False)[2][:2].T
+    return {name: values if "labels" in name else (values - centre) @ axes for name, values in clouds.items()}
+
+
+def draw_clouds(projected, path):
+    """Figure 3 as a picture, if matplotlib is installed; whether it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("  no picture: matplotlib is not installed; pip install matplotlib, then repeat")
+        return False
+    names = [name for name in ("real", "single") if name in projected]
+    figure = Figure((6 * len(names), 5.5), layout="tight")
+    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, names):
+        labels = projected["real_labels" if name == "real" else "labels"]
+        panel.scatter(*projected[name].T, c=labels, cmap="tab10" if labels.max() < 10 else "hsv", s=4)
+        panel.set_title("test images" if name == "real" else "synthetic: single classes, superposed in black")
+    panels[-1].scatter(*projected["superposed"].T, c="black", s=4)
+    figure.savefig(path, dpi=120)
+    return True
 
 
 def load_generator(folder, arch):
-    """The teacher and the trained generator of a run folder, in eval mode, and its arguments."""
-    folder = Path(folder)
+    """The teacher, a batch that it takes, the trained generator of a run folder, in eval mode, and the run's arguments."""
     try:
         arguments = json.loads((folder / "config.json").read_text())["arguments"]
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["stateful"]["generator"]
@@ -484,83 +553,40 @@ def load_generator(folder, arch):
     if own and saved.arch != arch:
         raise InputError(f"--analyze {folder} is of an own architecture; give --arch {saved.arch}, if you trust that code")
     teacher = load_teacher(saved.arch, saved.dataset, saved.num_classes, saved.image_size, saved.weights)[0].eval()
-    channels = input_channels(teacher)
+    example = probe(teacher, saved.num_classes, saved.image_size)
     try:
-        generator = make_generator(teacher, saved, channels, probe(teacher, saved.num_classes, saved.image_size))
+        generator = make_generator(teacher, saved, input_channels(teacher), example)
         generator.load_state_dict(state)
     except (AttributeError, RuntimeError) as error:
         raise InputError(f"--analyze {folder} is a run of another version ({first_line(error)}); make it again") from None
-    return teacher, generator.eval(), saved
+    return teacher, example, generator.eval(), saved
 
 
 @torch.no_grad()
 @full_precision()
-def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
-    """Distance ratio and intrusion score (Table 5), and a PCA of the teacher's features (Figure 3), of a finished run.
-
-    The paper leaves open where the noise comes from: the figures are given for z = 0 and for one z per path (mean over
-    `shared`). The paths join all pairs of classes, or `most_pairs` drawn ones; K is 2. "mixup" mixes the pixels of the
-    path's ends. The axes are those of the single-class images' features, the same for all points.
-
-    Returns:
-        The contents of analysis.json, which goes to the run's folder with projection.npz and, if matplotlib is there,
-        analysis.png.
-    """
-    teacher, generator, saved = load_generator(cfg.analyze, cfg.arch)
-    folder, count, latent, device = Path(cfg.analyze), saved.num_classes, generator.latent, pick_device(cfg.device)
+def analyze(cfg):
+    """Table 5 and Figure 3 of a finished run, with K = 2; writes and returns what analysis.json holds."""
+    folder, device = Path(cfg.analyze), pick_device(cfg.device)
+    teacher, example, generator, saved = load_generator(folder, cfg.arch)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--analyze {folder} cannot be written, and the analysis goes there; give a copy")
-    what = (saved.dataset, cfg.data_dir or saved.data_dir, count, saved.image_size, (saved.mean, saved.std))
+    what = (saved.dataset, cfg.data_dir or saved.data_dir, saved.num_classes, saved.image_size, (saved.mean, saved.std))
     test_set = load_test_set(*what, device, channels=input_channels(teacher))
+    seen, layer = {}, teacher.get_submodule(classifier(teacher, example)[0])
+    layer.register_forward_pre_hook(lambda _, args: seen.update(features=args[0].flatten(1)))
     teacher.to(device)
-    generator.to(device)
-    torch.manual_seed(saved.seed)
-    seen = {}
-    layer = teacher.get_submodule(classifier(teacher, probe(teacher, count, saved.image_size))[0])
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.update(features=args[0].flatten(1)))
 
     def look(images):
+        """What enters the teacher's last layer, (N, F), and its logits (N, C)."""
         logits = teacher(images)
         return seen["features"].cpu(), logits.cpu()
 
-    pairs = torch.combinations(torch.arange(count))
-    if len(pairs) > most_pairs:
-        pairs = pairs[torch.randperm(len(pairs))[:most_pairs]]
-    along = torch.linspace(1, 0, points, device=device)
-    shares = torch.stack([along, 1 - along], 1)
-    yes, no = torch.tensor(True, device=device), torch.tensor(False, device=device)
-    found = {"zero": [], "shared": [], "mixup": []}
-    for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
-        classes = torch.tensor(pair, device=device).expand(points, 2)
-        for z in [torch.zeros((), device=device)] + [latent.draw(1, 2) for _ in range(shared)]:
-            images = generator(classes, shares, yes, z)
-            found["shared" if z.ndim else "zero"].append(path_metrics(*look(images), pair))
-            if not z.ndim:
-                mixed = along.view(-1, 1, 1, 1) * images[0] + (1 - along).view(-1, 1, 1, 1) * images[-1]
-                found["mixup"].append(path_metrics(*look(mixed), pair))
-    result = {"pairs": len(pairs), "points": points, "shared_noise_vectors": shared}
-    for name, values in found.items():
-        ratio, intrusion = torch.tensor(values).mean(0).tolist()
-        result[name] = {"distance_ratio": round(ratio, 4), "intrusion": round(intrusion, 6)}
-
-    def features_of(classes, shares, superposed):
-        parts = [a.to(device).split(250) for a in (classes, shares)]
-        return torch.cat([look(generator(c, s, superposed))[0] for c, s in zip(*parts)]).numpy()
-
-    labels = torch.arange(samples) % count
-    clouds = {"single": features_of(labels[:, None].expand(-1, 2), single(samples, 2, "cpu"), no), "labels": labels.numpy()}
-    drawn = torch.randint(count, (samples // 4, 2))
-    clouds["superposed"] = features_of(drawn, torch.randn(len(drawn), 2).softmax(1), yes)
-    if test_set:
-        parts = [(look(images)[0], labels.cpu()) for images, labels in test_set]
-        clouds["real"], clouds["real_labels"] = (torch.cat(part).numpy() for part in zip(*parts))
-    hook.remove()
-    centre = clouds["single"].mean(0)
-    axes = np.linalg.svd(clouds["single"] - centre, full_matrices=False)[2][:2].T
-    projected = {name: values if "labels" in name else (values - centre) @ axes for name, values in clouds.items()}
+    torch.manual_seed(saved.seed)
+    about = generator.to(device), look, saved.num_classes, device
+    result, projected = measure_paths(*about), project_features(*about, test_set)
     np.savez_compressed(folder / "projection.npz", **projected)
     write_atomically(folder / "analysis.json", json.dumps(result, indent=1))
-    print(f"{len(pairs)} pairs of classes, {points} points each" + f"{'distance ratio':>18}{'intrusion':>12}")
+    print(f"{result['pairs']} pairs of classes, {result['points']} points each{'distance ratio':>18}{'intrusion':>12}")
     for name, text in (("zero", "superposed, z = 0"), ("shared", "superposed, one z a path"), ("mixup", "pixels mixed, z = 0")):
         print(f"  {text:<34}{result[name]['distance_ratio']:>18.2f}{result[name]['intrusion']:>12.5f}")
     drawn = draw_clouds(projected, folder / "analysis.png")
@@ -568,30 +594,7 @@ def analyze(cfg, points=101, most_pairs=450, shared=4, samples=2000):
     return result
 
 
-def draw_clouds(projected, path):
-    """Figure 3 as a picture, if matplotlib is installed; whether it is."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("  no picture: matplotlib is not installed; pip install matplotlib, then repeat")
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = [name for name in ("real", "single") if name in projected]
-    figure, panels = plt.subplots(1, len(names), figsize=(6 * len(names), 5.5), sharex=True, sharey=True, squeeze=False)
-    for panel, name in zip(panels[0], names):
-        labels = projected["real_labels" if name == "real" else "labels"]
-        panel.scatter(*projected[name].T, c=labels, cmap="tab10" if labels.max() < 10 else "hsv", s=4)
-        panel.set_title("test images" if name == "real" else "synthetic: single classes, superposed in black")
-    panels[0][-1].scatter(*projected["superposed"].T, c="black", s=4)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True
-
-
-RUN_TABLE = {  # p and K at four and at five bits, and whether the released script extracts embeddings
+PUBLISHED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
     "cifar10": (0.4, 2, 2, False),
     "cifar100": (0.4, 10, 50, True),
     "resnet18": (0.4, 500, 100, False),
@@ -602,36 +605,36 @@ RUN_TABLE = {  # p and K at four and at five bits, and whether the released scri
 
 def parser():
     p = Parser("qimera", __doc__.split("\n\n")[0])
-    add = p.add_argument_group("Qimera").add_argument
+    group = p.add_argument_group("Qimera")
+    add = group.add_argument
     add("--variant", choices=("paper", "released"), default="paper", help="see the table at the top of qimera.py")
     add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
     add("--iters", type=whole(1), default=200, help="iterations per epoch")
-    add("--k", type=whole(1, 10**6), help="embeddings in a superposition (default: CIFAR-10 2, CIFAR-100 10, ImageNet by network and bits)")
-    add("--p", type=number(0, 1), help="share of superposed batches (default: 0.4, ResNet-50 0.7)")
-    group = p.add_argument_group("Qimera, defaults by data set")
+    add("--k", type=whole(1, 10**6), help="embeddings in a superposition (default: by data set, network and bits)")
+    add("--p", type=number(0, 1), help="share of superposed batches (default: 0.4, ImageNet ResNet-50 0.7)")
     p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
-    p.add_by_size(group, "--mapped-dim", 64, 100, "d of the disentanglement mapping (Sec. 5.1)", type=whole(1, 10**6))
+    add("--mapped-dim", type=whole(1, 10**6), help="d of the disentanglement mapping (default: CIFAR 64, ImageNet 100)")
     add("--batch-size", type=whole(1), help="images per iteration (default: paper CIFAR 64, ImageNet 16; released 200, 16)")
     add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4; released, ImageNet 1e-6)")
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which ranges follow the images")
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=number(0, 0.9999), default=0.5, help="of the generator's Adam")
-    add("--weight-decay", type=number(0), default=1e-4, help="of the student")
+    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
+    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
     decay = "epochs at which both learning rates fall to a tenth"
     add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
-    add("--latent-dim", type=whole(1, 10**6), help="D without extracted embeddings (default: width of the last linear layer)")
+    add("--latent-dim", type=whole(1, 10**6), help="width of random embeddings (default: that of the last linear layer)")
     add("--bns-weight", type=number(0), default=0.1, help="alpha of Eq. 1")
     add("--bns-form", choices=BatchNormStatistics.forms, default="gdfq", help="form of L_BNS")
     add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
     add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    add("--kd-reduction", choices=("mean", "batchmean"), default="mean", help="of L_KD; mean divides by the classes too")
+    add("--kd-reduction", choices=("mean", "batchmean"), default="mean", help="average of L_KD; mean also divides by C")
     add = p.add_argument_group("where paper and released code differ").add_argument
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
     add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
-    add("--noise", choices=("sample", "slot"), help="one noise vector per what (default: paper sample, released slot)")
+    add("--noise", choices=("sample", "slot"), help="noise per sample or embedding (default: paper sample, released slot)")
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
-    add("--cbn", choices=("sum", "mean"), help="of conditional BatchNorm rows (default: paper sum, released mean)")
+    add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
     add = p.add_argument_group("ablations and combinations").add_argument
     add("--no-se", action="store_true", help="no superposed embeddings: every batch of single classes")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
@@ -643,41 +646,39 @@ def parser():
     add("--zaq-rho", type=number(0, 1e6), default=0.1, help="rho of Eq. 11 and 12")
     add("--analyze", metavar="RUN", help="only analyse this run folder's generator: Table 5 and Figure 3")
     p.without_effect("--no-se", "--k", "--p")
-    p.without_effect("--no-dm", "--mapped-dim")
     p.without_effect("--adversarial zaq", "--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
+    of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
+    p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
     p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction")
     return p
 
 
 def _complete(cfg):
     paper, large = cfg.variant == "paper", cfg.image_size > SMALL_IMAGE
-    p, k_four, k_five, released_eei = RUN_TABLE.get(cfg.arch if large else cfg.dataset, (0.4, 2, 2, False))
+    p, k_four, k_five, released_eei = PUBLISHED.get(cfg.arch if large else cfg.dataset, PUBLISHED["cifar10"])
+    fill_in(cfg, {"dm": paper, "eei": paper or released_eei})
+    if cfg.mapped_dim is not None and not cfg.dm:
+        raise InputError(f"--mapped-dim is {cfg.mapped_dim} and there is no disentanglement mapping; give --dm with it")
+    if cfg.latent_dim is not None and cfg.eei:
+        raise InputError(f"--latent-dim is {cfg.latent_dim}, and extracted embeddings have their own; give --no-eei with it")
+    if cfg.cbn is not None and not large and cfg.generator == "qimera":
+        raise InputError(f"--cbn is {cfg.cbn} and the generator of small images has no conditional BatchNorm; leave it out")
     defaults = {
         "batch_size": 16 if large else 64 if paper else 200,
         "lr_q": 1e-4 if paper or not large else 1e-6,
-        "dm": paper,
-        "eei": paper or released_eei,
+        "mapped_dim": 100 if large else 64,
         "noise": "sample" if paper else "slot",
         "normalise": not paper,
         "cbn": "sum" if paper else "mean",
-        "k": min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
-        "p": p,
+        "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
+        "p": 0.0 if cfg.no_se else p,
     }
     fill_in(cfg, defaults)
-    if cfg.eei and cfg.latent_dim is not None:
-        raise InputError(f"--latent-dim is {cfg.latent_dim}, and extracted embeddings have their own; give --no-eei with it")
-    if not 1 <= cfg.k <= cfg.num_classes:
+    if cfg.k > cfg.num_classes:
         raise InputError(f"--k is {cfg.k} and there are {cfg.num_classes} classes; give 1 to {cfg.num_classes}")
-    if not 0 <= cfg.p <= 1:
-        raise InputError(f"--p is {cfg.p}; give a share of the batches, 0 to 1")
-    if cfg.no_se:
-        cfg.k, cfg.p = 1, 0.0
     if cfg.generator != "qimera":
-        source, _, name = cfg.generator.partition(":")
-        if source != "autorecon" or name in ("", "acgan", "gdfq", "search"):
-            raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
-        discovered_genotype(cfg)  # an unusable one is told before anything is loaded
+        discovered(cfg)  # an unusable one is told before anything is loaded
     return checked_schedule(cfg)
 
 

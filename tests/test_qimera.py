@@ -15,7 +15,7 @@ from common.models import build
 from common.ops import superpose, superposed_labels
 from common.quant import quantized_activations
 from common.run import Run
-from qimera import Latent, classifier, compress, config, draw_classes, path_metrics, single, zaq_losses
+from qimera import Latent, ReleasedLatent, classifier, compress, config, path_metrics, single_labels, superpose_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -43,45 +43,70 @@ def test_superposition_equals_a_loop_over_samples_and_classes():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("noise, normalise", [("sample", False), ("slot", False), ("slot", True), ("sample", True)])
-def test_one_embedding_is_the_single_class_generator(noise, normalise):
-    """K = 1, and K = 3 with all of the share on the first."""
-    latent = Latent(7, 6, mapped=4, noise=noise, normalise=normalise).double()
-    y, no = torch.randint(7, (5,)), torch.tensor(False)
-    z = latent.draw(5, 1).double()
-    one = latent(y[:, None], torch.ones(5, 1).double(), no, z)
-    slots = torch.cat([y[:, None], torch.randint(7, (5, 2))], 1)
-    torch.testing.assert_close(one, latent(slots, single(5, 3, "cpu").double(), no, z))
-    if noise == "sample" and not normalise:
-        expected = latent.mapping(latent.embedding.weight[y]) + z  # Eq. 5 with the mapping
-    else:
-        x = latent.embedding.weight[y] + z[:, 0]
-        if normalise:
-            x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-        expected = latent.mapping(x)
-    torch.testing.assert_close(one, expected)
+def in_double(labels):
+    return labels._replace(shares=labels.shares.double(), soft=labels.soft.double())
 
 
-def test_the_released_form_standardises_slot_by_slot():
-    latent = Latent(7, 6, noise="slot", normalise=True).double()
-    classes, shares, _ = make_superposition(4, 3, 7)
-    z = latent.draw(4, 3).double()
-    slots = latent.embedding.weight[classes] + z
-    for k in range(3):
-        slots[:, k] = F.batch_norm(slots[:, k].reshape(1, 1, -1), None, None, training=True).view(4, 6)
-    expected = torch.stack([sum(shares[i, k] * slots[i, k] for k in range(3)) for i in range(4)])
-    torch.testing.assert_close(latent(classes, shares, torch.tensor(True), z), expected)
+def standardised(x):
+    """By the values of all its elements."""
+    return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+
+
+def test_the_latent_of_the_paper():
+    """Eq. 8 with the mapping of Sec. 4.3, sample by sample; Eq. 5 for one class."""
+    latent, (classes, shares, _) = Latent(9, 5, mapped=3).double(), make_superposition()
+    z = latent.draw_noise(6, 4).double()
+    assert z.shape == (6, 3)
+    rows = []
+    for row, weights, noise in zip(classes.tolist(), shares, z):
+        rows.append(noise + sum(weight * latent.mapping(latent.embedding.weight[c]) for c, weight in zip(row, weights)))
+    torch.testing.assert_close(latent(superpose_labels(classes, shares, 9), z), torch.stack(rows))
+    y = torch.randint(9, (6,))
+    torch.testing.assert_close(latent(in_double(single_labels(y, 4, 9)), z), latent.mapping(latent.embedding(y)) + z)
+    plain = Latent(9, 5)
+    assert torch.equal(plain(single_labels(y, 1, 9), torch.zeros(())), plain.embedding(y)) and plain.out_features == 5
+
+
+@pytest.mark.parametrize("noise, normalise", [("slot", False), ("slot", True), ("sample", True)])
+def test_the_released_latent(noise, normalise):
+    """Noise before the mapping; standardised per slot over the batch, but single classes each by itself."""
+    latent, (classes, shares, _) = ReleasedLatent(9, 5, 3, noise, normalise).double(), make_superposition()
+    z = latent.draw_noise(6, 4).double()
+    assert z.shape == (6, 4 if noise == "slot" else 1, 5)
+    slots = [latent.embedding(classes[:, k]) + z[:, min(k, z.shape[1] - 1)] for k in range(4)]
+    of_single = torch.stack([standardised(x) for x in slots[0]]) if normalise else slots[0]
+    if normalise:
+        slots = [standardised(slot) for slot in slots]
+    expected = sum(shares[:, k, None] * latent.mapping(slot) for k, slot in enumerate(slots))
+    torch.testing.assert_close(latent(superpose_labels(classes, shares, 9), z), expected)
+    one = in_double(superpose_labels(classes, torch.eye(1, 4).expand(6, 4), 9, superposed=False))
+    torch.testing.assert_close(latent(one, z), latent.mapping(of_single))
+
+
+def test_flags_choose_the_latent(net):
+    def latent(**flags):
+        made = qimera.make_generator(net, config(**TINY, **flags), 3).latent
+        return type(made), getattr(made, "noise", None), getattr(made, "normalise", None), made.out_features
+
+    assert latent() == (Latent, None, None, 64) and latent(no_dm=True) == (Latent, None, None, 8)
+    assert latent(noise="slot", mapped_dim=3) == (ReleasedLatent, "slot", False, 3)
+    assert latent(normalise=True) == (ReleasedLatent, "sample", True, 64)
+    assert latent(variant="released") == (ReleasedLatent, "slot", True, 8)
+    assert latent(variant="released", noise="sample", normalise=False) == (Latent, None, None, 8)
+    assert latent(no_eei=True, latent_dim=6, no_dm=True) == (Latent, None, None, 6)
 
 
 def test_draws_follow_p_and_equation_9():
-    cfg = config(**TINY, k=3, p=0.3)
+    cfg = config(**TINY | {"batch_size": 4000}, k=3, p=0.3)
     torch.manual_seed(0)
-    draws = [draw_classes(4000, cfg, "cpu") for _ in range(200)]
-    assert 0.2 < sum(bool(superposed) for _, _, superposed in draws) / 200 < 0.4
-    for _, shares, superposed in draws[:20]:
-        torch.testing.assert_close(shares.sum(1), torch.ones(4000))
-        assert (shares[:, 1:] == 0).all() != superposed
-    shares = next(shares for _, shares, superposed in draws if superposed)
+    draws = [qimera.draw_labels(cfg, "cpu") for _ in range(200)]
+    assert 0.2 < sum(bool(labels.superposed) for labels in draws) / 200 < 0.4
+    for labels in draws[:20]:
+        torch.testing.assert_close(labels.shares.sum(1), torch.ones(4000))
+        torch.testing.assert_close(labels.soft.sum(1), torch.ones(4000))
+        assert (labels.shares[:, 1:] == 0).all() != labels.superposed
+        assert labels.superposed or torch.equal(labels.soft, F.one_hot(labels.classes[:, 0], 5).float())
+    shares = next(labels.shares for labels in draws if labels.superposed)
     log_odds = (shares[:, 0] / shares[:, 1]).log()  # a difference of two standard normals
     assert abs(log_odds.mean()) < 0.1 and abs(log_odds.std() - math.sqrt(2)) < 0.1
 
@@ -92,17 +117,16 @@ def test_conditional_batchnorm_sums_or_averages_the_superposed_rows():
     for cbn in ("sum", "mean"):
         torch.manual_seed(1)
         generator = qimera.make_generator(FunctionalNet(), config(**TINY | {"image_size": 68}, k=4, cbn=cbn), 3).eval()
-        images[cbn] = [generator(classes, shares, torch.tensor(flag), z) for flag in (False, True)]
+        images[cbn] = [generator(superpose_labels(classes, shares, 5, flag), z) for flag in (False, True)]
     assert torch.equal(images["sum"][0], images["sum"][1]) and torch.equal(images["sum"][0], images["mean"][0])
-    soft = superposed_labels(classes, shares, 5)
-    latent = generator.latent(classes, shares, torch.tensor(True), z)
-    assert torch.equal(images["mean"][1], generator.body(latent, soft / 4))
+    labels = superpose_labels(classes, shares, 5)
+    assert torch.equal(images["mean"][1], generator.body(generator.latent(labels, z), labels.soft / 4))
     assert not torch.allclose(images["mean"][1], images["sum"][1])
     layer, x = qimera.ConditionalBatchNorm(5, 3), torch.randn(4, 3, 6, 6)
     nn.init.normal_(layer.gamma.weight)
     gamma = torch.stack([sum(s * layer.gamma.weight[c] for c, s in zip(*row)) for row in zip(classes, shares)])
     expected = F.batch_norm(x, None, None, training=True) * gamma[:, :, None, None]
-    torch.testing.assert_close(layer(x, soft), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer(x, labels.soft), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_embeddings_are_extracted_from_the_last_layer_of_the_graph(net):
@@ -129,16 +153,31 @@ def test_zaq_losses_against_double_precision_formulas():
         distance += (cosines[0] - cosines[1]).abs().mean() / 2
     ce = [-(soft.double() * v.double().log_softmax(1)).sum(1).mean() for v in (t, q)]
     game = (t - q).double().abs().mean() + 0.7 * distance
-    loss_g, loss_q = zaq_losses(t, q, *maps, soft, cfg)
+    terms = qimera.zaq_terms(t, q, *maps)
+    assert all(term < 0 for term in terms)  # the generator lowers them
+    loss_g, loss_q = qimera.zaq_generator_loss(terms, t, soft, cfg), qimera.zaq_student_loss(terms, q, soft, cfg)
     torch.testing.assert_close(
         loss_g.double(), -game - 0.3 * maps[0]["b"].double().abs().mean() + 0.1 * ce[0], atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(loss_q.double(), game + 0.1 * ce[1], atol=1e-5, rtol=1e-4)
 
 
-def test_zaq_needs_feature_maps():
+class NormAct(nn.BatchNorm2d):
+    """With an activation in its forward, which is quantized; so the student has no such layer."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def test_zaq_needs_feature_maps(net):
     with pytest.raises(InputError, match="no BatchNorm2d, where --adversarial zaq takes its feature maps"):
         compress(tiny.plain(), config(**TINY, adversarial="zaq"))
+    net.unused = nn.BatchNorm2d(4)
+    compress(net, config(**TINY, adversarial="zaq"))
+    net.bn2 = NormAct(8).eval()
+    compress(net, config(**TINY))
+    with pytest.raises(InputError, match=r"no layer 'bn2' \(NormAct\), whose feature maps --adversarial zaq compares"):
+        compress(net, config(**TINY, adversarial="zaq"))
 
 
 def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):
@@ -191,7 +230,7 @@ def test_path_metrics_of_known_paths():
     assert path_metrics(half_circle, logits, (0, 1))[0].item() == pytest.approx(math.pi / 2, rel=1e-3)
 
 
-def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails):
+def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
     data, run = make_folder(tmp_path / "data", 5, images=4, size=16), tmp_path / "run"
     tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
@@ -201,7 +240,11 @@ def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails):
     assert all(result[name]["distance_ratio"] >= 0.999 for name in ("zero", "shared", "mixup"))
     clouds = qimera.np.load(run / "projection.npz")
     assert clouds["single"].shape == (2000, 2) and clouds["superposed"].shape == (500, 2) and clouds["real"].shape == (20, 2)
+    printed = capsys.readouterr().out
+    assert "10 pairs of classes, 101 points each" in printed and "analysis.json, projection.npz" in printed
     assert "give --arch tiny:net, if you trust that code" in fails(qimera.main, "--analyze", run)
+    assert "--check has no effect with --analyze" in fails(qimera.main, "--analyze", run, "--check")
+    assert "--dm has no effect with --analyze" in fails(qimera.main, "--analyze", run, "--no-dm")
     assert "is not a run folder" in fails(qimera.main, "--analyze", tmp_path)
 
 
@@ -218,14 +261,15 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net
     monkeypatch.chdir(tmp_path)
     for arguments, words in [
         (["--k", 11], "--k is 11 and there are 10 classes; give 1 to 10"),
-        (["--k", 0], "--k is 0"),
-        (["--p", 1.5], "--p is 1.5; give a share of the batches, 0 to 1"),
-        (["--batch-size", 0], "--batch-size is 0"),
-        (["--no-se", "--k", 3], "--no-se superposes nothing"),
+        (["--k", 0], "give a whole number from 1"),
+        (["--p", 1.5], "give a number from 0 to 1"),
+        (["--no-se", "--k", 3], "--k has no effect with --no-se"),
         (["--latent-dim", 7], "--latent-dim is 7, and extracted embeddings have their own; give --no-eei with it"),
-        (["--mapped-dim", 0], "--mapped-dim is 0; give a value from 1"),
-        (["--temperature", "nan"], "--temperature is nan"),
-        (["--lr-q", -1], "--lr-q is -1.0; give a value from 0"),
+        (["--no-dm", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping; give --dm with it"),
+        (["--variant", "released", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping"),
+        (["--cbn", "mean"], "--cbn is mean and the generator of small images has no conditional BatchNorm; leave it out"),
+        (["--zaq-rho", 1], "--zaq-rho has no effect with --adversarial none"),
+        (["--adversarial", "zaq", "--temperature", 4], "--temperature has no effect with --adversarial zaq"),
         (["--analyze", ""], "is not a run folder"),
         (["--epochs", 3], "before any fine-tuning"),
     ]:

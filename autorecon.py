@@ -8,34 +8,48 @@ parameters in turn. Stage 2 compresses the teacher with the discovered generator
 
 Where the equations are:
     EDGES, CANDIDATES            macro-architecture and search space                  Figure 2, Table 1
-    Generator                    edges as sums of their operations; the super net     Eq. 3, 8
+    Operation                    up-sampling, conditional BatchNorm, convolution      Table 1
+    Generator                    nodes as sums of edges, edges as sums of operations  Eq. 3, 8
     Architecture.probabilities   p = softmax(alpha)                                   Eq. 4
     Architecture.sample          m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
     reconstruction_loss          L_r = L_class + L_bns                                Eq. 1
-    search                       weights and architecture by turns                    Eq. 2, 6, Algorithm 1, lines 1-8
+    search                       weights and architecture by turns                    Eq. 2, 6; Algorithm 1, lines 1-8
     derive                       the likeliest operation of every edge                end of stage 1
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
-The search was never released; what the authors of AIT published are architectures found by it (PUBLISHED) and the networks they
-stand for, from which the macro-architecture is known exactly. For what the paper leaves open:
+The search was never released. What the authors of AIT published are architectures found by it (PUBLISHED) and the networks they
+stand for, from which the macro-architecture is known exactly. The paper leaves most settings open:
 
-    what                  here                                                                   after
-    L1, T1, V1            25 epochs of 200 batches for the weights, 200 for the architecture     AdversarialNAS, GDFQ's epoch
-    tau                   falls exponentially from 5 to 0.1                                      AdversarialNAS
-    alpha                 starts as 1e-3 N(0, 1); Adam, rate 3e-4, beta1 0.5, weight decay 1e-4  AdversarialNAS
-    super net's weights   Adam, rate 1e-3, beta1 0.5, as the generator of stage 2                GDFQ
-    L_r                   cross-entropy + 0.1 BNS                                                GDFQ
-    discovered generator  argmax of p; a node that gets nothing takes its likeliest operation    AdversarialNAS
-    its weights           start anew in stage 2                                                  stages share nothing else
-    scale s (Table 3)     64 s channels                                                          the published networks
+    what                  paper                 here                                                 after
+    L1, T1, V1            not said              25 epochs: 200 batches for weights, 200 for alpha    AdversarialNAS, GDFQ
+    tau                   not said              falls exponentially from 5 to 0.1                    AdversarialNAS
+    alpha                 not said              starts as 1e-3 N(0, 1); Adam, rate 3e-4, beta1 0.5,  AdversarialNAS
+                                                weight decay 1e-4
+    super net's weights   not said              Adam, rate 1e-3, beta1 0.5, as the generator's       GDFQ
+    L_r                   left open             cross-entropy + 0.1 BNS                              GDFQ
+    discovered generator  not said              argmax of p; a node that would get nothing takes     AdversarialNAS
+                                                its likeliest operation
+    its weights           not said              start anew in stage 2, and train on through it       GDFQ
+    scale s (Table 3)     factor of "base"      64 s channels                                        published networks
+    inner BatchNorms      not said              eps 0.8                                              published networks
+    L_KD                  as in GDFQ            temperature 20                                       GDFQ
+    activation ranges     not said              plain moving average over the first four epochs      GDFQ, without feedback
+    precision             fp32                  --precision; auto: bf16 where the hardware has it    speed
+    teacher, top-1 %      R18 71.47, R50 77.72  --weights; torchvision's: R18 69.76, R50 76.13,      what is at hand
+                          MobileNetV2 73.03     MobileNetV2 71.88
+                          ResNet-20 (AIT):      bundled: C10 92.41; pytorchcv's, AIT's own: C100     what is at hand
+                          C10 93.89, C100 70.33
+    reported accuracy     not said              last epoch (best beside it)
 
 AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are. Table 3 scales a found
 architecture: `--genotype RUN --scale 2`; with a search, the super net has that scale, too. The published generators need about
 four times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), where the paper speaks of fewer.
-Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that even an edge with p = 1 for one of seven operations
-samples it in 31 % of the cases. `--gumbel logits` adds the noise to log p, which samples an operation with probability p.
-`--search-mode hard` evaluates the sampled operation only (its weight m_j / m_j.detach(), so that only it has a gradient).
 Published accuracies of stage 2 were made with GDFQ's released losses (`--variant released`, the default).
+
+Two extensions are not in the paper. Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that even an edge with
+p = 1 for one of seven operations samples it in 31 % of the cases. `--gumbel logits` adds the noise to log p, which samples an
+operation with probability p. `--search-mode hard` evaluates the sampled operation only (its weight m_j / m_j.detach(), so that
+only it has a gradient).
 """
 
 import argparse
@@ -43,6 +57,7 @@ import copy
 import json
 import math
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,14 +69,17 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, resumable, whole
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import plain_forms, superpose, upsample, upsample_conv, upsample_pointwise
+from common.ops import plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
 from common.report import execute, prepare, show_finished
 from common.run import Run, write_atomically
 
 FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
 BN_EPS = 0.8  # of the inner BatchNorms, in all published generators
-CONTROLS = ("acgan", "gdfq")  # human-designed: with the label in conditional BatchNorms, and as GDFQ has it
+
+
+# ---------------------------------------------------------------------------------------------- search space, Figure 2
+
 Edge = namedtuple("Edge", "source target kind")
 CANDIDATES = {  # Table 1
     "up": ("nearest", "bilinear"),
@@ -83,52 +101,48 @@ def _macro_architecture():
 
 
 EDGES = _macro_architecture()  # 6 up, 15 normal, 12 cross
-NODES = tuple(f"B{block}-N{node}" for block in (1, 2, 3) for node in (1, 2, 3, 4, 5))
-INTO = {node: [name for name, edge in EDGES.items() if edge.target == node] for node in NODES}
+INTO = {edge.target: [name for name in EDGES if name.endswith(edge.target)] for edge in EDGES.values()}
 
 
-# ------------------------------------------------------------------------------------------------------- generators
+# ------------------------------------------------------------------------------------------------------------ generator
 
 
-class Condition(nn.Module):
-    """Scale and shift of a normalised feature map, looked up by label: the conditional half of a BatchNorm."""
+class ConditionalBatchNorm(nn.Module):
+    """BatchNorm whose scale and shift are looked up by label."""
 
-    def __init__(self, num_classes, channels):
+    def __init__(self, num_classes, channels, eps=BN_EPS):
         super().__init__()
+        self.bn = nn.BatchNorm2d(channels, eps=eps, affine=False)
         self.gamma = nn.Embedding(num_classes, channels)
         self.beta = nn.Embedding(num_classes, channels)
         nn.init.ones_(self.gamma.weight)
         nn.init.zeros_(self.beta.weight)
 
-    def forward(self, x, y):
-        """x (B, channels, H, W) for labels y, (B,) int64 or soft (B, C)."""
+    def affine(self, x, y):
         gamma, beta = (superpose(y, t.weight) if y.is_floating_point() else t(y) for t in (self.gamma, self.beta))
         return torch.addcmul(beta.to(x.dtype)[:, :, None, None], x, gamma.to(x.dtype)[:, :, None, None])
 
+    def forward(self, x, y):
+        """x (B, channels, H, W) for labels y, (B,) int64 or soft (B, C)."""
+        return self.affine(self.bn(x), y)
+
 
 class Operation(nn.Module):
-    """Conditional BatchNorm, LeakyReLU, convolution; up and cross operations have a 1x1 convolution and interpolate before.
-
-    Two rearrangements change nothing but the time. The BatchNorm's first half, the normalisation, is the generator's: all
-    operations on a node's value share it. Nearest interpolation comes last, for it commutes with all else.
-    """
+    """A candidate operation of Table 1 that has parameters; `weighted_operation` computes the same in a faster order."""
 
     def __init__(self, name, num_classes, width):
         super().__init__()
         size = int(name[-1]) if name[-1].isdigit() else 1
         dilation = 2 if name.startswith("dilated") else 1
-        self.nearest = name == "nearest"
-        self.condition = Condition(num_classes, width)
+        self.upsampling = name if name in ("nearest", "bilinear") else None
+        self.norm = ConditionalBatchNorm(num_classes, width)
         self.conv = nn.Conv2d(width, width, size, padding=dilation * (size // 2), dilation=dilation)
 
-    def forward(self, normalised, y, weight=None):
-        """Output for a normalised node (B, width, H, W), times the scalar `weight`, which goes into the kernel."""
-        x, kernel, bias = F.leaky_relu(self.condition(normalised, y), 0.2), self.conv.weight, self.conv.bias
-        if weight is not None:
-            kernel, bias = weight * kernel, weight * bias
-        if self.nearest:
-            return upsample_pointwise(x, kernel, bias)
-        return F.conv2d(x, kernel, bias, padding=self.conv.padding, dilation=self.conv.dilation)
+    def forward(self, x, y):
+        """x (B, width, H, W), or twice as high and wide, for labels y as `Generator.forward` has them."""
+        if self.upsampling:
+            x = F.interpolate(x, scale_factor=2, mode=self.upsampling)
+        return self.conv(F.leaky_relu(self.norm(x, y), 0.2))
 
 
 class Generator(nn.Module):
@@ -147,19 +161,14 @@ class Generator(nn.Module):
         super().__init__()
         self.genotype, self.width, self.side = genotype, width, image_size // 8
         self.slices = (latent_dim // 3, latent_dim // 3, latent_dim - 2 * (latent_dim // 3))
-        self.linears = nn.ModuleList(
-            nn.Linear(length, width * (self.side * 2**block) ** 2) for block, length in enumerate(self.slices)
-        )
-        self.operations, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        areas = ((self.side * 2**block) ** 2 for block in range(3))
+        self.linears = nn.ModuleList(nn.Linear(length, width * area) for length, area in zip(self.slices, areas))
+        self.operations = nn.ModuleDict()
         for name, edge in EDGES.items():
             present = CANDIDATES[edge.kind] if genotype is None else (genotype[name],)
-            made = {op: Operation(op, num_classes, width) for op in present if op not in ("none", "identity")}
-            self.operations[name] = nn.ModuleDict(made)
-            for op in made:
-                form = f"{edge.source} bilinear" if op == "bilinear" else edge.source
-                if form not in self.norms:
-                    self.norms[form] = nn.BatchNorm2d(width, eps=BN_EPS, affine=False)
-        self.norm, self.condition = nn.BatchNorm2d(width, eps=BN_EPS, affine=False), Condition(num_classes, width)
+            with_parameters = [op for op in present if op not in ("none", "identity")]
+            self.operations[name] = nn.ModuleDict({op: Operation(op, num_classes, width) for op in with_parameters})
+        self.norm = ConditionalBatchNorm(num_classes, width)
         self.conv = nn.Conv2d(width, channels, 3, padding=1)
         self.standardise = nn.BatchNorm2d(channels, affine=False)
 
@@ -172,221 +181,84 @@ class Generator(nn.Module):
             mixture: for the super net, dict of edge -> {operation: weight, a scalar tensor}; operations that are not in
                 it are not evaluated.
         """
-        values, forms, above = {}, {}, 0
-        starts = [linear(part) for linear, part in zip(self.linears, z.split(self.slices, 1))]
-
-        def normalised(source, bilinear):
-            form = f"{source} bilinear" if bilinear else source
-            if form not in forms:
-                x = values[source]
-                if bilinear:
-                    x = upsample(x, "bilinear")
-                forms[form] = self.norms[form](x)
-            return forms[form]
+        mixture = mixture or {name: {op: None} for name, op in self.genotype.items()}
+        values, normalised, above = {}, {edge.source: {} for edge in EDGES.values()}, 0
 
         def outputs(name):
             """What an edge sends: m_j O_j(x) of each of its operations, Eq. 8."""
-            source, operations = EDGES[name].source, self.operations[name]
-            for op, weight in ({self.genotype[name]: None} if mixture is None else mixture[name]).items():
+            source = EDGES[name].source
+            for op, m in mixture[name].items():
                 if op == "identity":
-                    yield values[source] if weight is None else weight * values[source]
+                    yield values[source] if m is None else m * values[source]
                 elif op != "none":
-                    yield operations[op](normalised(source, op == "bilinear"), y, weight)
+                    yield weighted_operation(self.operations[name][op], values[source], y, m, normalised[source])
 
-        for node in NODES:
-            side = self.side * 2 ** (int(node[1]) - (node[-1] == "1"))
-            if node[-1] == "1":
-                start = starts[int(node[1]) - 1].view(-1, self.width, side, side)
-                values[node] = start.contiguous(memory_format=torch.channels_last) + above
-            else:
-                sent = [output for name in INTO[node] for output in outputs(name)]
-                values[node] = sum(sent) if sent else z.new_zeros(len(z), self.width, side, side)
+        for block, linear, part in zip((1, 2, 3), self.linears, z.split(self.slices, 1)):
+            side = self.side * 2 ** (block - 1)
+            start = linear(part).view(-1, self.width, side, side)
+            values[f"B{block}-N1"] = start.contiguous(memory_format=torch.channels_last) + above
+            for node in (f"B{block}-N{i}" for i in (2, 3, 4, 5)):
+                received = [output for name in INTO[node] for output in outputs(name)]
+                values[node] = sum(received) if received else z.new_zeros(len(z), self.width, 2 * side, 2 * side)
             above = values[node]  # N5 of a block is N1 of the next
-        x = F.leaky_relu(self.condition(self.norm(above), y), 0.2)
-        return self.standardise(torch.tanh(self.conv(x)))
+        return self.standardise(torch.tanh(self.conv(F.leaky_relu(self.norm(above, y), 0.2))))
 
 
 class HumanDesigned(nn.Module):
-    """GDFQ's generator after ACGAN, as a control for the discovered ones.
+    """GDFQ's generator after ACGAN, as a control for the discovered ones; arguments as for `Generator`, but image_size is a
+    multiple of 4 and the last stage has half of the width.
 
     Args:
-        conditional: the label enters through conditional BatchNorm, as in the discovered generators; else as an embedding
-            that multiplies the noise.
-        num_classes, channels, latent_dim: as for `Generator`; image_size a multiple of 4.
-        width: channels of the first two stages; the last has half of them.
+        conditional: the label enters through conditional BatchNorm, else as an embedding that multiplies the noise.
     """
 
     def __init__(self, conditional, num_classes, image_size=32, channels=3, latent_dim=100, width=128):
         super().__init__()
         self.side, half = image_size // 4, width // 2
+        norm = partial(ConditionalBatchNorm, num_classes) if conditional else nn.BatchNorm2d
         self.embedding = None if conditional else nn.Embedding(num_classes, latent_dim)
         self.linear = nn.Linear(latent_dim, width * self.side**2)
-        self.bn0 = nn.BatchNorm2d(width, affine=not conditional)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(width, eps=BN_EPS, affine=not conditional)
         self.conv2 = nn.Conv2d(width, half, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(half, eps=BN_EPS, affine=not conditional)
         self.conv3 = nn.Conv2d(half, channels, 3, padding=1)
+        self.bn0, self.bn1, self.bn2 = norm(width, eps=1e-5), norm(width, eps=BN_EPS), norm(half, eps=BN_EPS)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
-        self.conditions = nn.ModuleList(Condition(num_classes, n) for n in (width, width, half) if conditional)
 
     def forward(self, z, y):
-        """As `Generator.forward`."""
-
-        def norm(index, bn, x):
-            return self.conditions[index](bn(x), y) if self.conditions else bn(x)
-
-        z = z if self.embedding is None else self.embedding(y) * z
-        x = norm(0, self.bn0, self.linear(z).view(len(z), -1, self.side, self.side))
-        x = F.leaky_relu(norm(1, self.bn1, upsample_conv(x, self.conv1)), 0.2)
-        x = F.leaky_relu(norm(2, self.bn2, upsample_conv(x, self.conv2)), 0.2)
+        """As `Generator.forward`, for labels (B,)."""
+        z, label = (z, (y,)) if self.embedding is None else (self.embedding(y) * z, ())
+        x = self.bn0(self.linear(z).view(len(z), -1, self.side, self.side), *label)
+        x = F.leaky_relu(self.bn1(upsample_conv(x, self.conv1), *label), 0.2)
+        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), *label), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
+CONTROLS = ("acgan", "gdfq")  # human-designed: with the label in conditional BatchNorms, and as GDFQ has it
+
+
 def make_generator(genotype, cfg, channels):
-    """The generator of a genotype, or the control of that name ("acgan" or "gdfq"), as `cfg` describes it."""
+    """The generator of a genotype (None for the super net) or of a control, of the sizes that `cfg` says."""
     sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
-    if isinstance(genotype, str):
+    if genotype in CONTROLS:
         return HumanDesigned(genotype == "acgan" or cfg.image_size > SMALL_IMAGE, *sizes, 2 * round(64 * cfg.scale))
     return Generator(genotype, *sizes, round(64 * cfg.scale))
 
 
-def generator_cost(genotype, cfg, channels):
-    """Parameters, and FLOPs per image of the convolutions and matrix products as the architecture states them."""
-    with torch.device("meta"), torch.no_grad(), plain_forms(), FlopCounterMode(display=False) as counter:
-        generator = make_generator(genotype, cfg, channels)
-        generator(torch.zeros(2, cfg.latent_dim), torch.zeros(2, dtype=torch.int64))
-    return sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2
+# ------------------------------------------------------------------------------------------------- stage 1: the search
 
 
-# -------------------------------------------------------------------------------------------------------- genotypes
-
-LETTERS = {"n": "nearest", "b": "bilinear", "-": "none", "i": "identity"}
-LETTERS |= {"k1": "conv1x1", "k3": "conv3x3", "k5": "conv5x5", "d3": "dilated3x3", "d5": "dilated5x5"}
-PUBLISHED = {  # up edges; normal edges of each block, N2 N3 into N4, N2 N3 N4 into N5; cross edges into each block, likewise
-    "resnet20-cifar10": "n n n n b n | d5 - d5 d3 k5 | d5 d5 k3 d3 d5 | d5 d5 k1 k5 d3 | - - b - - n | n n n b b b",
-    "resnet20-cifar100": "b n n n n n | d5 d5 d5 - k5 | d5 k5 k1 d3 d5 | d5 d3 k5 k5 d5 | - b n - - n | - b n n b b",
-    "resnet18-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 d5 d5 d3 | d5 d5 k5 d3 d3 | n b n b b n | b b n n b n",
-    "resnet50-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 k3 k1 k1 | d3 d5 d5 k5 d3 | b b b n n b | n n n n b b",
-    "mobilenet_v2-imagenet": "b b b b n b | d5 d5 k5 d5 d5 | k5 d5 k1 k1 k1 | k3 d5 k5 d5 d3 | b b n b b b | b n b b b n",
-}
-
-
-def short_order():
-    """Names of the edges in the order of the short notation."""
-    groups = [[name for name, edge in EDGES.items() if edge.kind == "up"]]
-    for kind, blocks in (("normal", "123"), ("cross", "23")):
-        groups += [[n for n, edge in EDGES.items() if edge.kind == kind and edge.target[1] == b] for b in blocks]
-    return groups
-
-
-def from_short(text):
-    """A genotype from the notation of PUBLISHED."""
-    parts = [part.split() for part in text.split("|")]
-    return {name: LETTERS[op] for names, part in zip(short_order(), parts) for name, op in zip(names, part)}
-
-
-def to_short(genotype):
-    """A genotype in the notation of PUBLISHED."""
-    letters = {op: letter for letter, op in LETTERS.items()}
-    return " | ".join(" ".join(letters[genotype[name]] for name in names) for names in short_order())
-
-
-def derive(probabilities):
-    """The discrete architecture: every edge's likeliest operation; a node that would get nothing is fed by the operation,
-    other than none, that is likeliest among all of its edges.
-
-    Args:
-        probabilities: dict of edge -> (F,) in the order of CANDIDATES.
-    """
-    genotype = {name: CANDIDATES[EDGES[name].kind][p.argmax()] for name, p in probabilities.items()}
-    for names in INTO.values():
-        if names and all(genotype[name] == "none" for name in names):
-            best = max(names, key=lambda name: probabilities[name][1:].max())
-            genotype[best] = CANDIDATES[EDGES[best].kind][1 + probabilities[best][1:].argmax()]
-    return genotype
-
-
-def read_genotype(name, seed=0, flag="--genotype"):
-    """The genotype that a flag stands for.
-
-    Args:
-        name: a genotype.json or a folder with one, "published:..." (PUBLISHED), or "random"; "acgan" and "gdfq" name no
-            genotype and are returned as they are.
-        seed: of "random".
-        flag: what error messages call it.
-
-    Raises:
-        InputError: no such genotype, or an unusable one; the edge is named.
-    """
-    if name in CONTROLS:
-        return name
-    if name == "random":
-        source = torch.Generator().manual_seed(seed)
-        return derive({n: torch.rand(len(CANDIDATES[edge.kind]), generator=source) for n, edge in EDGES.items()})
-    if name.startswith("published:"):
-        if (short := PUBLISHED.get(name.removeprefix("published:"))) is None:
-            raise InputError(f"{flag} {name} is not known; published are {', '.join(PUBLISHED)}")
-        return from_short(short)
-    path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
-    if not path.is_file():
-        raise InputError(
-            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
-        )
-    try:
-        genotype = dict(json.loads(path.read_text())["edges"])
-        unknown = [edge for edge in genotype if edge not in EDGES]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{flag} {path} holds no genotype; give a genotype.json that a search wrote") from None
-    if unknown:
-        raise InputError(f"{flag} {path} has the edge '{unknown[0]}', which is not in the search space; remove it")
-    for edge, (*_, kind) in EDGES.items():
-        if edge not in genotype:
-            raise InputError(f"{flag} {path} lacks the edge '{edge}'; give it one of {', '.join(CANDIDATES[kind])}")
-        if genotype[edge] not in CANDIDATES[kind]:
-            raise InputError(
-                f"{flag} {path} has '{genotype[edge]}' for the edge '{edge}'; give one of {', '.join(CANDIDATES[kind])}"
-            )
-    for node, names in INTO.items():
-        if names and all(genotype[edge] == "none" for edge in names):
-            raise InputError(f"{flag} {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
-    return genotype
-
-
-def draw_genotype(genotype):
-    """A picture of the architecture, SVG text: blocks from left to right, edges coloured by their operation."""
-    colours = {"nearest": "#1f77b4", "bilinear": "#17becf", "identity": "#7f7f7f", "conv1x1": "#ff9896", "conv3x3": "#ff7f0e"}
-    colours |= {"conv5x5": "#d62728", "dilated3x3": "#98df8a", "dilated5x5": "#2ca02c"}
-    spots = {"1": (0, 150), "2": (150, 60), "3": (150, 240), "4": (230, 150), "5": (310, 150)}
-    place = {node: (40 + 310 * (int(node[1]) - 1) + spots[node[-1]][0], spots[node[-1]][1]) for node in NODES}
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1060 400" font-family="sans-serif" font-size="12">']
-    parts.append('<rect width="1060" height="400" fill="white"/>')
-    for name, (source, target, kind) in EDGES.items():
-        if (colour := colours.get(genotype[name])) is not None:
-            (x0, y0), (x1, y1) = place[source], place[target]
-            bend = (y0 + y1) / 2 + {"cross": 130 if y0 > 100 else -110}.get(kind, -40 if y0 == y1 else 0)
-            curve = f"M{x0},{y0} Q{(x0 + x1) / 2},{bend} {x1},{y1}"
-            dashes = ' stroke-dasharray="6 4"' if kind == "cross" else ""
-            parts.append(f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}>')
-            parts.append(f"<title>{name.replace('>', '&gt;')}: {genotype[name]}</title></path>")
-    for node, (x, y) in place.items():
-        if node[-1] != "1" or node[1] == "1":  # N1 of a later block is N5 of the one before
-            parts.append(f'<circle cx="{x}" cy="{y}" r="19" fill="white" stroke="black"/>')
-            parts.append(f'<text x="{x}" y="{y + 4}" text-anchor="middle">{node}</text>')
-    for index, (op, colour) in enumerate(colours.items()):
-        parts.append(f'<text x="{40 + 125 * index}" y="385" fill="{colour}">&#9644; {op}</text>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-# ----------------------------------------------------------------------------------------------------------- stage 1
+def by_edge(tables):
+    """Rows of a table (edges of a kind, ...) for each kind, as a dict of edge -> row."""
+    rows = {kind: iter(table) for kind, table in tables.items()}
+    return {name: next(rows[edge.kind]) for name, edge in EDGES.items()}
 
 
 class Architecture(nn.Module):
     """The architecture parameters alpha of every edge, and the mixtures drawn by them.
 
     Args:
-        gumbel: "p" adds the noise to the probabilities (Eq. 7), "logits" to their logarithms.
-        hard: mixtures hold the sampled operation of each edge only.
+        gumbel: "p" adds the noise to the probabilities (Eq. 7), "logits", an extension, to their logarithms.
+        hard: an extension: mixtures hold the sampled operation of each edge only.
     """
 
     def __init__(self, gumbel="p", hard=False):
@@ -396,53 +268,36 @@ class Architecture(nn.Module):
         self.alpha = nn.ParameterDict({k: 1e-3 * torch.randn(counts[k], len(ops)) for k, ops in CANDIDATES.items()})
         self.register_buffer("temperature", torch.tensor(1.0))  # a tensor, so that a captured step follows it
 
-    @staticmethod
-    def by_edge(tables):
-        """Rows of a table (edges of a kind, F) for each kind, as a dict of edge -> (F,)."""
-        rows = {kind: iter(table.unbind()) for kind, table in tables.items()}
-        return {name: next(rows[edge.kind]) for name, edge in EDGES.items()}
-
     @torch.no_grad()
     def probabilities(self):
-        """p of every edge, Eq. 4: dict of edge -> (F,), on the CPU."""
-        return self.by_edge({kind: self.alpha[kind].softmax(1).cpu() for kind in CANDIDATES})
+        """p of every edge: dict of edge -> (F,), on the CPU."""
+        return by_edge({kind: self.alpha[kind].softmax(1).cpu() for kind in CANDIDATES})  # Eq. 4
+
+    def gumbel_softmax(self, alpha):
+        """m (edges, F) from alpha (edges, F), with fresh noise."""
+        scores = alpha.softmax(1) if self.gumbel == "p" else alpha.log_softmax(1)
+        g = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
+        return ((scores + g) / self.temperature).softmax(1)  # Eq. 7
 
     def sample(self):
-        """A mixture m for `Generator.forward`, Eq. 7: dict of edge -> {operation: scalar tensor}."""
-        tables = {}
-        for kind in CANDIDATES:
-            alpha = self.alpha[kind]
-            scores = alpha.softmax(1) if self.gumbel == "p" else alpha.log_softmax(1)
-            g = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
-            tables[kind] = ((scores + g) / self.temperature).softmax(1)
-        if not self.hard:
-            return {n: dict(zip(CANDIDATES[EDGES[n].kind], m.unbind())) for n, m in self.by_edge(tables).items()}
-        chosen = self.by_edge({kind: table.argmax(1).cpu() for kind, table in tables.items()})  # waits for the device
-        mixture = {}
-        for name, m in self.by_edge(tables).items():
-            index = chosen[name].item()
-            mixture[name] = {CANDIDATES[EDGES[name].kind][index]: m[index] / m[index].detach()}
+        """A mixture for `Generator.forward`: dict of edge -> {operation: m_j, a scalar tensor}."""
+        tables = {kind: self.gumbel_softmax(self.alpha[kind]) for kind in CANDIDATES}
+        mixture = {name: dict(zip(CANDIDATES[EDGES[name].kind], m)) for name, m in by_edge(tables).items()}
+        if self.hard:
+            largest = by_edge({kind: m.argmax(1).tolist() for kind, m in tables.items()})  # waits for the device
+            for name, index in largest.items():
+                op = CANDIDATES[EDGES[name].kind][index]
+                mixture[name] = {op: mixture[name][op] / mixture[name][op].detach()}
         return mixture
 
 
 def reconstruction_loss(teacher_logits, y, bns, bns_weight):
-    """L_r = L_class + L_bns, Eq. 1: images of class y with the statistics the teacher knows.
-
-    Args:
-        teacher_logits: (B, C).
-        y: labels (B,).
-        bns: L_bns of the same batch, a scalar.
-        bns_weight: its weight.
-    """
+    """L_r = L_class + L_bns, Eq. 1: images of class y with the statistics the teacher knows. Logits (B, C), labels (B,)."""
     return F.cross_entropy(teacher_logits, y) + bns_weight * bns
 
 
 def reconstruct(synthesize, teacher, stats, cfg, run):
-    """One batch of either stage: images x of random labels y, and what the teacher makes of them.
-
-    Returns:
-        x, the teacher's logits, y, L_bns and L_r, all with their graph.
-    """
+    """One batch of either stage: images x, the teacher's logits, labels y, L_bns and L_r, all with their graph."""
     y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=run.device)
     x = synthesize(y)
     with run.autocast():
@@ -489,8 +344,8 @@ def search(teacher, cfg, folder=None):
     run.rates = "--lr-g or --lr-alpha"
     how = "as CUDA graphs" if capture == "cudagraph" else "step by step"
     run.announce(f"searching a generator: {cfg.search_mode} mixtures of {len(EDGES)} edges, {how}")
-    weight_step = run.capture(lambda: turn(optim_w, "weights"), optim_w)
-    architecture_step = run.capture(lambda: turn(optim_a, "architecture"), optim_a)
+    weight_step = run.capture(lambda: turn(optim_w, "weights"), optim_w)  # the inner problem of Eq. 2 and 6
+    architecture_step = run.capture(lambda: turn(optim_a, "architecture"), optim_a)  # the outer one
     parts = {"architecture": architecture, "optim_w": optim_w, "optim_a": optim_a}
     for epoch in run.epochs(cfg.search_epochs, supernet, synthesize, **parts):
         architecture.temperature.fill_(cfg.tau_start * (cfg.tau_end / cfg.tau_start) ** (epoch / cfg.search_epochs))
@@ -502,34 +357,22 @@ def search(teacher, cfg, folder=None):
     return derive(architecture.probabilities()), run.seconds
 
 
-def find_genotype(teacher, cfg, run):
-    """The genotype to compress with, searched for or read, printed, drawn and noted in the run's folder."""
-    channels, multiple = input_channels(teacher), 4 if cfg.genotype in CONTROLS else 8
-    if cfg.image_size % multiple:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
-    run.start()
-    if cfg.genotype == "search":
-        genotype, seconds = search(teacher, cfg, run.folder and run.folder / "search")
-        run.record(search_seconds=round(seconds, 1))
-    else:
-        genotype = read_genotype(cfg.genotype, cfg.seed)
-    costs = [generator_cost(which, cfg, channels) for which in (genotype, "gdfq")]
-    run.record(generator_parameters=costs[0][0], generator_flops=costs[0][1])
-    run.record(gdfq_parameters=costs[1][0], gdfq_flops=costs[1][1])
-    run.announce(
-        f"generator: {costs[0][0]:,} parameters, {costs[0][1] / 1e6:,.0f} MFLOPs an image "
-        f"(GDFQ's at this scale: {costs[1][0]:,} and {costs[1][1] / 1e6:,.0f})"
-    )
-    if isinstance(genotype, dict):
-        run.record(genotype=to_short(genotype))
-        run.announce(f"genotype: {to_short(genotype)}")
-        if run.folder:
-            write_atomically(run.folder / "genotype.json", json.dumps({"edges": genotype}, indent=1) + "\n")
-            write_atomically(run.folder / "genotype.svg", draw_genotype(genotype))
+def derive(probabilities):
+    """The discrete architecture: every edge's likeliest operation; a node that would get nothing is fed by the operation,
+    other than none, that is likeliest among all of its edges.
+
+    Args:
+        probabilities: dict of edge -> (F,) in the order of CANDIDATES.
+    """
+    genotype = {name: CANDIDATES[EDGES[name].kind][p.argmax()] for name, p in probabilities.items()}
+    for names in INTO.values():
+        if all(genotype[name] == "none" for name in names):
+            best = max(names, key=lambda name: probabilities[name][1:].max())
+            genotype[best] = CANDIDATES[EDGES[best].kind][1 + probabilities[best][1:].argmax()]
     return genotype
 
 
-# ----------------------------------------------------------------------------------------------------------- stage 2
+# ----------------------------------------------------------------------------------------------- stage 2: compression
 
 
 def kd_loss(student_logits, teacher_logits, temperature, reduction):
@@ -556,11 +399,13 @@ def compression_loss(student_logits, teacher_logits, y, cfg):
     return F.cross_entropy(student_logits, y) + cfg.kd_weight * kd
 
 
-def make_student(teacher, cfg, example):
+def make_student(teacher, cfg, example, run):
     """The network that stage 2 trains: the quantized teacher, or one of --student-arch with random weights."""
     if cfg.task == "quantize":
         return quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    return build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size)
+    student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
+    run.settle_layout(student, example, retrace=False)
+    return run.place(student)
 
 
 def compress(teacher, cfg, run=None):
@@ -580,14 +425,14 @@ def compress(teacher, cfg, run=None):
             an image size that does not fit.
     """
     run = run or Run(cfg)
-    device, channels = run.device, input_channels(teacher)
+    device, distilling = run.device, cfg.task == "kd"
     teacher, example = run.adopt(teacher)
-    distilling, student = cfg.task == "kd", run.place(make_student(teacher, cfg, example))
+    student = make_student(teacher, cfg, example, run)
     genotype = find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
     without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
     stats = BatchNormStatistics(teacher)
-    generator = run.place(make_generator(genotype, cfg, channels))
+    generator = run.place(make_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": not distilling, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
@@ -630,6 +475,8 @@ def compress(teacher, cfg, run=None):
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     calibrated_at = None if distilling else min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
+    # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
@@ -645,73 +492,208 @@ def compress(teacher, cfg, run=None):
     return student
 
 
+# ---------------------------------------------------------------------------------------------------------- genotypes
+
+LETTERS = {"n": "nearest", "b": "bilinear", "-": "none", "i": "identity"}
+LETTERS |= {"k1": "conv1x1", "k3": "conv3x3", "k5": "conv5x5", "d3": "dilated3x3", "d5": "dilated5x5"}
+PUBLISHED = {  # up edges; normal edges of each block, N2 N3 into N4, N2 N3 N4 into N5; cross edges into each block, likewise
+    "resnet20-cifar10": "n n n n b n | d5 - d5 d3 k5 | d5 d5 k3 d3 d5 | d5 d5 k1 k5 d3 | - - b - - n | n n n b b b",
+    "resnet20-cifar100": "b n n n n n | d5 d5 d5 - k5 | d5 k5 k1 d3 d5 | d5 d3 k5 k5 d5 | - b n - - n | - b n n b b",
+    "resnet18-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 d5 d5 d3 | d5 d5 k5 d3 d3 | n b n b b n | b b n n b n",
+    "resnet50-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 k3 k1 k1 | d3 d5 d5 k5 d3 | b b b n n b | n n n n b b",
+    "mobilenet_v2-imagenet": "b b b b n b | d5 d5 k5 d5 d5 | k5 d5 k1 k1 k1 | k3 d5 k5 d5 d3 | b b n b b b | b n b b b n",
+}
+_PARTS = [("up", "123"), ("normal", "1"), ("normal", "2"), ("normal", "3"), ("cross", "2"), ("cross", "3")]
+SHORT_ORDER = [[n for n, edge in EDGES.items() if edge.kind == kind and edge.target[1] in blocks] for kind, blocks in _PARTS]
+
+
+def from_short(text):
+    """A genotype from the notation of PUBLISHED."""
+    return dict(zip(sum(SHORT_ORDER, []), (LETTERS[letter] for letter in text.replace("|", "").split())))
+
+
+def to_short(genotype):
+    """A genotype in the notation of PUBLISHED."""
+    letters = {op: letter for letter, op in LETTERS.items()}
+    return " | ".join(" ".join(letters[genotype[name]] for name in names) for names in SHORT_ORDER)
+
+
+def read_genotype(name, seed=0, flag="--genotype"):
+    """The genotype that a flag stands for.
+
+    Args:
+        name: a genotype.json or a folder with one, "published:..." (PUBLISHED), or "random"; "acgan" and "gdfq" name no
+            genotype and are returned as they are.
+        seed: of "random".
+        flag: what error messages call it.
+
+    Raises:
+        InputError: no such genotype, or an unusable one; the edge is named.
+    """
+    if name in CONTROLS:
+        return name
+    if name == "random":
+        source = torch.Generator().manual_seed(seed)
+        return derive({n: torch.rand(len(CANDIDATES[edge.kind]), generator=source) for n, edge in EDGES.items()})
+    if name.startswith("published:"):
+        if (short := PUBLISHED.get(name.removeprefix("published:"))) is None:
+            raise InputError(f"{flag} {name} is not known; published are {', '.join(PUBLISHED)}")
+        return from_short(short)
+    path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
+        )
+    try:
+        genotype = dict(json.loads(path.read_text())["edges"])
+        unknown = [edge for edge in genotype if edge not in EDGES]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{flag} {path} holds no genotype; give a genotype.json that a search wrote") from None
+    if unknown:
+        raise InputError(f"{flag} {path} has the edge '{unknown[0]}', which is not in the search space; remove it")
+    for edge, (*_, kind) in EDGES.items():
+        if genotype.get(edge) not in CANDIDATES[kind]:
+            found = f"has '{genotype[edge]}' for" if edge in genotype else "lacks"
+            raise InputError(f"{flag} {path} {found} the edge '{edge}'; give it one of {', '.join(CANDIDATES[kind])}")
+    for node, names in INTO.items():
+        if all(genotype[edge] == "none" for edge in names):
+            raise InputError(f"{flag} {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
+    return genotype
+
+
+def generator_cost(genotype, cfg, channels):
+    """Parameters, and FLOPs per image of the convolutions and matrix products as the architecture states them."""
+    with torch.device("meta"), torch.no_grad(), plain_forms(), FlopCounterMode(display=False) as counter:
+        generator = make_generator(genotype, cfg, channels)
+        generator(torch.zeros(2, cfg.latent_dim), torch.zeros(2, dtype=torch.int64))
+    return sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2
+
+
+def find_genotype(teacher, cfg, run):
+    """The genotype to compress with, searched for or read; the run's folder gets it, and what its generator costs."""
+    channels, multiple = input_channels(teacher), 4 if cfg.genotype in CONTROLS else 8
+    if cfg.image_size % multiple:
+        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+    run.start()
+    if cfg.genotype == "search":
+        genotype, seconds = search(teacher, cfg, run.folder and run.folder / "search")
+        run.record(search_seconds=round(seconds, 1))
+    else:
+        genotype = read_genotype(cfg.genotype, cfg.seed)
+    if run.folder is None:
+        return genotype
+    costs = [generator_cost(which, cfg, channels) for which in (genotype, "gdfq")]
+    run.record(**dict(zip(("generator_parameters", "generator_flops", "gdfq_parameters", "gdfq_flops"), sum(costs, ()))))
+    ours, gdfqs = (f"{parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs an image" for parameters, flops in costs)
+    run.announce(f"generator: {ours} (GDFQ's at this scale: {gdfqs})")
+    if genotype not in CONTROLS:
+        run.record(genotype=to_short(genotype))
+        run.announce(f"genotype: {to_short(genotype)}")
+        write_atomically(run.folder / "genotype.json", json.dumps({"edges": genotype}, indent=1) + "\n")
+        write_atomically(run.folder / "genotype.svg", draw_genotype(genotype))
+    return genotype
+
+
+def draw_genotype(genotype):
+    """A picture of the architecture, SVG text: blocks from left to right, edges coloured by their operation."""
+    colours = {"nearest": "#1f77b4", "bilinear": "#17becf", "identity": "#7f7f7f", "conv1x1": "#ff9896", "conv3x3": "#ff7f0e"}
+    colours |= {"conv5x5": "#d62728", "dilated3x3": "#98df8a", "dilated5x5": "#2ca02c"}
+    spots = {"1": (0, 150), "2": (150, 60), "3": (150, 240), "4": (230, 150), "5": (310, 150)}
+    place = {f"B{b}-N{n}": (40 + 310 * (b - 1) + x, y) for b in (1, 2, 3) for n, (x, y) in spots.items()}
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1060 400" font-family="sans-serif" font-size="12">']
+    parts.append('<rect width="1060" height="400" fill="white"/>')
+    for name, (source, target, kind) in EDGES.items():
+        if (colour := colours.get(genotype[name])) is not None:
+            (x0, y0), (x1, y1) = place[source], place[target]
+            bend = (y0 + y1) / 2 + {"cross": 130 if y0 > 100 else -110}.get(kind, -40 if y0 == y1 else 0)
+            curve, dashes = (
+                f"M{x0},{y0} Q{(x0 + x1) / 2},{bend} {x1},{y1}",
+                ' stroke-dasharray="6 4"' if kind == "cross" else "",
+            )
+            parts.append(f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}>')
+            parts.append(f"<title>{name.replace('>', '&gt;')}: {genotype[name]}</title></path>")
+    for node, (x, y) in place.items():
+        if node in INTO or node == "B1-N1":  # N1 of a later block is N5 of the one before
+            parts.append(f'<circle cx="{x}" cy="{y}" r="19" fill="white" stroke="black"/>')
+            parts.append(f'<text x="{x}" y="{y + 4}" text-anchor="middle">{node}</text>')
+    for index, (op, colour) in enumerate(colours.items()):
+        parts.append(f'<text x="{40 + 125 * index}" y="385" fill="{colour}">&#9644; {op}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
 def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
-    sources = "search, or where the architecture is from: a genotype.json, a run folder, published:NAME"
-    controls = "random, acgan, gdfq are controls, the last two the same network for large images"
-    add("--genotype", default="search", help=f"{sources} (NETWORK-DATASET); {controls}")
+    sources = "search the generator, or take a genotype.json, a run folder's, published:NETWORK-DATASET"
+    add("--genotype", default="search", help=f"{sources}, or a control: random, acgan, gdfq (for large images as acgan)")
     add("--search-only", action="store_true", help="stop after stage 1")
-    add("--search-epochs", type=whole(1, 10**6), default=25, help="L1 of Algorithm 1")
-    add("--search-iters", type=whole(1, 10**6), default=200, help="T1, batches an epoch for the super net's weights")
-    add("--arch-iters", type=whole(1, 10**6), default=200, help="V1, batches an epoch for the architecture parameters")
-    mode = "mixtures of all operations (Eq. 8), or the sampled operation only, several times cheaper"
+    add("--search-epochs", type=whole(1, 10**6), default=25, help="epochs of the search, L1 of Algorithm 1")
+    add("--search-iters", type=whole(1, 10**6), default=200, help="batches per epoch for the super net's weights, T1")
+    add("--arch-iters", type=whole(1, 10**6), default=200, help="batches per epoch for the architecture parameters, V1")
+    mode = "mix all operations (soft, Eq. 8) or evaluate the sampled one only (hard, an extension, several times cheaper)"
     add("--search-mode", choices=("soft", "hard"), default="soft", help=mode)
-    add("--gumbel", choices=("p", "logits"), default="p", help="noise on the probabilities (Eq. 7) or on their logarithms")
-    add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature in the first epoch")
-    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that the exponential decay would reach after the last epoch")
+    gumbel = "what the noise is added to: the probabilities (p, Eq. 7) or their logarithms (logits, an extension)"
+    add("--gumbel", choices=("p", "logits"), default="p", help=gumbel)
+    add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature of the search in its first epoch")
+    tau_end = "temperature that the decay would reach after the last epoch"
+    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help=tau_end)
     add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
-    add("--scale", type=number(1 / 64, 64), default=1.0, help="s, factor of the generator's channels (Table 3), in a search the super net's")
+    add("--scale", type=number(1 / 64, 64), default=1.0, help="factor s of the generator's (or super net's) channels (Table 3)")
     add = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ").add_argument
-    add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (Table 4)")
-    add("--student-arch", help="with --task kd: architecture of the student, as for --arch")
+    add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (kd, Table 4)")
+    add("--student-arch", help="architecture of the student for --task kd, written as for --arch")
     variant = "sets --bns-form and --kd-reduction, as in gdfq.py"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     add("--epochs", type=whole(1), help="epochs, warm-up included (default: 400; kd 500)")
     add("--iters", type=whole(1), help="iterations per epoch (default: 200; kd 50)")
-    add("--batch-size", type=whole(1), help="images per iteration, in the search, too (default: CIFAR 200, ImageNet 16; kd 256)")
-    add("--warmup-epochs", type=whole(0, 10**6), help="epochs of the generator alone (default: CIFAR 4, ImageNet 50; kd 0)")
+    add("--batch-size", type=whole(1), help="images per iteration of both stages (default: CIFAR 200, ImageNet 16; kd 256)")
+    warmup = "first epochs, in which only the generator learns (default: CIFAR 4, ImageNet 50; kd 0)"
+    add("--warmup-epochs", type=whole(0, 10**6), help=warmup)
     add("--lr-q", type=number(0), help="learning rate of the student (default: CIFAR 1e-4, ImageNet 1e-6; kd 0.1)")
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which activation ranges follow the images")
+    calibrate = "first epochs, in which activation ranges follow the images"
+    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
     add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator and of the super net (Adam)")
-    add("--beta1", type=number(0, 0.9999), default=0.5, help="of the generator's and the super net's Adam")
-    add("--weight-decay", type=number(0), help="of the student (default: 1e-4; kd 5e-4)")
+    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's and the super net's Adam")
+    add("--weight-decay", type=number(0), help="weight decay of the student (default: 1e-4; kd 5e-4)")
     decay = "epochs at which both learning rates fall to a tenth (default: 100 200 300; kd 100 200)"
     add("--decay-epochs", type=whole(0), nargs="*", help=decay)
-    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
+    add("--latent-dim", type=whole(3, 10**6), default=100, help="length of the noise vector, of which each block gets a third")
     add("--bns-weight", type=number(0), default=0.1, help="weight of L_bns (Eq. 1)")
     add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_bns (default: released gdfq, paper sum)")
     add("--kd-weight", type=number(0), default=1.0, help="weight of L_KD")
     add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    add("--kd-reduction", choices=("mean", "batchmean"), help="of L_KD (default: released mean, paper batchmean)")
-    add("--student-steps", type=whole(1, 10**6), help="student steps per iteration, on fresh images from the second on (default: 1; kd 5)")
+    reduction = "average of L_KD; mean also divides by C (default: released mean, paper batchmean)"
+    add("--kd-reduction", choices=("mean", "batchmean"), help=reduction)
+    steps = "student steps per iteration, on fresh images from the second on (default: 1; kd 5)"
+    add("--student-steps", type=whole(1, 10**6), help=steps)
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
-    search = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha".split()
-    p.without_effect("--genotype", *search)
-    p.without_effect("--task kd", "--kd-weight", "--temperature", "--kd-reduction", "--calibrate-epochs")
-    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction")
+    stage1 = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha --search-only"
+    quantizer = "--bits --wbits --abits --act-placement --clipped-ste --calibrate-epochs"
+    losses = "--kd-weight --temperature --kd-reduction"
+    learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
+    stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every"
+    p.without_effect("--genotype", *stage1.split())
+    p.without_effect("--search-only", *stage2.split())
+    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune".split())
+    p.without_effect("--no-finetune", *learning.split())
     return p
 
 
 def _complete(cfg):
-    large = cfg.image_size > SMALL_IMAGE
-    quantizing = {"epochs": 400, "iters": 200, "batch_size": 16 if large else 200, "warmup_epochs": 50 if large else 4}
-    quantizing |= {"lr_q": 1e-6 if large else 1e-4, "weight_decay": 1e-4, "decay_epochs": [100, 200, 300], "student_steps": 1}
-    distilling = {"epochs": 500, "iters": 50, "batch_size": 256, "warmup_epochs": 0, "lr_q": 0.1}  # DFAD's, from memory
-    distilling |= {"weight_decay": 5e-4, "decay_epochs": [100, 200], "student_steps": 5}
-    fill_in(cfg, quantizing if cfg.task == "quantize" else distilling)
+    names = "epochs iters batch_size warmup_epochs lr_q weight_decay student_steps decay_epochs".split()
+    small = (400, 200, 200, 4, 1e-4, 1e-4, 1, [100, 200, 300])  # as GDFQ on CIFAR
+    large = (400, 200, 16, 50, 1e-6, 1e-4, 1, [100, 200, 300])  # as GDFQ on ImageNet
+    distilling = (500, 50, 256, 0, 0.1, 5e-4, 5, [100, 200])  # as DFAD, from memory
+    values = distilling if cfg.task == "kd" else small if cfg.image_size <= SMALL_IMAGE else large
+    fill_in(cfg, dict(zip(names, values)))
     bns_form, kd_reduction = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
     fill_in(cfg, {"bns_form": bns_form, "kd_reduction": kd_reduction})
-    if cfg.latent_dim < 3:
-        raise InputError(f"--latent-dim is {cfg.latent_dim}; each of three blocks gets a third of it, so give at least 3")
     if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
-        raise InputError(
-            f"--task is {cfg.task} and --student-arch {cfg.student_arch}; distillation needs both, quantization none"
-        )
-    if cfg.task == "kd" and cfg.no_finetune:
-        raise InputError("--task kd has no calibration, so --no-finetune leaves nothing to do; leave it out")
-    if cfg.search_only and cfg.genotype != "search":
-        raise InputError(f"--search-only with --genotype {cfg.genotype} does nothing; leave one of them out")
+        found = f"--task is {cfg.task} and --student-arch {cfg.student_arch}"
+        raise InputError(f"{found}; give both (kd and an architecture) to distil, none to quantize")
     if cfg.tau_end > cfg.tau_start:
         raise InputError(f"--tau-end is {cfg.tau_end}, above --tau-start {cfg.tau_start}; the temperature falls, so swap them")
     if cfg.genotype != "search":
@@ -728,25 +710,38 @@ def config(**settings):
     return _complete(parser().config(**settings))
 
 
-def print_found(result):
-    """Where the genotype of a search is."""
-    folder = result["arguments"]["out"]
-    print(f"  in {folder}/: genotype.json, genotype.svg, search/metrics.jsonl; --genotype {folder} compresses with it")
+def search_only(cfg):
+    """--search-only: stage 1, which leaves the genotype and a result.json with what it cost."""
+
+    def show(result):
+        print(
+            f"  genotype.json, genotype.svg, search/metrics.jsonl in {run.folder}/; --genotype {run.folder} compresses with it"
+        )
+
+    teacher, run = prepare(cfg, files=FILES)
+    if run.finished:
+        return show_finished(run, show)
+    with resumable():
+        find_genotype(teacher, cfg, run)
+    result = run.facts | {"arguments": run.arguments()}
+    write_atomically(run.folder / "result.json", json.dumps(result, indent=1))
+    show(result)
+    return run.facts
+
+
+def only_teacher(teacher, cfg, run):
+    """What --check has to look at with --search-only."""
+    find_genotype(teacher, cfg, run)
+    print("--search-only compresses nothing: this is the full-precision network that a generator is searched for")
+    return run.adopt(teacher)[0]
 
 
 def main(argv=None):
     with friendly_errors("autorecon.py"):
         cfg = parse_args(argv)
-        if cfg.eval or not cfg.search_only:
-            return execute(cfg, compress, files=FILES)
-        teacher, run = prepare(cfg, files=FILES)
-        if run.finished:
-            return show_finished(run, print_found)
-        with resumable():
-            find_genotype(teacher, cfg, run)
-        write_atomically(run.folder / "result.json", json.dumps(run.facts | {"arguments": run.arguments()}, indent=1))
-        print_found(run.facts | {"arguments": run.arguments()})
-        return run.facts
+        if cfg.search_only and not (cfg.check or cfg.eval):
+            return search_only(cfg)
+        return execute(cfg, only_teacher if cfg.search_only else compress, files=FILES)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import library, nn
 
-from common.ops import channel_statistics, double, interleave, plain_forms, upsample_conv
+import autorecon
+from common.ops import channel_statistics, double, interleave, plain_forms, upsample_conv, weighted_operation
 
 
 def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
@@ -14,6 +15,26 @@ def test_upsample_conv_equals_the_plain_form_in_value_and_gradient():
         assert torch.equal(upsample_conv(x, conv), plain)
     upstream = torch.randn_like(plain)
     for a, b in zip(*(torch.autograd.grad(y, (x, conv.weight, conv.bias), upstream) for y in (plain, fast))):
+        torch.testing.assert_close(a, b)
+
+
+def test_weighted_operations_equal_the_plain_form_in_value_and_gradient():
+    torch.manual_seed(0)
+    names = ("nearest", "bilinear", "conv1x1", "conv5x5", "dilated3x3", "bilinear")  # all on one x
+    operations = nn.ModuleList(autorecon.Operation(name, 3, 4) for name in names).double()
+    for operation in operations:
+        nn.init.normal_(operation.norm.gamma.weight)
+        nn.init.normal_(operation.norm.beta.weight)
+    x, weights = torch.randn(5, 4, 6, 4, dtype=torch.double), torch.rand(len(names), dtype=torch.double)
+    y, sources = torch.tensor([0, 1, 2, 2, 0]), (x.requires_grad_(), weights.requires_grad_(), *operations.parameters())
+    shared, each = {}, list(zip(operations, [None, *weights[1:]]))
+    plain = [operation(x, y) * (1 if weight is None else weight) for operation, weight in each]
+    fast = [weighted_operation(operation, x, y, weight, shared) for operation, weight in each]
+    torch.testing.assert_close(fast, plain)
+    with plain_forms():
+        assert all(torch.equal(weighted_operation(o, x, y, weight), output) for (o, weight), output in zip(each, plain))
+    upstream = [torch.randn_like(output) for output in plain]
+    for a, b in zip(*(torch.autograd.grad(outputs, sources, upstream) for outputs in (plain, fast))):
         torch.testing.assert_close(a, b)
 
 

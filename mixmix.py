@@ -22,27 +22,27 @@ Where the equations are:
 No code of it was published; this is the first. What the paper leaves open or has otherwise, and what stands here:
 
     what                 here                                                          why
-    recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPES)       the paper aligns with it
-    rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              see below
+    recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
+    rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
     5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
     learned lambda       exp(-s_i) L_i + s_i, with a rate of its own (--weights-form)  plain descent on lambda ends at 0
-    labels               balanced (--labels random as in the paper)                    pruning and QAT see every class
+    labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    networks compressed  torchvision's, or bundled ones (the paper's reach 77.00 and   the paper's are not published
-                         72.49 % on ImageNet, 94.31 and 95.42 % on CIFAR-10)
+    teachers             torchvision's, bundled ones (ImageNet 77.00, 72.49 in the     the paper's are not published
+                         paper, CIFAR-10 94.31, 95.42)
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
     box                  width, height uniform; place uniform inside; one per sample   "sampled from a uniform distribution"
     partner              a random permutation of the batch, new in every iteration     Algorithm 1 draws a mask each time
     prior                on the jittered images, before they are mixed                 Algorithm 1: L_prior(X_i)
-    precision            bf16 where the hardware has it, images kept in float16        not said; --precision fp32
+    precision            bf16 where the hardware has it (--precision); float16 images  not said
 
-MixMix has no CIFAR recipe for synthesis. With DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as
-their class after 200 iterations, at rates of 0.05 to 0.25; with 1, and the paper's rate of 0.25, all of them, at the same
-distance of the BatchNorm statistics. No test image was looked at for it.
+CIFAR: with DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as their class after 200 iterations,
+at rates of 0.05 to 0.25; with 1, and the paper's rate of 0.25, all of them, at the same distance of the BatchNorm statistics.
+No test image was looked at for it.
 
-Baselines run on the same machinery (--data-source): "single" inverts the network itself (DeepInversion), "zeroq" matches its
-BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws N(0, 1).
+Baselines (--data-source): "single" inverts the network itself (DeepInversion), "zeroq" matches its BatchNorm statistics only,
+"real" takes training images from DIR/train, "noise" draws N(0, 1).
 """
 
 import argparse
@@ -101,8 +101,7 @@ class ZooModel(nn.Module):
     Args:
         name: as in --zoo.
         model: the network, which is frozen.
-        normalisation: (mean, std) that it was trained with.
-        shared: (mean, std) of the images.
+        normalisation, shared: (mean, std) that it was trained with, and those of the images.
         layout: the memory layout in which it is computed.
     """
 
@@ -125,15 +124,10 @@ class ZooModel(nn.Module):
 
 
 def load_zoo(names, cfg, shared=None):
-    """The networks of --zoo.
-
-    Args:
-        names: architectures, "arch=weights" or "package.module:factory".
-        cfg: which data set, how many classes and how large images.
-        shared: (mean, std) of the images; by default those of the first network.
+    """Networks by name: architectures, "arch=weights" or "package.module:factory".
 
     Returns:
-        A list of `ZooModel`, and (mean, std) of the images.
+        A list of `ZooModel`, and (mean, std) of the images: `shared`, by default those of the first network.
 
     Raises:
         InputError: a network that cannot be loaded, or does not fit the others; it is named.
@@ -157,7 +151,7 @@ def load_zoo(names, cfg, shared=None):
 
 
 def default_zoo(cfg):
-    """Names of the networks that --zoo stands for when it is not given: the bundled ones for CIFAR-10."""
+    """Names of the networks of --zoo where it is not given: the bundled ones for CIFAR-10."""
     bundled = [path.stem.removesuffix(f"_{cfg.dataset}") for path in sorted(ASSETS.glob(f"*_{cfg.dataset}.pt"))]
     return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
 
@@ -178,7 +172,7 @@ def load_source(cfg):
 def bn_loss(model, first=1.0):
     """L_BN, Eq. 2: L2 distances of the statistics of what a `ZooModel` has just seen from the stored ones, summed over its
     layers; the first layer's part `first` times (DeepInversion)."""
-    return model.stats.loss("norm", first)
+    return model.stats.loss("norm", first)  # Eq. 2
 
 
 def image_prior(x):
@@ -190,13 +184,9 @@ def image_prior(x):
 
 
 class LossWeights(nn.Module):
-    """Eq. 3: lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior. The weights are fixed, or learned as exp(-s_i) L_i + s_i (the
-    likelihood of a Gaussian of unknown spread), which keeps them above zero.
-
-    Args:
-        weights: dict of loss name -> initial lambda; a loss of weight 0 stays out.
-        learned: whether they are learned.
-    """
+    """Eq. 3: lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior, from a dict of loss name -> lambda; what has weight 0 stays out.
+    The lambdas are fixed, or `learned` as exp(-s_i) L_i + s_i (the likelihood of a Gaussian of unknown spread), which keeps
+    them above zero."""
 
     def __init__(self, weights, learned=False):
         super().__init__()
@@ -208,22 +198,21 @@ class LossWeights(nn.Module):
         """The weighted sum of a dict of scalar losses."""
         if len(self.s):
             return sum(torch.exp(-s) * losses[name] + s for name, s in self.s.items())
-        return sum(weight * losses[name] for name, weight in self.fixed.items())
+        return sum(weight * losses[name] for name, weight in self.fixed.items())  # Eq. 3
 
 
 def mixmix_loss(models, x, y, weigh, cfg, autocast):
-    """Eq. 6 with the prior: what the images of a batch minimise.
+    """Eq. 6, with the prior of Eq. 3: what a batch of images minimises.
 
     Args:
         models: m' of the zoo.
-        x: images (B, channels, H, W), jittered; their prior is that of the images as they are, all else of the mixed ones.
-        y: labels (B,).
+        x, y: images (B, channels, H, W), jittered, and labels (B,).
         weigh: a `LossWeights`.
         cfg: from `config(...)`, or the command line.
         autocast: function that returns the context the models run in.
 
     Returns:
-        The weighted loss, and a dict of its scalar parts: ce, bn, tv, l2.
+        The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, tv and l2 of the others.
     """
     tv, l2 = image_prior(x)
     partner, beta = torch.arange(len(x), device=x.device), x.new_zeros(len(x))
@@ -235,7 +224,7 @@ def mixmix_loss(models, x, y, weigh, cfg, autocast):
             logits = model(x).float()
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
         bn.append(bn_loss(model, cfg.first_bn))
-    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean(), "tv": tv, "l2": l2}
+    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean(), "tv": tv, "l2": l2}  # Eq. 6
     return weigh(losses), losses
 
 
@@ -266,16 +255,9 @@ def mix_data(x):
 
 
 def mixed_cross_entropy(logits, y, partner, beta):
-    """Eq. 9: (1 - beta) L_CE(Y1) + beta L_CE(Y2), mean over the batch.
-
-    Args:
-        logits: (B, C) of mixed images.
-        y: labels (B,).
-        partner: int64 (B,), whose images are in the boxes.
-        beta: (B,), share of the image that the box covers.
-    """
-    losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[partner])]
-    return torch.lerp(*losses, beta).mean()
+    """Eq. 9, mean over the batch: logits (B, C) of mixed images, labels y (B,); partner and beta as `mix_data` returns them."""
+    first, second = (F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[partner]))
+    return torch.lerp(first, second, beta).mean()  # (1 - beta) L_CE(Y1) + beta L_CE(Y2)
 
 
 # ------------------------------------------------------------------------------------------ Algorithm 1: the synthesis
@@ -289,7 +271,7 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
         y: labels (B,).
         cfg: from `config(...)`, or the command line.
         run: device and precision.
-        progress: called with (steps done, the models' names, dict of the losses' latest values as tensors).
+        progress: called with (steps done, the models' names, dict of losses as tensors).
 
     Returns:
         Images (B, channels, H, W), normalised as the zoo's.
@@ -300,6 +282,7 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
     weights = {"ce": cfg.ce_weight, "bn": cfg.bn_weight, "tv": cfg.tv_weight, "l2": cfg.l2_weight}
     weigh = LossWeights(weights, cfg.weights_form == "learned").to(run.device)
     mean, std = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    low, high = ((pixel - mean) / std for pixel in (0, 1))
 
     def iteration(shrink, optimizer):
         seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
@@ -308,7 +291,7 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
         run.update(optimizer, loss)
         if cfg.clip:
             with torch.no_grad():
-                x.clamp_(-mean / std, (1 - mean) / std)
+                x.clamp_(low, high)
         run.log(**losses)
 
     done, peaks = 0, (cfg.lr, cfg.lr_weights)
@@ -354,20 +337,18 @@ def evaluate(cfg):
     """--task evaluate: what the zoo's and the held-out networks see in the images of each --images (Tables 1 and 2).
 
     Returns:
-        The contents of evaluation.json: per source the accuracies and BN losses by network, their mean and deviation over
-        the zoo, and the Inception Score under the first held-out network (the first of the zoo where none is).
+        The contents of evaluation.json, by source: accuracies and BN losses by network, mean and deviation of the zoo's, and
+        the Inception Score under the first held-out network (the first of the zoo where none is).
     """
     run, result, loaded_for = Run(cfg, cfg.out, result="evaluation.json"), {}, None
 
     def show(result):
-        sources, found = map(Path, result), list(result.values())
-        columns = [(path.parent if path.is_file() else path).name[-18:] for path in sources]
+        found, models = list(result.values()), [*cfg.zoo, *cfg.held_out]
+        titles = [f"  {name} (held out)" if name in cfg.held_out else f"  {name}" for name in models]
+        columns = [(path.parent if path.is_file() else path).name[-18:] for path in map(Path, result)]
         for title, key in (("accuracy, %", "top1"), ("L_BN (Eq. 2)", "bn_loss")):
-            names = {
-                name: f"  {name} (held out)" if name in cfg.held_out else f"  {name}" for name in (*cfg.zoo, *cfg.held_out)
-            }
-            rows = [(text, [f"{r['models'][name][key]:.2f}" for r in found]) for name, text in names.items()]
-            print_rows(title, columns, rows)
+            figures = [[f"{r['models'][name][key]:.2f}" for r in found] for name in models]
+            print_rows(title, columns, zip(titles, figures))
         means = [f"{r['zoo_top1']:.2f} ± {r['zoo_deviation']:.2f}" for r in found]
         print_rows("zoo, mean ± deviation", means, [("Inception Score", [f"{r['inception_score']:.2f}" for r in found])])
         print(f"  in {run.folder}/: {run.result_file}")
@@ -385,13 +366,9 @@ def evaluate(cfg):
             if model is (held_out or zoo)[0]:
                 score = inception_score(probabilities)
         accuracies = torch.tensor([seen[model.name]["top1"] for model in zoo])
-        result[name] = {
-            "images": len(labels),
-            "zoo_top1": round(accuracies.mean().item(), 2),
-            "zoo_deviation": round(accuracies.std(correction=0).item(), 2),
-            "inception_score": round(score, 3),
-            "models": seen,
-        }
+        mean, deviation = accuracies.mean().item(), accuracies.std(correction=0).item()
+        result[name] = {"images": len(labels), "zoo_top1": round(mean, 2), "zoo_deviation": round(deviation, 2)}
+        result[name] |= {"inception_score": round(score, 3), "models": seen}
     run.start()
     write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=1))
     show(result)
@@ -425,19 +402,13 @@ def dafl_terms(teacher, cfg, run):
 
 
 def compress(teacher, images, cfg, run=None):
-    """Quantize, prune or distil a network, as --task says, with images.
+    """Quantize, prune or distil a network, as --task says; arguments and result as those of `compress` in its module.
 
     Args:
-        teacher: a trained classifier with BatchNorm2d; left as it is.
+        teacher: a trained classifier; left as it is.
         images: (N, channels, H, W), normalised for the teacher; None for "kd" with a generator of its own.
         cfg: from `config(...)`, or the command line.
         run: what surrounds the task; by default nothing is written or shown.
-
-    Returns:
-        The quantized or pruned network or the student, in eval mode; after "ptq" and "prune" its BatchNorms are folded.
-
-    Raises:
-        InputError: a network that cannot be used; it is told before any image is looked at.
     """
     run = run or Run(cfg)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
@@ -467,38 +438,34 @@ def parser():
     tasks = "quantize after (ptq) or with training (qat), prune, or distil (kd) with the images; only make images (synth); see "
     tasks += "what networks make of them (evaluate); quantize several networks with them (transfer)"
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=tasks)
-    source = "where images come from; see the top of mixmix.py"
-    add("--data-source", choices=("mixmix", "single", "zeroq", *synthesis.READY), default="mixmix", help=source)
+    sources = ("mixmix", "single", "zeroq", *synthesis.READY)
+    add("--data-source", choices=sources, default="mixmix", help="where images come from; see the top of mixmix.py")
     ready = "images that are there already: an images.npz, the run that made it, or a folder of pictures"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER", help=ready)
     zoo = "networks to invert: names, arch=weights or package.module:factory (default: by data set, without the held-out ones)"
     add("--zoo", nargs="+", help=zoo)
-    judges = (
-        "networks that only judge (default: CIFAR-10 regnet_y_narrow, CIFAR-100 resnet32, ImageNet resnet18 efficientnet_b0)"
-    )
-    add("--held-out", nargs="*", help=judges)
+    judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())
+    add("--held-out", nargs="*", help=f"networks that only judge (default: {judges})")
     add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3; single and zeroq 1)")
     add("--no-dmix", action="store_true", help="no data mixing (Table 8)")
     add("--kd-bn-weight", type=number(0), default=0.1, help="weight of L_BN beside DAFL's losses (--task kd; Sec. 5.4)")
     synthesis.add_flags(p)
     group = p.add_argument_group("MixMix, defaults by data set")
     for flag, (small, large, about) in RECIPE.items():
-        how = {"action": argparse.BooleanOptionalAction}
-        if not isinstance(small, bool):
-            how = {"type": (whole if isinstance(small, int) else number)(flag == "--batch-size")}
+        how = {"type": (whole if isinstance(small, int) else number)(flag == "--batch-size")}
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else how
         p.add_by_size(group, flag, small, large, about, **how)
-    add = group.add_argument
     first = "first iterations, which see half the resolution (default: CIFAR 0, ImageNet two thirds)"
-    add("--low-iterations", type=whole(0), help=first)
-    add("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")
-    form = "lambda_1 ... lambda_3 are fixed or learned"
-    add("--weights-form", choices=("fixed", "learned"), default="fixed", help=form)
-    add("--lr-weights", type=number(0), default=0.01, help="learning rate of learned weights (Adam)")
-    refuse_idle(p, [*RECIPE, "--low-iterations", "--warmup-iterations", "--weights-form", "--lr-weights"])
+    group.add_argument("--low-iterations", type=whole(0), help=first)
+    group.add_argument("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")
+    form = "whether lambda_1 ... lambda_3 are fixed or learned"
+    group.add_argument("--weights-form", choices=("fixed", "learned"), default="fixed", help=form)
+    group.add_argument("--lr-weights", type=number(0), default=0.01, help="learning rate of learned weights (Adam)")
+    refuse_idle(p)
     return p
 
 
-def refuse_idle(p, recipe):
+def refuse_idle(p):
     """Declare the flags of the tasks, and which flags have no effect with which task or source of images."""
 
     def flags(module):
@@ -508,16 +475,17 @@ def refuse_idle(p, recipe):
     own |= {"synth": {"--part"}, "evaluate": set(), "transfer": own["ptq"] | flags(transfer)}
     own["kd"].add("--kd-bn-weight")
     for task, used in own.items():
-        p.without_effect(f"--task {task}", *sorted(set().union(*own.values()) - used))
-    making = [flag for flag in recipe if flag != "--batch-size"] + ["--zoo-sample", "--no-dmix"]
+        p.without_effect(f"--task {task}", "--clipped-ste", *sorted(set().union(*own.values()) - used))
+    zoo, labelled = ["--zoo", "--zoo-sample", "--no-dmix"], "--ce-weight --tv-weight --l2-weight --jitter --flip".split()
+    recipe = [flag for flag in RECIPE if flag != "--batch-size"]
+    recipe += "--low-iterations --warmup-iterations --weights-form --lr-weights".split()
     generator = [*kd.GENERATOR_FLAGS, "--kd-bn-weight"]
     p.without_effect("--task synth", "--images")
-    p.without_effect("--images", "--data-source", "--count", "--labels", *making, *generator)
-    p.without_effect("--data-source real", "--zoo", "--part", *making, *generator)
-    p.without_effect("--data-source noise", "--zoo", "--part", *making, *generator)
-    p.without_effect("--data-source single", "--zoo", "--zoo-sample", "--no-dmix", "--kd-bn-weight")
-    unlabelled = "--ce-weight --tv-weight --l2-weight --jitter --flip --zoo --zoo-sample --no-dmix".split()
-    p.without_effect("--data-source zeroq", *unlabelled, *generator)
+    p.without_effect("--images", "--data-source", "--count", "--labels", *recipe, *zoo[1:], *generator)
+    for source in synthesis.READY:
+        p.without_effect(f"--data-source {source}", "--part", *recipe, *zoo, *generator)
+    p.without_effect("--data-source single", "--kd-bn-weight", *zoo)
+    p.without_effect("--data-source zeroq", *labelled, *zoo, *generator)
     p.without_effect("--weights-form fixed", "--lr-weights")
 
 
@@ -526,34 +494,27 @@ def _complete(cfg):
     others = [name for name in HELD_OUT.get(cfg.dataset, []) if name not in (cfg.zoo or ())]
     fill_in(cfg, {"held_out": others, "zoo_sample": 3 if cfg.data_source == "mixmix" else 1})
     fill_in(cfg, {"zoo": default_zoo(cfg)})
-    fill_in(cfg, {"targets": [*cfg.held_out, *cfg.zoo]})
-    fill_in(cfg, {"low_iterations": 0 if cfg.image_size <= SMALL_IMAGE else round(cfg.iterations * 2 / 3)})
+    low = 0 if cfg.image_size <= SMALL_IMAGE else round(cfg.iterations * 2 / 3)
+    fill_in(cfg, {"targets": [*cfg.held_out, *cfg.zoo], "low_iterations": low})
     if cfg.data_source == "zeroq":
         cfg.ce_weight, cfg.tv_weight, cfg.l2_weight, cfg.jitter, cfg.flip = 0.0, 0.0, 0.0, 0, False
     if cfg.ce_weight == cfg.bn_weight == cfg.tv_weight == cfg.l2_weight == 0:
         raise InputError(f"--data-source {cfg.data_source} with these weights minimises nothing; raise --bn-weight")
-    if cfg.data_source == "real" and cfg.data_dir is None:
-        raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
     if cfg.low_iterations > cfg.iterations:
-        raise InputError(
-            f"--low-iterations is {cfg.low_iterations}; give 0 to --iterations, {cfg.iterations}: it counts the first"
-        )
-    count, several = len(cfg.images or ()), cfg.task in ("evaluate", "transfer")
-    if several and not count:
+        raise InputError(f"--low-iterations is {cfg.low_iterations}, of --iterations {cfg.iterations} in all; lower it")
+    several = cfg.task in ("evaluate", "transfer")
+    if several and not cfg.images:
         raise InputError(f"--task {cfg.task} needs --images; give the runs that made some")
-    if not several and count > 1:
-        raise InputError(f"--task {cfg.task} takes one set of images and --images has {count}; give one")
-    makes_images = cfg.eval is None and not count and cfg.data_source == "mixmix"
+    if not several and len(cfg.images or ()) > 1:
+        raise InputError(f"--task {cfg.task} takes one set of images, and --images names {len(cfg.images)}; give one")
+    makes_images = cfg.eval is None and not cfg.images and cfg.data_source == "mixmix"
     if not cfg.zoo and (makes_images or cfg.task == "evaluate"):
         raise InputError(f"--dataset {cfg.dataset} has no zoo of its own; give --zoo")
     if cfg.task == "transfer" and not cfg.targets:
         raise InputError("--task transfer has no networks to quantize; give --targets")
-    synthesis.complete(cfg)
-    if cfg.clipped_ste:
-        raise InputError("--clipped-ste is set and MixMix's quantizers have the gradients of BRECQ and LSQ; leave it out")
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
-    cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images, before a task has its own
+    synthesis.complete(cfg)
     if task := TASKS.get("ptq" if cfg.task == "transfer" else cfg.task):
         task.complete(cfg)
     return cfg
@@ -585,14 +546,14 @@ def check_networks(cfg):
 def main(argv=None):
     with friendly_errors("mixmix.py"):
         cfg = parse_args(argv)
-        if cfg.eval is None and cfg.check and cfg.task not in TASKS:
+        if cfg.eval is not None or cfg.task in TASKS:
+            compared = ("data_dir",) if cfg.data_source == "real" else ()
+            return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"), compared=compared)
+        if cfg.check:
             return check_networks(cfg)
-        if cfg.eval is None and cfg.task == "synth":
+        if cfg.task == "synth":
             return synthesis.synthesize(cfg, load_source, invert)
-        if cfg.eval is None and cfg.task in ("evaluate", "transfer"):
-            return {"evaluate": evaluate, "transfer": transfer.transfer}[cfg.task](cfg)
-        compared = ("data_dir",) if cfg.data_source == "real" else ()
-        return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"), compared=compared)
+        return evaluate(cfg) if cfg.task == "evaluate" else transfer.transfer(cfg)
 
 
 if __name__ == "__main__":

@@ -69,11 +69,15 @@ def wait_for_all():
 
 
 def complete(cfg):
-    """What --part implies: all but the first join the folder that the first has begun.
+    """What --part implies: all but the first join the folder that the first has begun. The set's own settings are noted before
+    a task changes them.
 
     Raises:
-        InputError: a part of something else than images.
+        InputError: real images from nowhere, or a part of something else than images.
     """
+    if cfg.data_source == "real" and cfg.data_dir is None:
+        raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
+    cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}
     if cfg.part and cfg.task != "synth":
         raise InputError(f"--task {cfg.task} runs in one process; make the images with --task synth, which runs in several")
     if cfg.part and cfg.part[0]:

@@ -285,7 +285,7 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys, fails):
     assert "tiny:other (held out)" in table and "Inception Score" in table
     assert mixmix.main(judging) == result
     again = capsys.readouterr().out
-    assert again.splitlines()[-2] in table and again.endswith("finished before; --overwrite makes it anew\n")
+    assert again.splitlines()[-2] in table and again.endswith("finished before; --overwrite runs it again\n")
     assert "needs labels; give images.npz files" in fails(mixmix.main, *judge, "--images", data / "train")
 
 
@@ -317,7 +317,7 @@ def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
     assert all(set(row) == {"tiny:net", "tiny:other"} for row in result.values())
     assert result == json.loads((tmp_path / "transfer" / "transfer.json").read_text())
     (tmp_path / "noise" / "images.npz").unlink()
-    assert mixmix.main(table) == result and "--overwrite makes it anew" in capsys.readouterr().out
+    assert mixmix.main(table) == result and "--overwrite runs it again" in capsys.readouterr().out
 
 
 def test_the_images_of_a_task_follow_its_resume_and_overwrite(tmp_path, monkeypatch, fails):
@@ -376,14 +376,14 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*own, "--task", "prune", "--no-refit", "--ridge", 1], "--ridge has no effect with --no-refit"),
         ([*own, "--part", "0/2"], "--part has no effect with --task ptq"),
         ([*tiny, "--part", "2/2"], "--part is '2/2'; give I/N"),
-        ([*tiny, "--low-iterations", 7], "--low-iterations is 7; give 0 to --iterations, 6"),
+        ([*tiny, "--low-iterations", 7], "--low-iterations is 7, of --iterations 6 in all"),
         (judge, "--task evaluate needs --images"),
         ([*judge, "--images", "absent"], "--images absent is not a file, a folder of pictures"),
         ([*judge, "--images", "damaged.npz"], "--images damaged.npz is damaged"),
         *(([*judge, "--images", f"{name}.npz"], f"{name}.npz is damaged") for name in broken),
         ([*judge, "--images", "other.npz"], "has images of 8x8 pixels and labels up to 0"),
         ([*tiny, "--capture", "compile"], "would compile anew"),
-        ([*tiny, "--clipped-ste"], "--clipped-ste is set"),
+        ([*tiny, "--clipped-ste"], "--clipped-ste has no effect with --task synth"),
         ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
         ([*data, "--task", "kd", "--zoo", "tiny:net"], "--task kd needs --student-arch"),
         *(([*own, "--arch", "tiny:branch", "--task", task], "the model cannot be traced") for task in ("ptq", "qat", "prune")),

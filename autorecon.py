@@ -67,7 +67,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, resumable, whole
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, resumable, whole
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
@@ -571,9 +571,8 @@ def generator_cost(genotype, cfg, channels):
 
 def find_genotype(teacher, cfg, run):
     """The genotype to compress with, searched for or read; the run's folder gets it, and what its generator costs."""
-    channels, multiple = input_channels(teacher), 4 if cfg.genotype in CONTROLS else 8
-    if cfg.image_size % multiple:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+    channels = input_channels(teacher)
+    check_image_size(cfg, multiple=4 if cfg.genotype in CONTROLS else 8)
     run.start()
     if cfg.genotype == "search":
         genotype, seconds = search(teacher, cfg, run.folder and run.folder / "search")
@@ -606,10 +605,8 @@ def draw_genotype(genotype):
         if (colour := colours.get(genotype[name])) is not None:
             (x0, y0), (x1, y1) = place[source], place[target]
             bend = (y0 + y1) / 2 + {"cross": 130 if y0 > 100 else -110}.get(kind, -40 if y0 == y1 else 0)
-            curve, dashes = (
-                f"M{x0},{y0} Q{(x0 + x1) / 2},{bend} {x1},{y1}",
-                ' stroke-dasharray="6 4"' if kind == "cross" else "",
-            )
+            curve = f"M{x0},{y0} Q{(x0 + x1) / 2},{bend} {x1},{y1}"
+            dashes = ' stroke-dasharray="6 4"' if kind == "cross" else ""
             parts.append(f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}>')
             parts.append(f"<title>{name.replace('>', '&gt;')}: {genotype[name]}</title></path>")
     for node, (x, y) in place.items():
@@ -714,9 +711,7 @@ def search_only(cfg):
     """--search-only: stage 1, which leaves the genotype and a result.json with what it cost."""
 
     def show(result):
-        print(
-            f"  genotype.json, genotype.svg, search/metrics.jsonl in {run.folder}/; --genotype {run.folder} compresses with it"
-        )
+        print(f"  in {run.folder}/: genotype.json, genotype.svg, search/; --genotype {run.folder} compresses with it")
 
     teacher, run = prepare(cfg, files=FILES)
     if run.finished:

@@ -59,7 +59,7 @@ from torch import nn
 
 from common import InputError, first_line
 from common.bns import BatchNormStatistics
-from common.cli import Parser, checked_schedule, fill_in, friendly_errors, number, whole
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision, load_test_set
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
@@ -387,9 +387,7 @@ def compress(teacher, cfg, run=None):
     """
     run = run or Run(cfg)
     device, channels = run.device, input_channels(teacher)
-    multiple = 4 if cfg.generator == "qimera" else 8
-    if cfg.image_size % multiple:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+    check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     generator = run.place(make_generator(teacher, cfg, channels, example))

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from common.export import save_quantized, saved_bytes
 from common.quant import QuantAct, full_precision_activations, quantized_activations, quantized_layers
+from common.trace import trace
 
 # what hands values on as they are: the codes of a quantized tensor stay codes
 UNCHANGED_BY = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, F.max_pool2d, F.dropout}
@@ -34,12 +35,22 @@ def sources(node, modules):
     return [(name, None)]
 
 
-def input_of(name, student, modules):
+def graph_of(network, example):
+    """The graph of a network, quantized or not; None where it cannot be traced."""
+    if isinstance(network, fx.GraphModule):
+        return network.graph
+    try:
+        return trace(network, example).graph
+    except Exception:  # whatever the network's own forward raises when it is traced
+        return None
+
+
+def input_of(name, graph, modules):
     """What a layer receives, in words."""
-    if not isinstance(student, fx.GraphModule):
+    if graph is None:
         quantizer = getattr(modules[name], "input_quantizer", None)
         return f"{quantizer.bits} bits" if quantizer else "unknown: the network cannot be traced"
-    node = next(n for n in student.graph.nodes if n.op == "call_module" and n.target == name)
+    node = next(n for n in graph.nodes if n.op == "call_module" and n.target == name)
     found = dict.fromkeys(sources(node.args[0], modules))
     texts = [f"{source}, {f'{bits} bits' if bits else 'full precision'}" for source, bits in found]
     return " + ".join(texts) if len(texts) < 3 else f"{texts[0]} + {len(texts) - 1} more"
@@ -47,14 +58,14 @@ def input_of(name, student, modules):
 
 def layer_rows(student, example):
     """A row of HEADS for each convolution and linear layer, in the order of the forward."""
-    modules, rows, hooks = dict(student.named_modules()), {}, []
+    modules, rows, hooks, graph = dict(student.named_modules()), {}, [], graph_of(student.eval(), example)
 
     def note(name):
         def hook(layer, args, output):
             weight = layer.weight
             count = output[0].numel() * prod(weight.shape[1:])
             kind, shape = type(layer).__name__.removeprefix("Quant"), "x".join(map(str, weight.shape))
-            where = input_of(name, student, modules)
+            where = input_of(name, graph, modules)
             rows.setdefault(name, (name, kind, shape, getattr(layer, "bits", 32), weight.numel(), count, where))
 
         return hook
@@ -63,7 +74,7 @@ def layer_rows(student, example):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             hooks.append(module.register_forward_hook(note(name)))
     with torch.no_grad():
-        student.eval()(example)
+        student(example)
     for hook in hooks:
         hook.remove()
     return list(rows.values())
@@ -75,7 +86,7 @@ def in_full_precision(student, rows, cfg):
     lines = []
     if any("full precision" in row[-1] for row in rows):
         reason = "only results of activation functions are quantized; --act-placement input quantizes what layers receive"
-        lines.append(f"inputs marked in the table: {reason}")
+        lines.append(f"inputs listed as full precision: {reason}")
     for name, count in sorted(full_precision_activations(student).items()):
         lines.append(f"{count} {name}: no quantizer for it, as for the gates of squeeze-and-excitation")
     batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)

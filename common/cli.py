@@ -31,13 +31,15 @@ def whole(low, high=10**9):
 
 
 def _checked(kind, name, low, high):
+    limits = f"of at least {low:g}" if high in (10**9, 1e30) else f"from {low:g} to {high:g}"
+
     def check(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
         if value is None or not low <= value <= high:  # a NaN is not
-            raise argparse.ArgumentTypeError(f"is {text}; give a {name} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"is {text}; give a {name} {limits}")
         return value
 
     return check
@@ -77,34 +79,38 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
         add("--arch", help=f"architecture: {names} (default: resnet20, for ImageNet resnet18)")
-        add("--dataset", default="cifar10", type=one_of(*DATASETS), help="cifar10, cifar100, imagenet or folder (own data)")
-        images = "folder with test images: a folder per class under val/ or test/, or torchvision's CIFAR files"
-        add("--data-dir", help=f"{images} (default: ./data, then the bundled slice of CIFAR-10)")
+        about = "cifar10, cifar100, imagenet, or folder for your own data"
+        add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
+        images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
+        add("--data-dir", help=f"{images} (default: ./data; for CIFAR-10 then the bundled 2,000 images)")
         add("--download", action="store_true", help="download the full CIFAR test set")
-        add("--weights", help="file, address, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)")
-        add("--num-classes", type=whole(2), help="number of classes of your own model (default: by data set)")
-        add("--image-size", type=whole(1, 10**5), help="side of your own model's images in pixels (default: by data set)")
-        add("--mean", type=float, nargs="+", help="mean per channel of images in 0 to 1 (default: by weights)")
-        add("--std", type=float, nargs="+", help="standard deviation per channel (default: by weights)")
+        weights = "weights of the network: a file, a URL, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)"
+        add("--weights", help=weights)
+        add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
+        add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
+        add("--mean", type=float, nargs="+", help="per-channel mean of the normalisation (default: by weights)")
+        add("--std", type=float, nargs="+", help="per-channel standard deviation of the normalisation (default: by weights)")
         add = self.add_argument_group("quantization").add_argument
-        add("--bits", type=whole(2, 8), default=4, help="bits of weights and activations, 2 to 8")
-        add("--wbits", type=whole(2, 8), help="bits of the weights (default: --bits)")
-        add("--abits", type=whole(2, 8), help="bits of the activations (default: --bits)")
-        placement = "quantize what activation functions return (relu, as in the papers) or what layers receive (input)"
+        add("--bits", type=whole(2, 8), default=4, help="number of bits of weights and activations, 2 to 8")
+        add("--wbits", type=whole(2, 8), help="number of bits of the weights (default: --bits)")
+        add("--abits", type=whole(2, 8), help="number of bits of the activations (default: --bits)")
+        placement = "quantize outputs of activation functions (relu, as in the papers) or inputs of all layers (input)"
         add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
-        add("--clipped-ste", action="store_true", help="no gradient for activations outside their range; the papers pass it")
+        about = "stop the gradient of activations outside their range; in the papers it passes"
+        add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-        precision = "precision of convolutions in training; auto is bf16 where the hardware computes it, fp32 is TF32 on a GPU"
+        add("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:i")
+        precision = "precision of convolutions in training; auto is bf16 where the hardware has it, fp32 is TF32 on a GPU"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
-        capture = "how the training step runs; auto is a CUDA graph, on a CPU torch.compile where the run is long"
+        capture = "how the training step is executed; auto is a CUDA graph on CUDA, on a CPU torch.compile for long runs"
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
-        add("--threads", type=whole(1, 4096), help="CPU threads; give 1 where several runs share a CPU (default: PyTorch's)")
+        threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
+        add("--threads", type=whole(1, 4096), help=threads)
         add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
         add("--resume", action="store_true", help="continue from the checkpoint in the run folder")
-        add("--overwrite", action="store_true", help="replace the run that the folder holds")
-        add("--eval-every", type=whole(1), default=1, help="epochs between two evaluations; the last epoch is always evaluated")
+        add("--overwrite", action="store_true", help="replace the run in the run folder")
+        add("--eval-every", type=whole(1), default=1, help="evaluate every N epochs; the last epoch is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
         self.shared = set(vars(self.parse_args([])))
@@ -144,7 +150,7 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"--dataset {args.dataset} needs {flag}; give it")
             if given is not None and expected is not None and given != expected:
                 raise InputError(
-                    f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for own data"
+                    f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for your own data"
                 )
             setattr(args, name, given if given is not None else expected)
         for name, (small, large) in self.by_size.items():
@@ -226,8 +232,8 @@ def check_image_size(cfg, multiple):
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
     if cfg.batch_size * cfg.image_size == multiple:
         raise InputError(
-            f"--batch-size is 1 with --image-size {cfg.image_size}, and BatchNorm needs more than one value per channel, which "
-            "is what the generator's first map of 1x1 pixels has; raise one of them"
+            f"--batch-size is 1 with --image-size {cfg.image_size}, which leaves the generator's first BatchNorm one value per "
+            "channel; raise one of them"
         )
 
 

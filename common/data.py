@@ -67,9 +67,9 @@ def download(address, path, digest=None):
         except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
             partial.unlink(missing_ok=True)
             what = "unpack it and save its one file" if address.endswith(".zip") else "save it"
+            reason = getattr(error, "reason", error)
             raise InputError(
-                f"{address} cannot be fetched ({getattr(error, 'reason', error)}); fetch it where there is a network and "
-                f"{what} as {path}"
+                f"{address} cannot be fetched ({reason}); download it on a machine with internet access and {what} as {path}"
             ) from None
     fetched = path if path.exists() else partial
     if digest:
@@ -77,7 +77,7 @@ def download(address, path, digest=None):
         found = hashlib.new(algorithm, fetched.read_bytes()).hexdigest()
         if not found.startswith(expected):
             partial.unlink(missing_ok=True)
-            raise InputError(f"{path} has {algorithm} {found[:12]}, expected {expected[:12]}; remove it and fetch it again")
+            raise InputError(f"{path} has {algorithm} {found[:12]}, expected {expected[:12]}; delete it and download it again")
     if fetched is partial:
         partial.replace(path)
     return path
@@ -280,7 +280,7 @@ def _open_image(path):
     try:
         return datasets.folder.default_loader(path)
     except (OSError, SyntaxError) as error:  # PIL's for damaged files
-        raise InputError(f"--data-dir: {path} cannot be read ({first_line(error)}); mend or remove it") from None
+        raise InputError(f"--data-dir: {path} cannot be read ({first_line(error)}); repair or delete it") from None
 
 
 def read_folder(folder):

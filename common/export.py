@@ -138,7 +138,7 @@ def load_quantized(path, model=None):
     meta = content["meta"]
     if model is None:
         if meta["arch"] is None or ":" in meta["arch"]:
-            raise InputError(f"'{path}' is of an own architecture ({meta['arch']}); give --arch package.module:factory")
+            raise InputError(f"'{path}' is of your own architecture ({meta['arch']}); give --arch package.module:factory")
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], meta["shortcut"])
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
     model = fold_batchnorm(model, example) if meta.get("folded") else model
@@ -163,7 +163,9 @@ def load_quantized(path, model=None):
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}
     odd = sorted(expected ^ set(state)) or [name for name in expected if shapes[name] != state[name].shape]
     if odd or set(activations) != set(content["activations"]):
-        raise InputError(f"'{path}' is of another architecture than the model given (they differ in '{odd[0]}'); give its own")
+        raise InputError(
+            f"'{path}' was made from another architecture than the one given (they differ in '{odd[0]}'); give that"
+        )
     student.load_state_dict(state, strict=False)
     layout = torch.channels_last if content.get("channels_last") else torch.contiguous_format
     return student.to(memory_format=layout)  # convolutions round otherwise in another layout

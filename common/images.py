@@ -71,7 +71,7 @@ def read_images(name, cfg, labelled=False):
     if images.shape[2:] != (cfg.image_size, cfg.image_size) or labels.max() >= cfg.num_classes:
         raise InputError(
             f"--images {path} has images of {images.shape[2]}x{images.shape[3]} pixels and labels up to {labels.max()}; the "
-            f"network takes {cfg.image_size} pixels and {cfg.num_classes} classes"
+            f"network takes {cfg.image_size} pixels and {cfg.num_classes} classes; give images that were made for it"
         )
     return images, labels, normalisation
 

@@ -238,7 +238,8 @@ def _build_own(arch, num_classes):
     try:
         model = factory(num_classes=num_classes) if takes_classes else factory()
     except Exception as error:
-        raise InputError(f"--arch '{arch}' failed with {type(error).__name__}: {error}; the factory must work alone") from error
+        what = f"--arch '{arch}' failed with {type(error).__name__}: {error}"
+        raise InputError(f"{what}; the factory must run with no argument but num_classes") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
     return model
@@ -283,7 +284,7 @@ def build_student(arch, teacher, num_classes, image_size):
         student = build(arch, num_classes, image_size).eval()
         probe(student, num_classes, image_size)
         if (found := input_channels(student)) != (expected := input_channels(teacher)):
-            raise InputError(f"--arch {arch} takes images of {found} channels and the teacher of {expected}")
+            raise InputError(f"--arch {arch} takes images of {found} channels and the teacher of {expected}; give another")
         return student
     except InputError as error:
         raise InputError(str(error).replace("--arch", "--student-arch")) from None
@@ -393,7 +394,7 @@ def locate_weights(weights, arch, dataset):
         path = bundled_weights(arch, dataset)
         if not path.exists():
             names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.pt")))
-            raise InputError(f"--weights bundled: there are none of {arch} for {dataset}; bundled are: {names}")
+            raise InputError(f"--weights bundled: there are no bundled weights of {arch} for {dataset}; there are: {names}")
         return path, weights
     if weights in PUBLISHED:
         known = PUBLISHED[weights].get(dataset, {})
@@ -421,7 +422,7 @@ def read_weights(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"--weights '{path}' is not a file; give a checkpoint file, an address or a source by name")
+        raise InputError(f"--weights '{path}' is not a file; give a checkpoint file, an address or the name of a source")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes make of it

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
-from common.trace import FunctionCalls, is_plain, replace_module, trace
+from common.trace import is_plain, replace_module, trace
 
 ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 ACTIVATION_FUNCTIONS = {
@@ -397,13 +397,25 @@ def _bake(module):
         module.register_parameter(name, nn.Parameter(value))
 
 
+class _Calls(TorchFunctionMode):
+    """Notes the torch functions that are called within it."""
+
+    def __enter__(self):
+        self.functions = []
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def _activations_inside(layer):
     """Names of the activation functions that a layer's own forward calls."""
     shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
-    with FunctionCalls() as seen:
+    with _Calls() as calls:
         layer(layer.weight.new_zeros(shape))
-    return [function.__name__ for function, _ in seen.calls if function in ACTIVATION_FUNCTIONS]
+    return [function.__name__ for function in calls.functions if function in ACTIVATION_FUNCTIONS]
 
 
 def _quantize_graph(traced, abits, act_placement, clipped):

@@ -105,7 +105,7 @@ def show_finished(run, show=None):
         print_table(result, run)
     else:
         show(result)
-    print("  finished before; --overwrite makes it anew", flush=True)
+    print("  this run was finished before; --overwrite runs it again", flush=True)
     return result
 
 
@@ -117,7 +117,8 @@ def per_channel(cfg, normalisation, channels):
         if len(value) not in (1, channels):
             raise InputError(f"{flag} has {len(value)} values and the model {channels} channels; give one value or {channels}")
         if not all(map(math.isfinite, value)) or (flag == "--std" and min(value) <= 0):
-            raise InputError(f"{flag} is {' '.join(map(str, value))}; give finite numbers (pixels are 0 to 1), --std above 0")
+            found = " ".join(map(str, value))
+            raise InputError(f"{flag} is {found}; give finite numbers for pixels in 0 to 1, for --std above 0")
         values.append(value * (channels // len(value)))
     return values
 

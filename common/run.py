@@ -286,7 +286,8 @@ class Run:
         config = self.folder / "config.json"
         if not config.exists():
             if theirs := [name for name in self.files if (self.folder / name).exists()]:
-                raise InputError(f"--out {self.folder} holds no run, but a '{theirs[0]}' that one would replace; give another")
+                what = f"is not a run folder but contains '{theirs[0]}', which a run would replace"
+                raise InputError(f"--out {self.folder} {what}; give another folder")
             return
         if self.cfg.overwrite:
             return
@@ -294,7 +295,8 @@ class Run:
             there = json.loads(config.read_text())["arguments"]
             before, now = ({k: v for k, v in a.items() if k not in self.may_differ} for a in (there, self.arguments()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"--out {self.folder} has a config.json that is damaged or not of a run; give another") from None
+            what = "has a config.json that is damaged or does not belong to a run"
+            raise InputError(f"--out {self.folder} {what}; give another folder") from None
         differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
         if differ:
             advice = "give another --out, or --overwrite to replace it"
@@ -363,7 +365,8 @@ class Run:
             for name, item in stateful.items():
                 item.load_state_dict(state["stateful"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"--resume: {path} is of another network or version ({first_line(error)}); remove it") from None
+            what = f"{path} belongs to another network or version ({first_line(error)})"
+            raise InputError(f"--resume: {what}; remove it") from None
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -13,25 +13,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
 
 EXAMPLES = (2, 3)  # batch sizes: what differs between them depends on the batch size, all else is a constant
 UNSEEN = 4  # images in the batch on which a graph must compute what its network computes
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
-
-
-class FunctionCalls(TorchFunctionMode):
-    """Notes the torch functions that are called within it: `calls` is a list of (function, args)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 class _Proxy(fx.Proxy):
@@ -257,7 +244,7 @@ def fold_batchnorm(model, example=None):
     for name in set(called):
         if called.count(name) > 1 and any(True for _ in modules[name].parameters()):
             raise InputError(
-                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call its own"
+                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call a layer of its own"
             )
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.op == "call_module" and node.args else None

@@ -263,7 +263,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--generator-loss", "gdfq", "--no-bns"], "--no-bns has no effect with --generator-loss gdfq; leave one of them out"),
         (["--no-as", "--alpha-as", 0.1], "--alpha-as has no effect with --no-as; leave one of them out"),
         (["--no-margin", "--lambda-u", 0.8], "--lambda-u has no effect with --no-margin"),
-        (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give a whole number from 2"),
+        (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give a whole number of at least 2"),
     ]:
         assert words in fails(adadfq.main, *arguments)
     assert not list(tmp_path.iterdir())

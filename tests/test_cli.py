@@ -195,7 +195,7 @@ def test_what_is_not_a_run_stays(tmp_path, fails, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     (tmp_path / "samples.png").write_bytes(b"mine")
     sentence = fails(gdfq.main, *TINY, "--out", tmp_path, "--epochs", 3)
-    assert f"--out {tmp_path} holds no run, but a 'samples.png' that one would replace" in sentence
+    assert f"--out {tmp_path} is not a run folder but contains 'samples.png', which a run would replace" in sentence
     assert [path.name for path in tmp_path.rglob("*")] == ["samples.png"]
 
 
@@ -208,7 +208,7 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
     for again in ([], ["--resume"], ["--eval-every", "2"]):
         assert gdfq.main([*arguments, *again]) == result
         printed = capsys.readouterr().out
-        assert printed.startswith("\ngdfq  w4a4") and "--overwrite makes it anew" in printed
+        assert printed.startswith("\ngdfq  w4a4") and "--overwrite runs it again" in printed
         assert first[first.index("\ngdfq  w4a4") :].strip() in printed  # the same table
     assert written == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert "(epochs 3 there, 4 here); give another --out, or --overwrite" in fails(gdfq.main, *arguments[:-1], 4, "--resume")

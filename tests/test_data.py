@@ -85,7 +85,7 @@ def test_folders_that_do_not_fit(tmp_path):
 def test_a_damaged_image_is_named(tmp_path):
     damaged = make_folder(tmp_path, 2) / "test" / "class1" / "1.png"
     damaged.write_bytes(damaged.read_bytes()[:50])
-    with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read .*; mend or remove it$"):
+    with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read .*; repair or delete it$"):
         list(load_test_set("folder", tmp_path, 2, 32, CIFAR))
     with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read"):
         read_folder(_class_folder(tmp_path, 2, 32))

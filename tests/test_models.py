@@ -120,7 +120,7 @@ def test_weights_that_do_not_fit(tmp_path):
         ("resnet32", 10, good, "another architecture"),
         ("resnet18", 10, good, "another architecture"),
         ("resnet2o", 10, good, "nearest: .*resnet20"),
-        ("resnet32", 10, "bundled", "bundled are"),
+        ("resnet32", 10, "bundled", "no bundled weights of resnet32"),
         ("resnet18", 10, "pytorchcv", "known are: resnet20"),
         ("resnet18", 10, "torchvision", "are for ImageNet"),
     ]:

@@ -7,17 +7,16 @@
 With images, the student learns from them alone: shifted and mirrored, labelled anew by the teacher each time. A method that
 has terms of its own for the generator hands them over as a function; MixMix does (its Sec. 5.4).
 
-What stands here where the paper and its code differ or leave something open:
+The settings are those of the released code, whose recipe MixMix starts from; what is other here, or is left open:
 
-    what                   paper                    released code              here
-    student's loss         cross-entropy with the   Kullback-Leibler           Kullback-Leibler, temperature 1
-                           teacher's outputs        divergence
-    weights of the terms   MNIST's                  0.05, 5, 0.01; CIFAR-100   the code's
-                                                    0.5, 20, 0.1
-    generator, rates       -                        GDFQ's without a label;    the code's; the decay at 2/5 and 4/5
-                                                    0.02, 0.1, decay at 800
-                                                    and 1600 of 2,000 epochs
-    reported accuracy      -                        best epoch                 last epoch (best beside it)
+    what                   released code                                     here
+    student's loss         Kullback-Leibler divergence, temperature 1        the same
+    weights of the terms   0.05, 5, 0.01; CIFAR-100 0.5, 20, 0.1             the same
+    learning rates         0.1, a tenth at 800 and 1,600 of 2,000 epochs;    the same, at 2/5 and 4/5 of --kd-epochs
+                           generator 0.02
+    generator              the layers of GDFQ's, without a label             the same
+    reported accuracy      best epoch on test images                         last epoch (best beside it)
+    with images            -                                                 shifts of an eighth of the side, mirrored
 """
 
 import torch

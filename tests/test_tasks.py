@@ -237,7 +237,8 @@ def test_a_folder_of_pictures_without_labels_serves_a_task(tmp_path, capsys):
     table = capsys.readouterr().out.split("\n\n")[1]
     written = (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns
     assert mixmix.main(flags) == result  # the run that is there, shown again
-    assert capsys.readouterr().out.strip() == table.strip() + "\n  finished before; --overwrite makes it anew"
+    again = capsys.readouterr().out.strip()
+    assert again.startswith(table.strip()) and again.endswith("--overwrite runs it again")
     assert (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns == written
     mixmix.main([*flags, "--overwrite"])
     assert (tmp_path / "run" / "quantized.pt").stat().st_mtime_ns > written
@@ -394,10 +395,19 @@ def test_unstructured_pruning_and_its_reconstruction(net):
     assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
 
 
+class InPlace(FunctionalNet):
+    """What comes behind its convolutions works in place."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(x))
+        y.add_(self.bn3(self.conv3(x)))
+        x.add_(F.relu(y, inplace=True))
+        return self.fc(x.mean((2, 3)))
+
+
 def test_a_reconstruction_with_nothing_pruned_changes_nothing():
-    """Although what comes behind the convolutions works in place."""
-    torch.manual_seed(0)
-    net, images = trained(build("resnet18", 5, 16), steps=2), torch.randn(48, 3, 16, 16)
+    net, images = trained(InPlace()), torch.randn(48, 3, 16, 16)
     pruned = prune(net, images, sparsity=0.0, points=20)
     torch.testing.assert_close(pruned(images), net(images), atol=2e-3, rtol=1e-2)
 

@@ -171,7 +171,9 @@ class _QuantWeight:
     def quantized_weight(self):
         if self.ready is not None:
             return self.ready
-        weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # parametrized, in LSQ
+        weight = self._parameters["weight"]
+        if "quantizer" in self._modules:  # one that is learned
+            return self._modules["quantizer"](weight)
         return weight if self.packed else fake_quantize(weight, *channel_parameters(weight, self.bits), self.bits)
 
     def with_weight(self, x, weight):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import strangers
 import tiny
 import torch
 import torch.nn.functional as F
@@ -271,6 +272,13 @@ def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
     assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
     assert type(layers[1][1]) is QuantConv2d and not net.training
     assert torch.equal(student.bn1.running_mean, net.bn1.running_mean)
+
+
+def test_layers_with_a_forward_of_their_own_are_trained():
+    net, images = strangers.make("LayersOfTheirOwn"), torch.randn(16, 3, 16, 16)
+    student = qat.compress(net, images, config("qat", **QAT | {"qat_steps": 3}))
+    assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in quantized_layers(student))
+    assert student(images).isfinite().all() and not any("quantizer" in key for key in student.state_dict())
 
 
 def test_feature_loss_is_relative_to_the_teachers_variance():

@@ -130,7 +130,7 @@ class LearnedStep(nn.Module):
 
 
 class LearnedWeight(nn.Module):
-    """A parametrization: signed weights of one learned step per layer (LSQ).
+    """The quantizer of a layer's weight: signed, with one learned step per layer (LSQ).
 
     Args:
         weight: what the layer has, from which the step begins.

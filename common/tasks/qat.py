@@ -25,7 +25,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from common import InputError
 from common.cli import fill_in, number, whole
@@ -93,8 +92,8 @@ def learn_steps(student):
     """Let the weights of all layers have a learned step; returns a dict of activation name -> the `LearnedStep` in its
     place."""
     for _, layer in quantized_layers(student):
-        register_parametrization(layer, "weight", LearnedWeight(layer.weight, layer.bits))
-        layer.packed = True  # its weight is quantized by the parametrization
+        layer.quantizer = LearnedWeight(layer.weight, layer.bits)
+        layer.packed = True  # so that it is left out when the network quantizes the weights of all its layers
     device = next(student.parameters()).device
     steps = {name: LearnedStep(act.bits, lsq=True).to(device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
@@ -105,8 +104,8 @@ def learn_steps(student):
 def keep_steps(student, steps):
     """Make what was learned final: quantized layers and activations as every quantized network here has them."""
     for _, layer in quantized_layers(student):
-        learned, weight = layer.parametrizations.weight[0], layer.weight.detach()
-        remove_parametrizations(layer, "weight")
+        learned, weight = layer.quantizer, layer.quantizer(layer.weight).detach()
+        del layer.quantizer
         column = (len(weight),) + (1,) * (weight.ndim - 1)
         layer.pack(weight, *(value.detach().expand(column).clone() for value in (learned.scale, learned.zero_point)))
     for name, step in steps.items():

@@ -59,7 +59,7 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
@@ -355,21 +355,13 @@ def parser():
     add = p.add_argument_group("AdaDFQ").add_argument
     variant = "use the losses and settings of the released code or of the paper; the table at the top of adadfq.py lists them"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=whole(1), default=400, help="number of epochs, including warm-up")
-    add("--iters", type=whole(1), default=200, help="number of iterations per epoch")
-    add("--batch-size", type=whole(1), default=16, help="number of images per iteration")
-    warmup = "number of first epochs in which only the generator learns "
-    warmup += "(default: CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100)"
-    add("--warmup-epochs", type=whole(0, 10**6), help=warmup)
-    add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4, ImageNet 1e-5, ResNet-50 1e-4)")
-    calibrate = "number of first epochs in which the activation ranges are calibrated; they are frozen afterwards"
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
-    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=number(0, 0.9999), help="beta1 of the generator's Adam (default: released 0.5, paper 0.9)")
-    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
-    decay = "epochs at which both learning rates are divided by 10 (default: CIFAR 100 200 300, ImageNet by network and bits)"
-    add("--decay-epochs", type=whole(0), nargs="*", help=decay)
-    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
+    p.add_training(
+        "AdaDFQ: schedule",
+        epochs=400, iters=200, batch_size=16, calibrate_epochs=4, lr_g=1e-3, weight_decay=1e-4, latent_dim=100,
+        warmup_epochs="CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100",
+        beta1="released 0.5, paper 0.9", lr_q="1e-4, ImageNet 1e-5, ResNet-50 1e-4",
+        decay_epochs="CIFAR 100 200 300, ImageNet by network and bits", bns_form="released gdfq, paper sum",
+    )  # fmt: skip
     low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1, released code on ImageNet by network and bits)"
     add("--lambda-l", type=number(0, 1), help=low)
     add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
@@ -378,8 +370,6 @@ def parser():
     add("--alpha-as", type=number(0), default=0.1, help="weight of the agreement loss L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")
     add("--gamma", type=number(0), default=1.0, help="weight of the BatchNorm statistics loss L_BNS (Eq. 12)")
-    form = "form of the BatchNorm statistics loss, see common/bns.py (default: released gdfq, paper sum)"
-    add("--bns-form", choices=BatchNormStatistics.forms, help=form)
     sides = "loss of the student: of the paper, of the released code, or of GDFQ (default: released entropy-t, paper eq13)"
     add("--student-loss", choices=("eq13", "entropy-t", "gdfq"), help=sides)
     temperature = "temperature T of the student losses entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)"
@@ -398,7 +388,7 @@ def parser():
     terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns".split()
     p.without_effect("--generator-loss gdfq", *terms)
     p.without_effect("--student-loss eq13", "--temperature")
-    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
+    p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
     return p
 
 

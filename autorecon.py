@@ -644,26 +644,14 @@ def parser():
     add("--student-arch", help="architecture of the student for --task kd, written as for --arch")
     variant = "sets --bns-form and --kd-reduction, as in gdfq.py"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=whole(1), help="epochs, warm-up included (default: 400; kd 500)")
-    add("--iters", type=whole(1), help="iterations per epoch (default: 200; kd 50)")
-    add("--batch-size", type=whole(1), help="images per iteration of both stages (default: CIFAR 200, ImageNet 16; kd 256)")
-    warmup = "first epochs, in which only the generator learns (default: CIFAR 4, ImageNet 50; kd 0)"
-    add("--warmup-epochs", type=whole(0, 10**6), help=warmup)
-    add("--lr-q", type=number(0), help="learning rate of the student (default: CIFAR 1e-4, ImageNet 1e-6; kd 0.1)")
-    calibrate = "first epochs, in which activation ranges follow the images"
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
-    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator and of the super net (Adam)")
-    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's and the super net's Adam")
-    add("--weight-decay", type=number(0), help="weight decay of the student (default: 1e-4; kd 5e-4)")
-    decay = "epochs at which both learning rates fall to a tenth (default: 100 200 300; kd 100 200)"
-    add("--decay-epochs", type=whole(0), nargs="*", help=decay)
-    add("--latent-dim", type=whole(3, 10**6), default=100, help="length of the noise vector, of which each block gets a third")
-    add("--bns-weight", type=number(0), default=0.1, help="weight of L_bns (Eq. 1)")
-    add("--bns-form", choices=BatchNormStatistics.forms, help="form of L_bns (default: released gdfq, paper sum)")
-    add("--kd-weight", type=number(0), default=1.0, help="weight of L_KD")
-    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    reduction = "average of L_KD; mean also divides by C (default: released mean, paper batchmean)"
-    add("--kd-reduction", choices=("mean", "batchmean"), help=reduction)
+    p.add_training(
+        "AutoReCon, stage 2: schedule and losses; batch size, lr-g, beta1 and L_bns are those of stage 1, too",
+        epochs="400; kd 500", iters="200; kd 50", batch_size="CIFAR 200, ImageNet 16; kd 256",
+        warmup_epochs="CIFAR 4, ImageNet 50; kd 0", calibrate_epochs=4, lr_g=1e-3, beta1=0.5,
+        lr_q="CIFAR 1e-4, ImageNet 1e-6; kd 0.1", weight_decay="1e-4; kd 5e-4", decay_epochs="100 200 300; kd 100 200",
+        latent_dim=100, bns_weight=0.1, bns_form="released gdfq, paper sum",
+        kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",
+    )  # fmt: skip
     steps = "student steps per iteration, on fresh images from the second on (default: 1; kd 5)"
     add("--student-steps", type=whole(1, 10**6), help=steps)
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
@@ -691,6 +679,8 @@ def _complete(cfg):
     if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
         found = f"--task is {cfg.task} and --student-arch {cfg.student_arch}"
         raise InputError(f"{found}; give both (kd and an architecture) to distil, none to quantize")
+    if cfg.latent_dim < 3:
+        raise InputError(f"--latent-dim is {cfg.latent_dim}; each of three blocks gets a third of it, so give at least 3")
     if cfg.tau_end > cfg.tau_start:
         raise InputError(f"--tau-end is {cfg.tau_end}, above --tau-start {cfg.tau_start}; the temperature falls, so swap them")
     if cfg.genotype != "search":

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
+from common.cli import Parser, check_image_size, checked_schedule, friendly_errors
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
 from common.quant import describe, observe, quantize
@@ -271,29 +271,13 @@ def parser():
     add = p.add_argument_group("GDFQ").add_argument
     variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    add("--epochs", type=whole(1), default=400, help="number of epochs, including warm-up")
-    add("--iters", type=whole(1), default=200, help="number of iterations per epoch")
-    group = p.add_argument_group("GDFQ, defaults by data set")
-    p.add_by_size(group, "--batch-size", 200, 16, "number of images per iteration", type=whole(1))
-    warmup = "number of first epochs in which only the generator learns"
-    p.add_by_size(group, "--warmup-epochs", 4, 50, warmup, type=whole(0, 10**6))
-    p.add_by_size(group, "--lr-q", 1e-4, 1e-6, "learning rate of the student (SGD, Nesterov momentum 0.9)", type=number(0))
-    calibrate = "number of first epochs in which the activation ranges are calibrated; they are frozen afterwards"
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help=calibrate)
-    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
-    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
-    decay = "epochs at which both learning rates are divided by 10"
-    add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
-    add("--latent-dim", type=whole(1, 10**6), default=100, help="length of the noise vector")
-    add("--bns-weight", type=number(0), default=0.1, help="weight of the BatchNorm statistics loss, alpha in Eq. 1")
-    form = "form of the BatchNorm statistics loss, see common/bns.py (default: released gdfq, paper sum)"
-    add("--bns-form", choices=BatchNormStatistics.forms, help=form)
-    add("--kd-weight", type=number(0), default=1.0, help="weight of the distillation loss, delta in Eq. 3")
-    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="temperature T of the distillation loss")
-    reduction = "how the distillation loss is averaged: over images (batchmean), or over images and classes (mean) "
-    reduction += "(default: released mean, paper batchmean)"
-    add("--kd-reduction", choices=("mean", "batchmean"), help=reduction)
+    p.add_training(
+        "GDFQ: schedule and losses",
+        epochs=400, iters=200, batch_size=(200, 16), warmup_epochs=(4, 50), calibrate_epochs=4,
+        lr_g=1e-3, beta1=0.5, lr_q=(1e-4, 1e-6), weight_decay=1e-4, decay_epochs=[100, 200, 300], latent_dim=100,
+        bns_weight=0.1, bns_form="released gdfq, paper sum",  # alpha of Eq. 1
+        kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",  # delta of Eq. 3
+    )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
     mix = "mix the images that the student learns from (Table 2 of Qimera)"
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
@@ -304,7 +288,8 @@ def parser():
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     p.without_effect("--no-bns", "--bns-weight", "--bns-form")
     p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
-    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction", "--mix")
+    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix".split()
+    p.without_effect("--no-finetune", *learning)
     return p
 
 

@@ -603,29 +603,22 @@ PUBLISHED = {  # p, K at up to four bits and from five on, and whether the relea
 
 def parser():
     p = Parser("qimera", __doc__.split("\n\n")[0])
-    group = p.add_argument_group("Qimera")
-    add = group.add_argument
-    add("--variant", choices=("paper", "released"), default="paper", help="see the table at the top of qimera.py")
-    add("--epochs", type=whole(1), default=400, help="epochs, warm-up included")
-    add("--iters", type=whole(1), default=200, help="iterations per epoch")
-    add("--k", type=whole(1, 10**6), help="embeddings in a superposition (default: by data set, network and bits)")
-    add("--p", type=number(0, 1), help="share of superposed batches (default: 0.4, ImageNet ResNet-50 0.7)")
-    p.add_by_size(group, "--warmup-epochs", 4, 50, "first epochs, in which only the generator learns", type=whole(0, 10**6))
-    add("--mapped-dim", type=whole(1, 10**6), help="d of the disentanglement mapping (default: CIFAR 64, ImageNet 100)")
-    add("--batch-size", type=whole(1), help="images per iteration (default: paper CIFAR 64, ImageNet 16; released 200, 16)")
-    add("--lr-q", type=number(0), help="learning rate of the student (default: 1e-4; released, ImageNet 1e-6)")
-    add("--calibrate-epochs", type=whole(1, 10**6), default=4, help="first epochs, in which ranges follow the images")
-    add("--lr-g", type=number(0), default=1e-3, help="learning rate of the generator (Adam)")
-    add("--beta1", type=number(0, 0.9999), default=0.5, help="beta1 of the generator's Adam")
-    add("--weight-decay", type=number(0), default=1e-4, help="weight decay of the student")
-    decay = "epochs at which both learning rates fall to a tenth"
-    add("--decay-epochs", type=whole(0), nargs="*", default=[100, 200, 300], help=decay)
-    add("--latent-dim", type=whole(1, 10**6), help="width of random embeddings (default: that of the last linear layer)")
-    add("--bns-weight", type=number(0), default=0.1, help="alpha of Eq. 1")
-    add("--bns-form", choices=BatchNormStatistics.forms, default="gdfq", help="form of L_BNS")
-    add("--kd-weight", type=number(0), default=1.0, help="delta of Eq. 3")
-    add("--temperature", type=number(1e-3, 1e6), default=20.0, help="T of the distillation loss")
-    add("--kd-reduction", choices=("mean", "batchmean"), default="mean", help="average of L_KD; mean also divides by C")
+    add = p.add_argument_group("Qimera").add_argument
+    variant = "use the settings of the paper or of the released code; the table at the top of qimera.py lists them"
+    add("--variant", choices=("paper", "released"), default="paper", help=variant)
+    add("--k", type=whole(1, 10**6), help="K, number of embeddings in a superposition (default: by data set, network, bits)")
+    add("--p", type=number(0, 1), help="p, the share of batches that are superposed (default: 0.4, ImageNet ResNet-50 0.7)")
+    mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet 100)"
+    add("--mapped-dim", type=whole(1, 10**6), help=mapped)
+    width = "dimension of embeddings that start at random (default: that of the last linear layer)"
+    add("--latent-dim", type=whole(1, 10**6), help=width)
+    p.add_training(
+        "Qimera: schedule and losses",
+        epochs=400, iters=200, warmup_epochs=(4, 50), calibrate_epochs=4, lr_g=1e-3, beta1=0.5,
+        batch_size="paper CIFAR 64, ImageNet 16; released 200, 16", lr_q="1e-4; released, ImageNet 1e-6",
+        weight_decay=1e-4, decay_epochs=[100, 200, 300], bns_weight=0.1, bns_form="gdfq",  # alpha of Eq. 1
+        kd_weight=1.0, temperature=20.0, kd_reduction="mean",  # delta of Eq. 3
+    )  # fmt: skip
     add = p.add_argument_group("where paper and released code differ").add_argument
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
@@ -648,7 +641,8 @@ def parser():
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
     p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
-    p.without_effect("--no-finetune", "--lr-q", "--weight-decay", "--kd-weight", "--temperature", "--kd-reduction")
+    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction".split()
+    p.without_effect("--no-finetune", *learning)
     return p
 
 
@@ -671,6 +665,8 @@ def _complete(cfg):
         "cbn": "sum" if paper else "mean",
         "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
         "p": 0.0 if cfg.no_se else p,
+        "bns_form": "gdfq",
+        "kd_reduction": "mean",
     }
     fill_in(cfg, defaults)
     if cfg.k > cfg.num_classes:

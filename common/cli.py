@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 from common import InputError
+from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
 from common.models import SMALL_IMAGE
@@ -56,6 +57,32 @@ def one_of(*choices):
         return text
 
     return check
+
+
+TRAINING = {  # flags of every method that trains a generator: what each may be, and what it is
+    "epochs": (whole(1), "number of epochs, including warm-up"),
+    "iters": (whole(1), "number of iterations per epoch"),
+    "batch_size": (whole(1), "number of images per iteration"),
+    "warmup_epochs": (whole(0, 10**6), "number of first epochs in which only the generator learns"),
+    "calibrate_epochs": (whole(1, 10**6), "number of first epochs in which the activation ranges follow the images"),
+    "lr_g": (number(0), "learning rate of the generator (Adam)"),
+    "beta1": (number(0, 0.9999), "beta1 of the generator's Adam"),
+    "lr_q": (number(0), "learning rate of the student (SGD, momentum 0.9)"),
+    "weight_decay": (number(0), "weight decay of the student"),
+    "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
+    "latent_dim": (whole(1, 10**6), "length of the noise vector"),
+    "bns_weight": (number(0), "weight of the BatchNorm statistics loss"),
+    "bns_form": (
+        one_of(*BatchNormStatistics.forms),
+        "form of the BatchNorm statistics loss: gdfq, sum or norm, see common/bns.py",
+    ),
+    "kd_weight": (number(0), "weight of the distillation loss"),
+    "temperature": (number(1e-3, 1e6), "temperature T of the distillation loss"),
+    "kd_reduction": (
+        one_of("mean", "batchmean"),
+        "average of the distillation loss: over images (batchmean), or classes, too (mean)",
+    ),
+}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -123,6 +150,24 @@ class Parser(argparse.ArgumentParser):
         """A flag whose default depends on the data: `small` for images up to 64 pixels (CIFAR), else `large`."""
         action = group.add_argument(flag, help=f"{help} (default: CIFAR {small}, ImageNet {large})", **kwargs)
         self.by_size[action.dest] = (small, large)
+
+    def add_training(self, title, **defaults):
+        """Flags of TRAINING with a method's own defaults, in the order given.
+
+        Args:
+            title: of their group in --help.
+            defaults: a value; (CIFAR, ImageNet) where it goes by the data; text where the method works it out from more.
+        """
+        group = self.add_argument_group(title)
+        for name, default in defaults.items():
+            flag, (kind, about) = "--" + name.replace("_", "-"), TRAINING[name]
+            how = {"type": kind} | ({"nargs": "*"} if name == "decay_epochs" else {})
+            if isinstance(default, tuple):
+                self.add_by_size(group, flag, *default, about, **how)
+            elif isinstance(default, str):
+                group.add_argument(flag, help=f"{about} (default: {default})", **how)
+            else:
+                group.add_argument(flag, help=about, default=default, **how)
 
     def without_effect(self, setting, *flags):
         """Declare that `flags` do nothing with a setting, so that both together are refused.

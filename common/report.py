@@ -257,6 +257,8 @@ def evaluate_file(cfg):
     meta = read_quantized(cfg.eval)["meta"]
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     student = load_quantized(cfg.eval, own).to(device)
     what = (meta["dataset"], cfg.data_dir, meta["num_classes"], meta["image_size"], (meta["mean"], meta["std"]))
     test_set = load_test_set(*what, device, cfg.download, channels=meta["channels"])

@@ -114,7 +114,8 @@ def test_synthetic_images_for_agreement_are_all_different():
 def test_calibration_shorter_than_its_epochs_is_still_measured(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    result = gdfq.main([*TINY[:-2], "--no-finetune", "--epochs", "1", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
+    calibrating = [*TINY[: TINY.index("--warmup-epochs")], *"--calibrate-epochs 2 --device cpu --no-finetune".split()]
+    result = gdfq.main([*calibrating, "--epochs", "1", "--out", str(tmp_path / "run"), "--data-dir", str(data)])
     assert result["calibrated_top1"] is not None and result["last_top1"] is None
 
 
@@ -160,7 +161,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--device", "tpu"], "give auto, cpu"),
         (["--no-kd", "--temperature", 4], "--temperature has no effect with --no-kd; leave one of them out"),
         (["--no-bns", "--bns-weight", 0.1], "--bns-weight has no effect with --no-bns"),  # also where it is the default
-        ([*TINY[:-2], "--no-finetune", "--lr-q", 1], "--lr-q has no effect with --no-finetune"),
+        ([*TINY, "--no-finetune"], "--warmup-epochs has no effect with --no-finetune"),
         ([*TINY, "--batch-size", 1, "--image-size", 4, "--arch", "tiny:grey"], "--batch-size is 1 with --image-size 4"),
         (["--check", *TINY, "--arch", "tiny:plain"], "no BatchNorm2d"),
         (["--iters", 0], "--iters is 0"),

@@ -478,7 +478,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--tau-end", 9], "--tau-end is 9.0, above --tau-start 5.0"),
         (["--search-epochs", 0], "; give a whole number from 1 to 1e+06"),
         (["--scale", 0], "; give a number from 0.015625 to 64"),
-        (["--latent-dim", 2], "; give a whole number from 3 to 1e+06"),
+        (["--latent-dim", 2], "--latent-dim is 2; each of three blocks gets a third of it, so give at least 3"),
         ([*tiny, "--image-size", 12], "--image-size is 12; the generator needs a multiple of 8"),
         (
             [*tiny, *kd, "--genotype", "random", "--student-arch", "resnet2x"],

@@ -49,7 +49,7 @@ def save_quantized(student, path, meta):
     Args:
         student: from `common.quant.quantize`, with frozen activation ranges.
         path: file to write; replaced in one step.
-        meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, shortcut, wbits, abits and
+        meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, design, wbits, abits and
             act_placement (and folded, if its BatchNorms are), `--eval` also method, dataset, mean and std.
     """
     layers, activations, weights = {}, {}, set()
@@ -139,7 +139,8 @@ def load_quantized(path, model=None):
     if model is None:
         if meta["arch"] is None or ":" in meta["arch"]:
             raise InputError(f"'{path}' is of your own architecture ({meta['arch']}); give --arch package.module:factory")
-        model = build(meta["arch"], meta["num_classes"], meta["image_size"], meta["shortcut"])
+        design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
+        model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
     model = fold_batchnorm(model, example) if meta.get("folded") else model
     student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.regnet import BlockParams
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.vgg import make_layers
+from torchvision.ops import Conv2dNormActivation
 
 from common import InputError, first_line
 from common.data import NORMALISATION, download
@@ -29,8 +31,11 @@ SMALL_IMAGE = 64  # up to this side, torchvision's architectures get a stem that
 
 # Where weights were published: source -> data set -> architecture -> (address, digest of the file or of its one member)
 GITHUB = "https://github.com"
-_PYTORCHCV = GITHUB + "/osmr/imgclsmob/releases/download/"
 _CHENYAOFO = GITHUB + "/chenyaofo/pytorch-cifar-models/releases/download/"
+
+
+def _pytorchcv(file, sha1):
+    return f"{GITHUB}/osmr/imgclsmob/releases/download/{file}-{sha1[:8]}.pth.zip", "sha1:" + sha1
 
 
 def _chenyaofo(dataset, files):
@@ -42,17 +47,12 @@ def _chenyaofo(dataset, files):
 
 PUBLISHED = {
     "pytorchcv": {
-        "cifar10": {
-            "resnet20": (
-                _PYTORCHCV + "v0.0.163/resnet20_cifar10-0597-9b0024ac.pth.zip",
-                "sha1:9b0024ac4c2f374cde2c5052e0d0344a75871cdb",
-            )
-        },
-        "cifar100": {
-            "resnet20": (
-                _PYTORCHCV + "v0.0.180/resnet20_cifar100-2964-a5322afe.pth.zip",
-                "sha1:a5322afed92fa96cb7b3453106f73cf38e316151",
-            )
+        "cifar10": {"resnet20": _pytorchcv("v0.0.163/resnet20_cifar10-0597", "9b0024ac4c2f374cde2c5052e0d0344a75871cdb")},
+        "cifar100": {"resnet20": _pytorchcv("v0.0.180/resnet20_cifar100-2964", "a5322afed92fa96cb7b3453106f73cf38e316151")},
+        "imagenet": {
+            "resnet18": _pytorchcv("v0.0.478/resnet18-0896", "77a56f155214819bfc79ff09795370f955b20e6d"),
+            "resnet50": _pytorchcv("v0.0.329/resnet50-0633", "b00d1c8e52aa7a2badc705b1545aaf6ccece6ce9"),
+            "mobilenet_v2": _pytorchcv("v0.0.213/mobilenetv2_w1-0887", "13a021bca5b679b76156829743f7182da42e8bb6"),
         },
     },
     "chenyaofo": {
@@ -92,6 +92,15 @@ PUBLISHED = {
             },
         ),
     },
+}
+
+# Top-1 accuracy in percent of the networks that GDFQ, Qimera and AdaDFQ compress, as they print it
+PAPER_TOP1 = {
+    ("cifar10", "resnet20"): 93.89,
+    ("cifar100", "resnet20"): 70.33,
+    ("imagenet", "resnet18"): 71.47,
+    ("imagenet", "resnet50"): 77.73,
+    ("imagenet", "mobilenet_v2"): 73.03,
 }
 
 
@@ -190,7 +199,7 @@ NARROW = {
 OWN = {*CIFAR_DEPTHS, *NARROW}  # not torchvision's
 
 
-def build(arch, num_classes, image_size, shortcut="projection"):
+def build(arch, num_classes, image_size, design=None):
     """A network with random weights.
 
     Args:
@@ -198,7 +207,8 @@ def build(arch, num_classes, image_size, shortcut="projection"):
             "package.module:factory" for an own model; the factory is called with num_classes if it takes that argument.
         num_classes: width of the last layer.
         image_size: side of the images in pixels; up to 64, torchvision's architectures get a CIFAR stem.
-        shortcut: of the CIFAR ResNets, "projection" or "pad".
+        design: "pad" for CIFAR ResNets whose shortcuts have no parameters, "pytorchcv" for torchvision's networks changed
+            to that package's; all else is the usual network.
 
     Raises:
         InputError: no such architecture; the nearest names are offered.
@@ -206,7 +216,7 @@ def build(arch, num_classes, image_size, shortcut="projection"):
     if ":" in arch:
         return _build_own(arch, num_classes)
     if arch in CIFAR_DEPTHS:
-        return CifarResNet(CIFAR_DEPTHS[arch], num_classes, shortcut)
+        return CifarResNet(CIFAR_DEPTHS[arch], num_classes, "pad" if design == "pad" else "projection")
     if arch in NARROW:
         return NARROW[arch](num_classes)
     known = torchvision.models.list_models(module=torchvision.models)
@@ -219,11 +229,32 @@ def build(arch, num_classes, image_size, shortcut="projection"):
     extra = {}
     if arch in ("googlenet", "inception_v3"):
         extra = {"aux_logits": False, "init_weights": False, "transform_input": image_size > SMALL_IMAGE}
-    if image_size > SMALL_IMAGE:
-        return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
-    with torch.device("meta") if arch.startswith("vgg") else torch.device("cpu"):
+    small = image_size <= SMALL_IMAGE
+    with torch.device("meta") if small and arch.startswith("vgg") else torch.device("cpu"):
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
-    return _cifar_stem(model, num_classes)
+    if design == "pytorchcv":
+        _as_pytorchcv(model)
+    return _cifar_stem(model, num_classes) if small else model
+
+
+def _as_pytorchcv(model):
+    """Where pytorchcv's networks are not torchvision's: in ResNet-50 a bottleneck's stride is in the first convolution;
+    MobileNetV2's first block has a convolution more, its classifier no bias."""
+    if isinstance(model, torchvision.models.MobileNetV2):
+        model.features[1].conv.insert(0, Conv2dNormActivation(32, 32, 1, activation_layer=nn.ReLU6))
+        model.classifier[1].bias = None
+    for block in model.modules():
+        if isinstance(block, Bottleneck) and block.conv2.groups == 1:  # its ResNeXt-50 is torchvision's
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
+def design_of(model):
+    """The `design` with which `build` makes the architecture of `model`, None for most."""
+    if any(isinstance(module, ZeroPadShortcut) for module in model.modules()):
+        return "pad"
+    moved = any(isinstance(module, Bottleneck) and module.conv1.stride != (1, 1) for module in model.modules())
+    bare = isinstance(model, torchvision.models.MobileNetV2) and "classifier.1.bias" not in model.state_dict()
+    return "pytorchcv" if moved or bare else None
 
 
 def _build_own(arch, num_classes):
@@ -334,7 +365,7 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     Raises:
         InputError: weights that cannot be found, read, or fitted to the architecture.
     """
-    normalisation = NORMALISATION["imagenet" if dataset == "folder" else dataset]
+    normalisation, design = NORMALISATION["imagenet" if dataset == "folder" else dataset], None
     weights = weights or default_weights(arch, dataset)
     if weights is None:
         model, source = build(arch, num_classes, image_size), f"as {arch} returns it"
@@ -343,11 +374,12 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
         if source == "torchvision":
             model = torchvision.models.get_model(arch, weights=torchvision_weights(arch))  # finds the file just checked
         else:
-            state = canonical(read_weights(path), arch)
-            padded = arch in CIFAR_DEPTHS and not any("downsample" in key for key in state)
-            model = build(arch, num_classes, image_size, "pad" if padded else "projection")
+            state, design = canonical(read_weights(path), arch)
+            if re.search(r"resnet\d+b-", Path(path).name):
+                design = None  # pytorchcv's resnet50b and its like have resnet50's keys and torchvision's strides
+            model = build(arch, num_classes, image_size, design)
             fit(model, state, path)
-            if padded:
+            if design == "pad":
                 normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
             elif Path(path).name in {Path(address).name for address, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()}:
                 normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
@@ -443,33 +475,50 @@ def read_weights(path):
     return state
 
 
-_PYTORCHCV_KEYS = (
-    (r"^features\.init_block\.conv\.", "conv1."),
-    (r"^features\.init_block\.bn\.", "bn1."),
+_PYTORCHCV_RESNET = (
+    (r"^features\.init_block\.(conv\.)?bn\.", "bn1."),
+    (r"^features\.init_block\.(conv\.)?conv\.", "conv1."),
+    (r"^features\.stage(\d)\.unit(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}"),
     (r"\.body\.conv(\d)\.conv\.", r".conv\1."),
     (r"\.body\.conv(\d)\.bn\.", r".bn\1."),
     (r"\.identity_conv\.conv\.", ".downsample.0."),
     (r"\.identity_conv\.bn\.", ".downsample.1."),
     (r"^output\.", "fc."),
 )
+_PYTORCHCV_MOBILENET = (
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
+    (r"\.conv3\.(\d)\.", lambda m: f".conv.{int(m[1]) + 2}."),
+    (r"\.conv(\d)\.", lambda m: f".conv.{int(m[1]) - 1}."),
+    (r"\.init_block\.", ".0."),
+    (r"\.stage([1-5])\.unit(\d)", lambda m: f".{(0, 1, 3, 6, 13)[int(m[1]) - 1] + int(m[2])}"),
+    (r"\.final_block\.", ".18."),
+    (r"^output\.", "classifier.1."),
+)
 
 
 def canonical(state, arch):
-    """A published state dict under the key names of this file's networks and torchvision's; own models keep theirs."""
+    """A published state dict under the key names of this file's networks and torchvision's; own models keep theirs.
+
+    Returns:
+        state: the dict.
+        design: of the network that it is for, as `build` takes it.
+    """
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     if ":" in arch:
-        return state
-    if any(key.startswith("features.init_block.") for key in state):  # pytorchcv
+        return state, None
+    if any(key.startswith("features.init_block.") for key in state):
         renamed = {}
         for key, value in state.items():
-            key = re.sub(r"^features\.stage(\d)\.unit(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) - 1}", key)
-            for pattern, replacement in _PYTORCHCV_KEYS:
-                key = re.sub(pattern, replacement, key)
-            renamed[key] = value
-        return renamed
+            name = key
+            for pattern, replacement in _PYTORCHCV_MOBILENET if arch == "mobilenet_v2" else _PYTORCHCV_RESNET:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = value.flatten(1) if key == "output.weight" and value.ndim == 4 else value
+        return renamed, "pytorchcv"
     if "layer1.0.conv1.weight" in state:  # akamaster: linear and, in its option B, shortcut
-        return {re.sub(r"^linear\.", "fc.", key).replace(".shortcut.", ".downsample."): v for key, v in state.items()}
-    return state
+        state = {re.sub(r"^linear\.", "fc.", key).replace(".shortcut.", ".downsample."): v for key, v in state.items()}
+    padded = arch in CIFAR_DEPTHS and not any("downsample" in key for key in state)
+    return state, "pad" if padded else None
 
 
 def fit(model, state, path):

@@ -14,7 +14,7 @@ from common.cli import resumable
 from common.data import accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
-from common.models import OWN, SMALL_IMAGE, ZeroPadShortcut, build, input_channels, load_teacher
+from common.models import OWN, PAPER_TOP1, SMALL_IMAGE, build, design_of, input_channels, load_teacher
 from common.quant import describe, quantized_layers
 from common.run import Run, pick_device, write_atomically
 
@@ -57,7 +57,9 @@ def prepare(cfg, **about):
     else:
         print(f"test set  {test_set.count:,} images from {test_set.name}")
         run.fp_top1 = round(accuracy(teacher, test_set), 2)
-        print(f"          full precision {run.fp_top1:.2f} %", flush=True)
+        papers = PAPER_TOP1.get((cfg.dataset, cfg.arch))
+        known = f" (in GDFQ, Qimera and AdaDFQ {papers:.2f} %)" if papers else ""
+        print(f"          full precision {run.fp_top1:.2f} %{known}", flush=True)
     return teacher, run
 
 
@@ -171,7 +173,7 @@ def finish(run, teacher, student):
             **{k: getattr(cfg, k) for k in ("act_placement", "mean", "std")},
             "channels": input_channels(teacher),
             "folded": run.folded,
-            "shortcut": "pad" if any(isinstance(m, ZeroPadShortcut) for m in teacher.modules()) else "projection",
+            "design": design_of(teacher),
         }
         save_quantized(student, file, meta)
         student = load_quantized(file, copy.deepcopy(teacher).cpu()).to(run.device)

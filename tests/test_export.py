@@ -4,10 +4,10 @@ from conftest import FunctionalNet, trained
 
 from common import InputError
 from common.export import load_quantized, pack, read_quantized, save_quantized, unpack
-from common.models import build
+from common.models import build, design_of
 from common.quant import observe, quantize, quantized_layers
 
-META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "shortcut": "projection", "act_placement": "relu"}
+META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "design": None, "act_placement": "relu"}
 
 
 def calibrated(model, bits, placement="relu", size=16):
@@ -61,6 +61,20 @@ def test_resnet20_file_is_small_and_complete(tmp_path):
     assert torch.equal(load_quantized(path)(x), student(x))
     first = read_quantized(path)["layers"]["conv1"]
     assert first["codes"].dtype == torch.uint8 and first["zero_point"].dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    "arch, design, key",
+    [("resnet50", "pytorchcv", "design"), ("mobilenet_v2", "pytorchcv", "design"), ("resnet20", "pad", "design")]
+    + [("resnet20", design, "shortcut") for design in ("pad", "projection")],  # as earlier versions wrote it
+)
+def test_the_design_of_a_network_is_part_of_its_file(tmp_path, arch, design, key):
+    model = trained(build(arch, 5, 65, design), size=32, steps=1)
+    assert design_of(model) == (None if design == "projection" else design)
+    student, x = calibrated(model, 4, size=32), torch.randn(2, 3, 32, 32)
+    meta = {k: v for k, v in META.items() if k != "design"} | {key: design}
+    save_quantized(student, tmp_path / "quantized.pt", meta | {"arch": arch, "image_size": 65, "wbits": 4, "abits": 4})
+    assert torch.equal(load_quantized(tmp_path / "quantized.pt")(x), student(x))
 
 
 def test_files_that_cannot_be_read(tmp_path):

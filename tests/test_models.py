@@ -2,11 +2,12 @@ import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import BasicBlock, ZeroPadShortcut, build, load_teacher
+from common.models import BasicBlock, ZeroPadShortcut, build, design_of, load_teacher
 from common.quant import quantized_activations
 
 
@@ -67,6 +68,44 @@ def test_published_layouts_load_as_they_are(tmp_path, layout):
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     shortcut = nn.Sequential if layout != "akamaster" else ZeroPadShortcut
     assert [type(m.downsample) for m in loaded.modules() if isinstance(m, BasicBlock)][3] is shortcut
+
+
+def mobilenet_to_pytorchcv(key):
+    units = [f"stage{stage}.unit{unit}" for stage, count in enumerate((1, 2, 3, 7, 4), 1) for unit in range(1, count + 1)]
+    block, place, name = re.fullmatch(r"features\.(\d+)\.([\w.]+)\.(\w+)", key).groups()
+    parts = {"0": "conv", "1": "bn", "conv.0.0": "conv1.conv", "conv.0.1": "conv1.bn", "conv.1.0": "conv2.conv"}
+    parts |= {"conv.1.1": "conv2.bn", "conv.2": "conv3.conv", "conv.3": "conv3.bn"}
+    return f"features.{['init_block', *units, 'final_block'][int(block)]}.{parts[place]}.{name}"
+
+
+@pytest.mark.parametrize("file", ["resnet18-1.pth", "resnet50-1.pth", "resnet50b-1.pth", "mobilenetv2_w1-1.pth"])
+def test_pytorchcvs_imagenet_networks(tmp_path, file):
+    arch = "mobilenet_v2" if "mobile" in file else file[:8]
+    torch.manual_seed(3)
+    model = torchvision.models.get_model(arch, weights=None)
+    if file == "resnet50-1.pth":
+        for stage in (model.layer2, model.layer3, model.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    elif arch == "mobilenet_v2":
+        model.features[1].conv.insert(0, nn.Sequential(nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2), module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1), nn.init.normal_(module.bias, 0, 0.2)
+    state = model.state_dict()
+    if arch == "mobilenet_v2":
+        weight, bias = state.pop("classifier.1.weight"), state.pop("classifier.1.bias")
+        assert not bias.any()
+        state = {mobilenet_to_pytorchcv(key): value for key, value in state.items()}
+        state["output.weight"] = weight[:, :, None, None]
+    else:
+        state = {to_pytorchcv(key).replace("init_block.", "init_block.conv."): value for key, value in state.items()}
+    assert all(key.startswith(("features.", "output.")) for key in state)
+    torch.save(state, tmp_path / file)
+    loaded, normalisation, _ = load_teacher(arch, "imagenet", 1000, 224, str(tmp_path / file))
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert normalisation == NORMALISATION["imagenet"]
+    assert design_of(loaded) == ("pytorchcv" if file in ("resnet50-1.pth", "mobilenetv2_w1-1.pth") else None)
 
 
 @pytest.mark.parametrize("arch, side", [("resnet18", 4), ("mobilenet_v2", 4), ("vgg11_bn", 1), ("shufflenet_v2_x0_5", 4)])

@@ -286,7 +286,7 @@ def load_pruned(path, model):
 
     Args:
         path: of a run with --task prune.
-        model: an untrained instance of the architecture.
+        model: an untrained instance of the teacher's architecture, strides included.
 
     Returns:
         The network in eval mode, traced, its BatchNorms folded, with the channels that are left.

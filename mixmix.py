@@ -25,16 +25,20 @@ No code of it was published; this is the first. What the paper leaves open or ha
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
     5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
-    learned lambda       exp(-s_i) L_i + s_i, with a rate of its own (--weights-form)  plain descent on lambda ends at 0
+    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own                 plain descent on lambda ends at 0
+                         (--weights-form); four, in the paper three                    the prior has two parts
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    teachers             torchvision's, bundled ones (ImageNet 77.00, 72.49 in the     the paper's are not published
-                         paper, CIFAR-10 94.31, 95.42)
+    held out             without MobileNet-b                                           its weights are not public
+    teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper's are not published
+                         MobileNetV2 72.49; CIFAR-10 94.31, 95.42)
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
     box                  width, height uniform; place uniform inside; one per sample   "sampled from a uniform distribution"
     partner              a random permutation of the batch, new in every iteration     Algorithm 1 draws a mask each time
     prior                on the jittered images, before they are mixed                 Algorithm 1: L_prior(X_i)
+    in DAFL (Table 7)    L_BN weighs 0.1 (--kd-bn-weight), no prior; the teacher is     not said
+                         always among the m'
     precision            bf16 where the hardware has it (--precision); float16 images  not said
 
 CIFAR: with DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as their class after 200 iterations,

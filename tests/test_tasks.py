@@ -94,23 +94,29 @@ def test_adaround_begins_with_the_weights_and_ends_on_codes():
     assert rounding.undecided(2.0).abs() < 1e-3
 
 
-def test_learned_steps_have_the_gradient_of_lsq():
-    act = LearnedStep(3)
+@pytest.mark.parametrize("lsq", [True, False])
+def test_learned_steps_have_the_gradient_of_their_paper(lsq):
+    """LSQ's Eq. 3 asks whether x / s is inside before it is rounded; BRECQ rounds first, and has half a step more."""
+    act, beyond = LearnedStep(3, lsq), 0.0 if lsq else 0.5
     with torch.no_grad():
         act.scale.fill_(0.4)
         act.zero_point.fill_(2.0)
-    x = torch.tensor([-3.0, -0.5, 0.1, 0.55, 1.9, 7.0], requires_grad=True)
-    upstream = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, 1.5])
+    x = torch.tensor([-3.0, -0.5, 0.1, 0.55, 1.9, 7.0, -0.9, 2.12, 2.3], requires_grad=True)  # -2.25, 5.3, 5.75 steps
+    upstream = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, 1.5, 0.7, -0.6, 1.1])
     out = act(x)
     expected, slopes = [], []
-    for value in x.tolist():  # Q_N = 2, Q_P = 5; Esser et al., Eq. 3
+    for value in x.tolist():  # Q_N = 2, Q_P = 5
         v = value / 0.4
-        slopes.append(-2.0 if v <= -2 else 5.0 if v >= 5 else round(v) - v)
+        slopes.append(-2.0 if v <= -2 - beyond else 5.0 if v >= 5 + beyond else round(v) - v)
         expected.append(0.4 * min(max(round(v), -2), 5))
     assert out.tolist() == pytest.approx(expected, abs=1e-6)
     grad_x, grad_scale = torch.autograd.grad((out * upstream).sum(), (x, act.scale))
-    assert grad_scale.item() == pytest.approx(sum(u * s for u, s in zip(upstream.tolist(), slopes)), abs=1e-4)
-    assert grad_x.tolist() == pytest.approx([0.0, 2.0, -1.0, 0.5, 3.0, 0.0])
+    factor = (5 if lsq else 1) ** -0.5  # of one value each
+    assert grad_scale.item() == pytest.approx(factor * sum(u * s for u, s in zip(upstream.tolist(), slopes)), abs=1e-4)
+    assert grad_x.tolist() == pytest.approx([0.0, 2.0, -1.0, 0.5, 3.0, 0.0, *([0.0, 0.0] if lsq else [0.7, -0.6]), 0.0])
+
+
+def test_a_learned_step_begins_with_the_first_batch():
     first = LearnedStep(4)
     batch = torch.rand(50)
     first.begin(batch)
@@ -118,21 +124,21 @@ def test_learned_steps_have_the_gradient_of_lsq():
     assert first.scale.item() == scale.item() and first.zero_point.item() == zero_point.item()
 
 
-def test_lsq_begins_and_calms_its_steps_as_in_its_paper():
+def test_lsq_begins_and_scales_its_gradient_as_in_its_paper():
     torch.manual_seed(0)
     x, weight = torch.rand(3, 4, 5, 5), torch.randn(6, 4, 3, 3)
     act, kernel = LearnedStep(4, lsq=True), LearnedWeight(weight, 4)
     act.begin(x)
     assert act.scale.item() == pytest.approx(2 * x.mean().item() / 15**0.5) and act.zero_point == 0
     assert kernel.scale.item() == pytest.approx(2 * weight.abs().mean().item() / 7**0.5)
-    plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4)
+    plain = learned_step(x, scale := act.scale.detach().clone().requires_grad_(), torch.tensor(0.0), 4, "lsq")
     expected = torch.autograd.grad(plain.sum(), scale)[0] / (4 * 5 * 5 * 15) ** 0.5
     torch.testing.assert_close(torch.autograd.grad(act(x).sum(), act.scale)[0], expected, atol=1e-4, rtol=1e-4)
     assert {value.device.type for value in LearnedWeight(weight.to("meta"), 4).state_dict().values()} == {"meta"}
     codes = kernel(weight) / kernel.scale
     assert codes.min() >= -8 and codes.max() <= 7
     torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
-    plain = learned_step(weight, scale := kernel.scale.detach().clone().requires_grad_(), torch.tensor(8.0), 4)
+    plain = learned_step(weight, scale := kernel.scale.detach().clone().requires_grad_(), torch.tensor(8.0), 4, "lsq")
     expected = torch.autograd.grad(plain.sum(), scale)[0] / (weight.numel() * 7) ** 0.5
     torch.testing.assert_close(torch.autograd.grad(kernel(weight).sum(), kernel.scale)[0], expected, atol=1e-4, rtol=1e-4)
     signed = LearnedStep(4, lsq=True)

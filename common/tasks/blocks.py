@@ -97,7 +97,7 @@ def ends_group(parser):
     if known:
         return known[0]
     group = parser.add_argument_group(title)
-    about = "bits of the weights of the first and the last layer, and of the first activation"
+    about = "at least this many bits for the weights of the first and the last layer, and for the first activation"
     group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
     return group
 

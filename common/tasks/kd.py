@@ -1,6 +1,6 @@
 """Distillation of a network into a small one with a generator of its images (DAFL: Chen et al., ICCV 2019), or with images.
 
-    one_hot, information, activation    what the generator minimises, in `dafl_loss`          Eq. 3 to 6
+    one_hot, activation, information    what the generator minimises, in `dafl_loss`          Eq. 4 to 7
     Generator                           noise -> images
     compress                            the student learns from the teacher's outputs        Eq. 1
 
@@ -122,11 +122,11 @@ def dafl_loss(logits, features, cfg):
         cfg: the flags of this task.
     """
     log_p = F.log_softmax(logits, 1)
-    one_hot = F.nll_loss(log_p, logits.argmax(1))  # Eq. 3
-    activation = -features.abs().mean()  # Eq. 4
+    one_hot = F.nll_loss(log_p, logits.argmax(1))  # Eq. 4
+    activation = -features.abs().mean()  # Eq. 5
     mean = log_p.exp().mean(0)
-    information = (mean * mean.clamp(min=1e-12).log10()).sum()  # Eq. 5
-    return cfg.one_hot_weight * one_hot + cfg.information_weight * information + cfg.activation_weight * activation  # Eq. 6
+    information = (mean * mean.clamp(min=1e-12).log10()).sum()  # Eq. 6
+    return cfg.one_hot_weight * one_hot + cfg.information_weight * information + cfg.activation_weight * activation  # Eq. 7
 
 
 def compress(model, images, cfg, run=None, added=None):
@@ -192,8 +192,8 @@ def compress(model, images, cfg, run=None, added=None):
         run.update(sgd, loss)
         run.log(loss_q=loss)
 
-    optimizers = (sgd, adam) if images is None else (sgd,)
-    step, run.rates = run.capture(iteration, *optimizers), "--kd-lr or --kd-lr-g"
+    step = run.capture(iteration, *((sgd, adam) if images is None else (sgd,)))
+    run.rates = "--kd-lr or --kd-lr-g"
     for epoch in run.epochs(cfg.kd_epochs, student, synthesize, iters=cfg.kd_iters, **stateful):
         sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.kd_epochs for part in (2, 4))
         choice = choose(epoch)

@@ -2,7 +2,7 @@
 
 search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
 AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24
-learned_step         x = s round(clip(x / s, -Q_N, Q_P)) with a gradient to s     Esser et al. (LSQ), ICLR 2020, Eq. 1 to 3
+learned_step         s round(clip(x / s, -Q_N, Q_P)) with a gradient to s         LSQ (Esser et al., ICLR 2020), Eq. 1 to 3
 """
 
 import torch
@@ -69,7 +69,7 @@ class AdaRound(nn.Module):
         return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
 
 
-def learned_step(x, scale, zero_point, bits):
+def learned_step(x, scale, zero_point, bits, inside):
     """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
     the range, the end's code outside. Values outside have no gradient.
 
@@ -78,14 +78,17 @@ def learned_step(x, scale, zero_point, bits):
         scale: scalar, learned.
         zero_point: integer-valued scalar.
         bits: codes 0 ... 2^bits - 1.
+        inside: which values are: "lsq", whose x / s is, before it is rounded; "brecq", also the half step beyond, which is
+            rounded to the ends.
     """
-    v = x / scale
+    v, low, high = x / scale, -zero_point, 2**bits - 1 - zero_point
     nearest = torch.round(v.detach())
-    steps = nearest.clamp(-zero_point, 2**bits - 1 - zero_point)
-    return torch.where(steps == nearest, v + (steps - v).detach(), steps) * scale
+    steps = nearest.clamp(low, high)
+    within = (v > low) & (v < high) if inside == "lsq" else steps == nearest
+    return torch.where(within, v + (steps - v).detach(), steps) * scale
 
 
-class _Calm(torch.autograd.Function):
+class _ScaledGradient(torch.autograd.Function):
     """A step size with LSQ's factor on its gradient, 1 / sqrt(count * Q_P), which makes steps learn as fast as weights do."""
 
     @staticmethod
@@ -103,7 +106,7 @@ class LearnedStep(nn.Module):
 
     Args:
         bits: 2 to 8.
-        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and calms its gradient; else the range is searched (BRECQ).
+        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and scales its gradient; else the range is searched (BRECQ).
     """
 
     def __init__(self, bits, lsq=False):
@@ -125,8 +128,10 @@ class LearnedStep(nn.Module):
             self.zero_point.copy_(zero_point[0, 0])
 
     def forward(self, x):
-        scale = _Calm.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point) if self.lsq else self.scale
-        return learned_step(x.float(), scale, self.zero_point, self.bits)
+        if not self.lsq:
+            return learned_step(x.float(), self.scale, self.zero_point, self.bits, "brecq")
+        scale = _ScaledGradient.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
+        return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 
 class LearnedWeight(nn.Module):
@@ -144,8 +149,8 @@ class LearnedWeight(nn.Module):
         self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
 
     def forward(self, weight):
-        scale = _Calm.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
-        return learned_step(weight, scale, self.zero_point, self.bits)
+        scale = _ScaledGradient.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
+        return learned_step(weight, scale, self.zero_point, self.bits, "lsq")
 
 
 def begin_steps(forward, steps):

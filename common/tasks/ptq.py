@@ -4,7 +4,7 @@ The weights of one block after the other are rounded so that the block, fed by t
 full-precision one does; then the step sizes of its activations are learned on full-precision inputs.
 
     reconstruct_weights    min_V |z - z_q(V)|^2 + lambda f_reg(V), z the block's output      AdaRound's Eq. 21, for blocks
-    learned.AdaRound       the weights of V and f_reg                                        AdaRound's Eq. 22 to 24
+    learned.AdaRound       W(V), the softly rounded weights, and f_reg                      AdaRound's Eq. 22 to 24
     reconstruct_steps      min_s |z - z_q(s)|^2.4 by the gradient of LSQ                     BRECQ, LSQ's Eq. 3
     blocks.find_blocks     what is reconstructed together
 
@@ -17,8 +17,7 @@ What the papers leave open, or have otherwise, and what stands here:
     lambda, sharpness      not given                   0.01; 20 to 2, linear,      the same (--rounding-weight)
                                                        after a fifth of the steps
     first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits
-    last layer, first      8 bits                      8 bits                      --ends-bits
-    activation
+    last layer, first act. 8 bits                      8 bits                      --ends-bits
     input of last layer    not given                   depends on the network      as all activations
 """
 

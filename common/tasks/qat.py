@@ -3,7 +3,7 @@
 One step per weight tensor and one per activation are learned with the weights; the full-precision network is the teacher.
 
     learned.learned_step    x = s round(clip(x / s, -Q_N, Q_P)) and its gradient to s      Eq. 1 to 3
-    learned._Calm           the gradient of s times 1 / sqrt(N Q_P)                        Sec. 2.2
+    learned._ScaledGradient the gradient of s times 1 / sqrt(N Q_P)                        Sec. 2.2
     kd_loss                 Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
     feature_loss            intermediate features (Haroush et al., CVPR 2020)              MixMix, Sec. 5.2
 
@@ -161,7 +161,8 @@ def compress(model, images, cfg, run=None):
         run.update(optimizer, kd + cfg.feature_weight * features)
         run.log(kd=kd, features=features)
 
-    step, run.rates = run.capture(iteration, optimizer), "--qat-lr"
+    step = run.capture(iteration, optimizer)
+    run.rates = "--qat-lr"
     epochs = math.ceil(cfg.qat_steps / max(min(500, cfg.qat_steps // 20), 1))  # the rate decays by epochs
     for epoch in run.epochs(epochs, student, None, iters=math.ceil(cfg.qat_steps / epochs), optimizer=optimizer):
         for group in optimizer.param_groups:

@@ -234,18 +234,19 @@ def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--method", nargs="+", default=["gdfq"], choices=METHODS, help="scripts (default: gdfq)")
-    add("--arch", default="resnet20", help="network (default: resnet20)")
+    add("--method", nargs="+", default=["gdfq"], choices=METHODS, help="scripts to time (default: gdfq)")
+    add("--arch", default="resnet20", help="architecture of the network (default: resnet20)")
     add("--dataset", default="cifar10", help="data set (default: cifar10)")
-    add("--weights", help="of the network (default: by data set)")
-    add("--bits", type=int, default=4, help="of weights and activations (default: 4)")
+    add("--weights", help="weights of the network (default: by data set)")
+    add("--bits", type=int, default=4, help="number of bits of weights and activations (default: 4)")
     add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="of the fast path (default: auto)")
-    add("--capture", default="auto", choices=CHOICES, help="of the fast path (default: cudagraph on CUDA, compile on a CPU)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast path (default: auto)")
+    capture = "capture of the fast path (default: cudagraph on CUDA, compile on a CPU)"
+    add("--capture", default="auto", choices=CHOICES, help=capture)
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
-    add("--seconds", type=float, default=2.0, help="of a turn, about (default: 2)")
-    add("--operation", choices=OPERATIONS, help="only this one, as it is here and as its formula is written")
+    add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
+    add("--operation", choices=OPERATIONS, help="time only this operation, as it is here and as its formula is written")
     add("--json", metavar="FILE", help="write the rows to this file")
     args = parser.parse_args(argv)
     with friendly_errors("common.bench"):

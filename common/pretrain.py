@@ -86,19 +86,21 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--arch", default="resnet20")
+    parser.add_argument("--arch", default="resnet20", help="architecture to train")
     parser.add_argument("--data-dir", required=True, help="folder with train/ and test/, one folder per class in each")
     parser.add_argument("--out", required=True, help="weights file to write")
-    parser.add_argument("--epochs", type=int, default=42)
-    parser.add_argument("--small-epochs", type=int, default=26, help="epochs on small crops, first")
-    parser.add_argument("--small-size", type=int, default=24, help="side of the small crops, pixels")
-    parser.add_argument("--pad", type=int, default=2, help="reflected border from which crops are taken, pixels")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=42, help="number of epochs")
+    parser.add_argument("--small-epochs", type=int, default=26, help="number of first epochs on small crops")
+    parser.add_argument("--small-size", type=int, default=24, help="side of the small crops in pixels")
+    parser.add_argument("--pad", type=int, default=2, help="reflected border in pixels from which crops are taken")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per iteration")
     parser.add_argument("--lr-kernels", type=float, default=0.03, help="peak step of Muon, relative to a kernel's norm")
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of everything else")
-    parser.add_argument("--weight-decay", type=float, default=5e-4, help="on the last layer's matrix only")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of convolutions")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--weight-decay", type=float, default=5e-4, help="weight decay of the last layer's matrix, the only one"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of convolutions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random number")
     return parser.parse_args()
 
 

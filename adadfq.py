@@ -15,7 +15,7 @@ Where the equations are:
     BatchNormStatistics     L_BNS                                                   Eq. 11
     generator_loss          the generator's side of the game                        Eq. 9, 12
     student_loss            the student's side                                      Eq. 13
-    game_figures            shares of disagreement and agreement samples            Definitions 1, 2
+    game_figures            H', and the shares of the samples that are defined      Definitions 1, 2
     disagreement            what an epoch of either side does to it: measure_gains  Figure 3(a)
 
     what                  paper                        released code                           here
@@ -36,12 +36,14 @@ Where the equations are:
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
+    Figure 3(a)           H_info, by iteration         not released                            1 - H_info / ln C, by epoch,
+                                                                                               of 256 fixed noise vectors
     reported accuracy     not said                     best epoch on test images               last epoch (best beside it)
 
 The released code does not run as it was uploaded; its published figures cannot be traced to either column. `--variant
 released` is the default, because only its values are given by network and number of bits (three bits on CIFAR stand for
 four and five, too; on ImageNet a network other than ResNet-18, ResNet-50 and MobileNetV2 takes ResNet-18's). AdaSG, the
-predecessor, is `--no-as --alpha-ds 1 --lambda-l 0.3`.
+predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
 
 Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
 both: each side's gradient is taken only with respect to its own parameters. Three things follow. While activation ranges
@@ -68,6 +70,7 @@ from common.report import draw, execute
 from common.run import Run
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
 class Generator(nn.Module):
@@ -190,7 +193,7 @@ def generator_loss(z_p, z_q, y, bns, cfg):
         bns: L_BNS of the same batch, a scalar.
     """
     if cfg.generator_loss == "gdfq":
-        return F.cross_entropy(z_p, y) + 0.1 * bns
+        return F.cross_entropy(z_p, y) + GDFQ_BNS_WEIGHT * bns
     loss = bns.new_zeros(()) if cfg.no_bns else cfg.gamma * bns
     if not cfg.no_ds:
         loss = loss + cfg.beta * cfg.alpha_ds * loss_ds(z_p, z_q, y)  # L_bal, Eq. 9
@@ -222,11 +225,12 @@ def student_loss(z_p, z_q, y, cfg):
 def game_figures(z_p, z_q, y):
     """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), and
     the shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2 (both say
-    the same). Logits (B, C), labels (B,); scalar tensors by name."""
+    y). Logits (B, C), labels (B,); scalar tensors by name."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
+    known = p == y
     ordered = h.sort().values
     low, middle, high = (ordered[round(share * (len(h) - 1))] for share in (0.1, 0.5, 0.9))
-    shares = {"ds_samples": ((p == y) & (p != q)).float().mean(), "as_samples": (p == q).float().mean()}
+    shares = {"ds_samples": (known & (p != q)).float().mean(), "as_samples": (known & (p == q)).float().mean()}
     return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares}
 
 
@@ -365,9 +369,9 @@ def parser():
     low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1, released code on ImageNet by network and bits)"
     add("--lambda-l", type=number(0, 1), help=low)
     add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
-    about = "weight of the disagreement loss L_ds (Eq. 9; default: 0.2, released code on ImageNet by network and bits)"
+    about = "weight of L_ds (Eq. 9; default: 0.2, released code on ImageNet by network and bits)"
     add("--alpha-ds", type=number(0), help=about)
-    add("--alpha-as", type=number(0), default=0.1, help="weight of the agreement loss L_as (Eq. 9)")
+    add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")
     add("--gamma", type=number(0), default=1.0, help="weight of the BatchNorm statistics loss L_BNS (Eq. 12)")
     sides = "loss of the student: of the paper, of the released code, or of GDFQ (default: released entropy-t, paper eq13)"
@@ -376,8 +380,8 @@ def parser():
     add("--temperature", type=number(1e-3, 1e6), help=temperature)
     add = p.add_argument_group("ablations").add_argument
     add("--generator-loss", choices=("adadfq", "gdfq"), default="adadfq", help="loss of the generator: AdaDFQ's or GDFQ's")
-    add("--no-ds", action="store_true", help="train the generator without the disagreement loss (Table 3)")
-    add("--no-as", action="store_true", help="train the generator without the agreement loss (Table 3)")
+    add("--no-ds", action="store_true", help="train the generator without L_ds (Table 3)")
+    add("--no-as", action="store_true", help="train the generator without L_as (Table 3)")
     add("--no-margin", action="store_true", help="train the generator without the bounds on H' (Table 3)")
     add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss (Table 3)")
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
@@ -416,9 +420,9 @@ def _complete(cfg):
     if student_loss == "eq13" and cfg.temperature is not None:
         raise InputError(f"--temperature is {cfg.temperature} and --student-loss eq13 has none; leave it out")
     fill_in(cfg, defaults)
-    if not 0 <= cfg.lambda_l < cfg.lambda_u <= 1:
+    if cfg.lambda_l > cfg.lambda_u:
         raise InputError(
-            f"--lambda-l is {cfg.lambda_l} and --lambda-u is {cfg.lambda_u}; give bounds with 0 <= lambda-l < lambda-u <= 1"
+            f"--lambda-l is {cfg.lambda_l} and --lambda-u is {cfg.lambda_u}; give bounds with 0 <= lambda-l <= lambda-u <= 1"
         )
     if cfg.batch_size < 2:
         raise InputError(

@@ -17,7 +17,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     what                     paper                      released code               here
     L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
     L_KD                     per sample                 also divided by C classes   --variant, --kd-reduction
-    generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         0.5
+    generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         --variant, --beta1
     inner BatchNorms, eps    not given                  0.8 (CIFAR and ImageNet)    0.8
     activation ranges        moving average             one that feeds its bias     plain moving average
                                                         correction back
@@ -25,9 +25,9 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     temperature              not given                  20                          20 (--temperature)
     precision                fp32                       fp32                        --precision; auto: bf16 where the
                                                                                     hardware computes it
-    teacher, top-1 %         CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
-                             ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
-                                                                                    for CIFAR-100, torchvision's for ImageNet
+    teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
+      Qimera and AdaDFQ      ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
+      report it                                                                     for CIFAR-100, torchvision's for ImageNet
     reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, friendly_errors
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
 from common.quant import describe, observe, quantize
@@ -269,12 +269,13 @@ def compress(teacher, cfg, run=None):
 def parser():
     p = Parser("gdfq", __doc__.split("\n\n")[0])
     add = p.add_argument_group("GDFQ").add_argument
-    variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
+    variant = "use the losses and settings of the released code or of the paper: sets --bns-form, --kd-reduction and --beta1"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
         "GDFQ: schedule and losses",
         epochs=400, iters=200, batch_size=(200, 16), warmup_epochs=(4, 50), calibrate_epochs=4,
-        lr_g=1e-3, beta1=0.5, lr_q=(1e-4, 1e-6), weight_decay=1e-4, decay_epochs=[100, 200, 300], latent_dim=100,
+        lr_g=1e-3, beta1="released 0.5, paper 0.9", lr_q=(1e-4, 1e-6), weight_decay=1e-4, decay_epochs=[100, 200, 300],
+        latent_dim=100,
         bns_weight=0.1, bns_form="released gdfq, paper sum",  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",  # delta of Eq. 3
     )  # fmt: skip
@@ -294,8 +295,8 @@ def parser():
 
 
 def _complete(cfg):
-    forms = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
-    cfg.bns_form, cfg.kd_reduction = cfg.bns_form or forms[0], cfg.kd_reduction or forms[1]
+    beta1, bns_form, kd_reduction = {"released": (0.5, "gdfq", "mean"), "paper": (0.9, "sum", "batchmean")}[cfg.variant]
+    fill_in(cfg, {"beta1": beta1, "bns_form": bns_form, "kd_reduction": kd_reduction})
     cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd)
     return checked_schedule(cfg)
 

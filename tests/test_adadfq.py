@@ -107,15 +107,15 @@ def test_normalised_entropy_stays_between_its_bounds_where_both_networks_agree()
 
 
 def test_game_figures_of_logits_made_by_hand():
-    z_p = 5 * F.one_hot(torch.tensor([0, 1, 2, 3, 4]), 5).float()
-    z_q = 5 * F.one_hot(torch.tensor([0, 2, 2, 4, 0]), 5).float()
+    z_p = 5 * F.one_hot(torch.tensor([0, 1, 2, 3, 4, 1]), 5).float()
+    z_q = 4 * F.one_hot(torch.tensor([0, 2, 2, 4, 0, 1]), 5).float()
     z_q[0] = z_p[0]  # the only sample on which nothing differs
-    figures = game_figures(z_p, z_q, torch.tensor([0, 1, 2, 3, 0]))
-    assert figures["as_samples"] == pytest.approx(2 / 5)  # samples 0 and 2
-    assert figures["ds_samples"] == pytest.approx(2 / 5)  # samples 1 and 3; the teacher does not say 0 of sample 4
+    figures = game_figures(z_p, z_q, torch.tensor([0, 1, 2, 3, 0, 0]))
+    assert figures["as_samples"] == pytest.approx(2 / 6)  # samples 0 and 2; of sample 5 both say 1, which is wrong
+    assert figures["ds_samples"] == pytest.approx(2 / 6)  # samples 1 and 3; the teacher does not say 0 of sample 4
     h = normalised_entropy(z_p, z_q).sort().values
     names = ("h_q10", "h_q50", "h_q90", "h_mean")
-    assert [figures[name] for name in names] == [h[0], h[2], h[4], h.mean()] and h[4] == pytest.approx(1)
+    assert [figures[name] for name in names] == [h[0], h[2], h[4], h.mean()] and h[5] == pytest.approx(1)
 
 
 class Keeping(Run):
@@ -246,14 +246,17 @@ def test_defaults_are_the_papers_or_the_released_ones():
     for variant, expected in {"released": ("entropy-t", "gdfq", 0.5), "paper": ("eq13", "sum", 0.9)}.items():
         cfg = adadfq.parse_args(["--variant", variant])
         assert (cfg.student_loss, cfg.bns_form, cfg.beta1) == expected
-    sg = adadfq.parse_args(["--no-as", "--alpha-ds", "1", "--lambda-l", "0.3"])  # AdaSG: unit weights, METHODS.md D2
-    assert (sg.alpha_ds, sg.beta, sg.gamma, sg.lambda_l, sg.lambda_u, sg.no_as) == (1, 1, 1, 0.3, 0.8, True)
+    sg = adadfq.parse_args("--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3".split())  # AdaSG as its code has it, METHODS.md D2
+    assert (sg.alpha_ds, sg.alpha_as, sg.beta, sg.gamma, sg.lambda_l, sg.lambda_u) == (0.1, 0.1, 1, 1, 0.3, 0.8)
+    assert "`--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`" in adadfq.__doc__
+    cell = adadfq.parse_args(["--lambda-l", "0.5", "--lambda-u", "0.5"])  # of Figure 4(a)
+    assert cell.lambda_l == cell.lambda_u == 0.5
 
 
 def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, words in [
-        (["--lambda-l", 0.9], "--lambda-l is 0.9 and --lambda-u is 0.8; give bounds with 0 <= lambda-l < lambda-u <= 1"),
+        (["--lambda-l", 0.9], "--lambda-l is 0.9 and --lambda-u is 0.8; give bounds with 0 <= lambda-l <= lambda-u <= 1"),
         (["--lambda-u", 1.1], "--lambda-u is 1.1"),
         (["--lambda-l", -0.1], "--lambda-l is -0.1"),
         (["--batch-size", 1], "--batch-size is 1; H' is relative to the batch's smallest entropy, so give at least 2"),

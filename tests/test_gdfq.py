@@ -134,9 +134,10 @@ def test_large_images_use_the_large_generator():
 
 
 def test_ablations_and_variants_change_what_they_name(net):
-    assert (config(**TINY).bns_form, config(**TINY).kd_reduction) == ("gdfq", "mean")
+    released = config(**TINY)
+    assert (released.bns_form, released.kd_reduction, released.beta1) == ("gdfq", "mean", 0.5)
     paper = config(**TINY, variant="paper", kd_reduction="mean")
-    assert (paper.bns_form, paper.kd_reduction) == ("sum", "mean")
+    assert (paper.bns_form, paper.kd_reduction, paper.beta1) == ("sum", "mean", 0.9)
     results = {}
     for name in ("no_ce", "no_bns", "no_student_ce", "no_kd", "clipped_ste"):
         results[name] = compress(net, config(**TINY, lr_q=0.05, **{name: True})).fc.weight

@@ -11,7 +11,7 @@ Where the equations are:
     Operation                    up-sampling, conditional BatchNorm, convolution      Table 1
     Generator                    nodes as sums of edges, edges as sums of operations  Eq. 3, 8
     Architecture.probabilities   p = softmax(alpha)                                   Eq. 4
-    Architecture.sample          m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
+    Architecture.gumbel_softmax  m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
     reconstruction_loss          L_r = L_class + L_bns                                Eq. 1
     search                       weights and architecture by turns                    Eq. 2, 6; Algorithm 1, lines 1-8
     derive                       the likeliest operation of every edge                end of stage 1
@@ -39,6 +39,18 @@ stand for, from which the macro-architecture is known exactly. The paper leaves 
                           MobileNetV2 73.03     MobileNetV2 71.88
                           ResNet-20 (AIT):      bundled: C10 92.41; pytorchcv's, AIT's own: C100     what is at hand
                           C10 93.89, C100 70.33
+                          C100: R18 78.83, R50  no public source; your own by --weights
+                          79.36, MobileNetV2
+                          70.72
+    Table 4's networks    ResNet-34 into R18    --arch, --student-arch
+    Table 4's settings    not said              500 epochs of 50 batches of 256, student's rate 0.1  DFAD's CIFAR script
+                                                and weight decay 5e-4, five student steps, L1 of
+                                                the logits
+      rates' decay        not said              at epochs 100 and 200                                DFAD's scheduler, which
+                                                                                                     it uses only if asked
+      student's steps     not said              after the generator's, the first on its images       DFAD: before it, all on
+                                                                                                     fresh images
+      latent vector       not said              100 entries (--latent-dim)                           GDFQ (DFAD: 256)
     reported accuracy     not said              last epoch (best beside it)
 
 AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are. Table 3 scales a found
@@ -642,7 +654,7 @@ def parser():
     add = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ").add_argument
     add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (kd, Table 4)")
     add("--student-arch", help="architecture of the student for --task kd, written as for --arch")
-    variant = "sets --bns-form and --kd-reduction, as in gdfq.py"
+    variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
         "AutoReCon, stage 2: schedule and losses; batch size, lr-g, beta1 and L_bns are those of stage 1, too",
@@ -671,7 +683,7 @@ def _complete(cfg):
     names = "epochs iters batch_size warmup_epochs lr_q weight_decay student_steps decay_epochs".split()
     small = (400, 200, 200, 4, 1e-4, 1e-4, 1, [100, 200, 300])  # as GDFQ on CIFAR
     large = (400, 200, 16, 50, 1e-6, 1e-4, 1, [100, 200, 300])  # as GDFQ on ImageNet
-    distilling = (500, 50, 256, 0, 0.1, 5e-4, 5, [100, 200])  # as DFAD, from memory
+    distilling = (500, 50, 256, 0, 0.1, 5e-4, 5, [100, 200])  # as DFAD on CIFAR
     values = distilling if cfg.task == "kd" else small if cfg.image_size <= SMALL_IMAGE else large
     fill_in(cfg, dict(zip(names, values)))
     bns_form, kd_reduction = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]

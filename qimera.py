@@ -38,7 +38,13 @@ Where the equations are:
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
-    ZAQ's feature maps         not given                  not released                what enters each BatchNorm2d
+    ZAQ: beta, gamma           not given                  in ZAQ's own: 1, 0.1        0.1, 0.05, chosen here; --zaq-beta,
+                                                                                      --zaq-gamma
+    ZAQ: feature maps          not given                  in ZAQ's own: three stages  what enters each BatchNorm2d
+    ZAQ: student's steps       not given                  in ZAQ's own: five for one  one for one, at --lr-q
+                                                          of G's, at a rate of 0.1
+    intrusion score            sum of other logits        not released                sum of other probabilities
+    Figure 3(a), real images   of the training set        not released                of the test set
     reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
 
 `--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
@@ -164,9 +170,9 @@ class Latent(nn.Module):
         self.mapping = nn.Linear(width, mapped) if mapped else nn.Identity()  # M
         self.out_features = mapped or width
 
-    def draw_noise(self, batch, k):
-        """z ~ N(0, 1), (B, d)."""
-        return torch.randn(batch, self.out_features, device=self.embedding.weight.device)
+    def draw_noise(self, classes):
+        """z ~ N(0, 1), (B, d), for the classes (B, K) of `Labels`."""
+        return torch.randn(len(classes), self.out_features, device=classes.device)
 
     def forward(self, labels, z):
         m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
@@ -184,10 +190,10 @@ class ReleasedLatent(Latent):
         super().__init__(num_classes, width, mapped)
         self.noise, self.normalise = noise, normalise
 
-    def draw_noise(self, batch, k):
+    def draw_noise(self, classes):
         """z ~ N(0, 1), (B, K, D) or (B, 1, D)."""
-        weight = self.embedding.weight
-        return torch.randn(batch, k if self.noise == "slot" else 1, weight.shape[1], device=weight.device)
+        batch, k = classes.shape
+        return torch.randn(batch, k if self.noise == "slot" else 1, self.embedding.embedding_dim, device=classes.device)
 
     def forward(self, labels, z):
         slots = self.embedding(labels.classes) + z  # (B, K, D)
@@ -258,7 +264,7 @@ class SuperposingGenerator(nn.Module):
     def forward(self, labels, z=None):
         """Images of `Labels`, by default with noise of their own."""
         with torch.autocast(labels.soft.device.type, enabled=False):
-            latent = self.latent(labels, self.latent.draw_noise(*labels.classes.shape) if z is None else z)
+            latent = self.latent(labels, self.latent.draw_noise(labels.classes) if z is None else z)
             soft = labels.soft
             if self.cbn == "mean":
                 soft = torch.where(labels.superposed, soft / labels.classes.shape[1], soft)
@@ -490,7 +496,7 @@ def measure_paths(generator, look, num_classes, device, points=101, most_pairs=4
         found["zero"].append(path_metrics(*look(images), pair))
         found["mixup"].append(path_metrics(*look(of_pixels * images[0] + (1 - of_pixels) * images[-1]), pair))
         for _ in range(shared):
-            z = generator.latent.draw_noise(1, 2)
+            z = generator.latent.draw_noise(classes[:1])
             found["shared"].append(path_metrics(*look(generator(labels, z)), pair))
     result = {"pairs": len(pairs), "points": points, "shared_noise_vectors": shared}
     for name, values in found.items():
@@ -508,7 +514,7 @@ def project_features(generator, look, num_classes, device, test_set, samples=200
 
     y = torch.arange(samples) % num_classes
     clouds = {"single": features(single_labels(y, 2, num_classes)), "labels": y.numpy()}
-    classes = torch.randint(num_classes, (samples // 4, 2))
+    classes = torch.rand(samples // 4, num_classes).topk(2).indices  # pairs of different classes
     clouds["superposed"] = features(superpose_labels(classes, torch.randn(len(classes), 2).softmax(1), num_classes))
     if test_set:
         parts = [(look(images)[0], labels.cpu()) for images, labels in test_set]
@@ -592,7 +598,7 @@ def analyze(cfg):
     return result
 
 
-PUBLISHED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
+RELEASED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
     "cifar10": (0.4, 2, 2, False),
     "cifar100": (0.4, 10, 50, True),
     "resnet18": (0.4, 500, 100, False),
@@ -623,7 +629,8 @@ def parser():
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
     add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
-    add("--noise", choices=("sample", "slot"), help="noise per sample or embedding (default: paper sample, released slot)")
+    noise = "noise per sample, after the superposition, or per embedding, before the mapping; before it, too, with --normalise"
+    add("--noise", choices=("sample", "slot"), help=f"{noise} (default: paper sample, released slot)")
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
     add = p.add_argument_group("ablations and combinations").add_argument
@@ -648,7 +655,7 @@ def parser():
 
 def _complete(cfg):
     paper, large = cfg.variant == "paper", cfg.image_size > SMALL_IMAGE
-    p, k_four, k_five, released_eei = PUBLISHED.get(cfg.arch if large else cfg.dataset, PUBLISHED["cifar10"])
+    p, k_four, k_five, released_eei = RELEASED.get(cfg.arch if large else cfg.dataset, RELEASED["cifar10"])
     fill_in(cfg, {"dm": paper, "eei": paper or released_eei})
     if cfg.mapped_dim is not None and not cfg.dm:
         raise InputError(f"--mapped-dim is {cfg.mapped_dim} and there is no disentanglement mapping; give --dm with it")

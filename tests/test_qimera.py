@@ -55,7 +55,7 @@ def standardised(x):
 def test_the_latent_of_the_paper():
     """Eq. 8 with the mapping of Sec. 4.3, sample by sample; Eq. 5 for one class."""
     latent, (classes, shares, _) = Latent(9, 5, mapped=3).double(), make_superposition()
-    z = latent.draw_noise(6, 4).double()
+    z = latent.draw_noise(classes).double()
     assert z.shape == (6, 3)
     rows = []
     for row, weights, noise in zip(classes.tolist(), shares, z):
@@ -71,7 +71,7 @@ def test_the_latent_of_the_paper():
 def test_the_released_latent(noise, normalise):
     """Noise before the mapping; standardised per slot over the batch, but single classes each by itself."""
     latent, (classes, shares, _) = ReleasedLatent(9, 5, 3, noise, normalise).double(), make_superposition()
-    z = latent.draw_noise(6, 4).double()
+    z = latent.draw_noise(classes).double()
     assert z.shape == (6, 4 if noise == "slot" else 1, 5)
     slots = [latent.embedding(classes[:, k]) + z[:, min(k, z.shape[1] - 1)] for k in range(4)]
     of_single = torch.stack([standardised(x) for x in slots[0]]) if normalise else slots[0]
@@ -228,6 +228,19 @@ def test_path_metrics_of_known_paths():
     assert intrusion.item() == pytest.approx(others, rel=1e-5)
     half_circle = torch.cat([torch.cos(math.pi * t), torch.sin(math.pi * t)], 1)
     assert path_metrics(half_circle, logits, (0, 1))[0].item() == pytest.approx(math.pi / 2, rel=1e-3)
+
+
+def test_the_pairs_of_figure_3_are_of_different_classes():
+    seen = []
+
+    def generator(labels):
+        seen.append(labels)
+        return labels.soft
+
+    clouds = qimera.project_features(generator, lambda soft: (soft, soft), 3, "cpu", None, samples=400)
+    pairs = torch.cat([labels.classes for labels in seen if labels.superposed])
+    assert len(pairs) == 100 == len(clouds["superposed"]) and (pairs[:, 0] != pairs[:, 1]).all()
+    assert {tuple(pair) for pair in pairs.tolist()} == {(a, b) for a in range(3) for b in range(3) if a != b}
 
 
 def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails, capsys):

@@ -17,7 +17,7 @@ Where the equations are:
     invert                   one batch of images                                       Algorithm 1
     evaluate, transfer       what networks make of images; images of one for others    Tables 1 and 2; Table 6
     common/tasks/            ptq (BRECQ), qat (LSQ), prune, kd (DAFL)                  Tables 3, 4, 5 and 8, 7
-    dafl_terms               Eq. 6 in DAFL's loop                                      Sec. 5.4, Table 7
+    DaflTerms                Eq. 6 in DAFL's loop                                      Sec. 5.4, Table 7
 
 No code of it was published; this is the first. What the paper leaves open or has otherwise, and what stands here:
 
@@ -267,7 +267,7 @@ def mixed_cross_entropy(logits, y, partner, beta):
 # ------------------------------------------------------------------------------------------ Algorithm 1: the synthesis
 
 
-def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
+def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     """Algorithm 1: one batch of images.
 
     Args:
@@ -275,7 +275,7 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
         y: labels (B,).
         cfg: from `config(...)`, or the command line.
         run: device and precision.
-        progress: called with (steps done, the models' names, dict of losses as tensors).
+        progress: called after each step with the models' names and the dict of losses, as tensors.
 
     Returns:
         Images (B, channels, H, W), normalised as the zoo's.
@@ -298,7 +298,7 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
                 x.clamp_(low, high)
         run.log(**losses)
 
-    done, peaks = 0, (cfg.lr, cfg.lr_weights)
+    peaks = cfg.lr, cfg.lr_weights
     for shrink, steps in ((2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)):
         rates = [torch.tensor(peak, device=run.device) for peak in peaks]  # which a CUDA graph reads anew
         groups = [{"params": p, "lr": rate} for p, rate in zip(([x], list(weigh.parameters())), rates) if p]
@@ -309,15 +309,13 @@ def invert(zoo, y, cfg, run, progress=lambda step, names, losses: None):
             for rate, peak in zip(rates, peaks):
                 rate.fill_(peak * (warm * 0.5 * (1 + math.cos(math.pi * index / steps))))
             step()
-            done += 1
-            progress(done, names, run.latest)
+            progress(names, run.latest)
     return x.detach()
 
 
 # ------------------------------------------------------------------------------------------------------ Tables 1 and 2
 
 
-@torch.no_grad()
 @full_precision()
 def look(model, images, labels, batch_size, device):
     """What one network makes of images: top-1 accuracy in percent, L_BN (Eq. 2, mean over batches), class probabilities."""
@@ -382,27 +380,31 @@ def evaluate(cfg):
 # ------------------------------------------------------------------------------------- Tables 3 to 5 and 7: compression
 
 
-def dafl_terms(teacher, cfg, run):
+class DaflTerms:
     """What DAFL's generator minimises beside its own loss (Sec. 5.4), in the form that `kd.compress` takes: Eq. 6 of its
     images, labelled by the teacher, over the teacher and m' - 1 further networks of the zoo, drawn anew in every epoch."""
-    channels = input_channels(teacher)
-    shared = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-    others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, shared)
-    zoo = [model.place(run.device) for model in (ZooModel(cfg.arch, teacher, shared, shared, run.layout), *others)]
-    if cfg.zoo_sample > len(zoo):
-        raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(zoo)} models with the teacher; lower it")
-    weigh = LossWeights({"ce": cfg.ce_weight, "bn": cfg.kd_bn_weight})
 
-    def choose(epoch):
-        drawn = torch.Generator().manual_seed((cfg.seed * 1_000_003 + epoch) % 2**63)
-        return 0, *sorted((1 + torch.randperm(len(zoo) - 1, generator=drawn)[: cfg.zoo_sample - 1]).tolist())
+    def __init__(self, teacher, run):
+        cfg, channels = run.cfg, input_channels(teacher)
+        shared = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
+        others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, shared)
+        models = ZooModel(cfg.arch, teacher, shared, shared, run.layout), *others
+        if cfg.zoo_sample > len(models):
+            raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(models)} models with the teacher; lower it")
+        self.run, self.zoo = run, [model.place(run.device) for model in models]
+        self.weigh = LossWeights({"ce": cfg.ce_weight, "bn": cfg.kd_bn_weight})
 
-    def loss(x, y, chosen):
-        weighted, losses = mixmix_loss([zoo[index] for index in chosen], x, y, weigh, cfg, run.autocast)
-        run.log(bn=losses["bn"])
+    def choose(self, epoch):
+        """Indices of an epoch's models; the teacher, 0, is always one of them."""
+        drawn = torch.Generator().manual_seed((self.run.cfg.seed * 1_000_003 + epoch) % 2**63)
+        return 0, *sorted((1 + torch.randperm(len(self.zoo) - 1, generator=drawn)[: self.run.cfg.zoo_sample - 1]).tolist())
+
+    def loss(self, x, y, chosen):
+        """Eq. 6 of images (B, channels, H, W) with labels (B,)."""
+        models = [self.zoo[index] for index in chosen]
+        weighted, losses = mixmix_loss(models, x, y, self.weigh, self.run.cfg, self.run.autocast)
+        self.run.log(bn=losses["bn"])
         return weighted
-
-    return choose, loss
 
 
 def compress(teacher, images, cfg, run=None):
@@ -417,8 +419,7 @@ def compress(teacher, images, cfg, run=None):
     run = run or Run(cfg)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     mixing = cfg.task == "kd" and images is None and cfg.data_source == "mixmix"
-    more = {"added": functools.partial(dafl_terms, cfg=cfg, run=run)} if mixing else {}
-    return TASKS[cfg.task].compress(teacher, images, cfg, run, **more)
+    return TASKS[cfg.task].compress(teacher, images, cfg, run, **({"added": DaflTerms} if mixing else {}))
 
 
 def make_and_compress(teacher, cfg, run):
@@ -495,9 +496,8 @@ def refuse_idle(p):
 
 def _complete(cfg):
     cfg.no_dmix = cfg.no_dmix or cfg.data_source in ("single", "zeroq")
-    others = [name for name in HELD_OUT.get(cfg.dataset, []) if name not in (cfg.zoo or ())]
-    fill_in(cfg, {"held_out": others, "zoo_sample": 3 if cfg.data_source == "mixmix" else 1})
-    fill_in(cfg, {"zoo": default_zoo(cfg)})
+    fill_in(cfg, {"held_out": [name for name in HELD_OUT.get(cfg.dataset, []) if name not in (cfg.zoo or ())]})
+    fill_in(cfg, {"zoo": default_zoo(cfg), "zoo_sample": 3 if cfg.data_source == "mixmix" else 1})
     low = 0 if cfg.image_size <= SMALL_IMAGE else round(cfg.iterations * 2 / 3)
     fill_in(cfg, {"targets": [*cfg.held_out, *cfg.zoo], "low_iterations": low})
     if cfg.data_source == "zeroq":
@@ -519,6 +519,7 @@ def _complete(cfg):
     if cfg.capture == "compile":
         raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
     synthesis.complete(cfg)
+    cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images; the task may have its own
     if task := TASKS.get("ptq" if cfg.task == "transfer" else cfg.task):
         task.complete(cfg)
     return cfg
@@ -553,11 +554,9 @@ def main(argv=None):
         if cfg.eval is not None or cfg.task in TASKS:
             compared = ("data_dir",) if cfg.data_source == "real" else ()
             return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"), compared=compared)
-        if cfg.check:
-            return check_networks(cfg)
-        if cfg.task == "synth":
-            return synthesis.synthesize(cfg, load_source, invert)
-        return evaluate(cfg) if cfg.task == "evaluate" else transfer.transfer(cfg)
+        make_set = functools.partial(synthesis.synthesize, load=load_source, make=invert)
+        other = {"synth": make_set, "evaluate": evaluate, "transfer": transfer.transfer}
+        return check_networks(cfg) if cfg.check else other[cfg.task](cfg)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Making a set of images in a run folder: batch by batch, in parts, by one process or several, resumable."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -69,15 +70,13 @@ def wait_for_all():
 
 
 def complete(cfg):
-    """What --part implies: all but the first join the folder that the first has begun. The set's own settings are noted before
-    a task changes them.
+    """What --part implies: all but the first join the folder that the first has begun.
 
     Raises:
         InputError: real images from nowhere, or a part of something else than images.
     """
     if cfg.data_source == "real" and cfg.data_dir is None:
         raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
-    cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}
     if cfg.part and cfg.task != "synth":
         raise InputError(f"--task {cfg.task} runs in one process; make the images with --task synth, which runs in several")
     if cfg.part and cfg.part[0]:
@@ -95,12 +94,7 @@ def make_labels(cfg):
     return (torch.arange(cfg.count) % cfg.num_classes)[torch.randperm(cfg.count, generator=source)]
 
 
-def batch_file(run, index):
-    """Where the batch of that number goes."""
-    return run.folder / "batches" / f"{index:05}.npz"
-
-
-def make_batches(make, labels, run):
+def make_batches(make, labels, files, run):
     """Make the batches that are not in the run's folder yet, or those of --part; each is written when it is finished.
 
     A batch depends on its number and the seed only, so any number of processes makes the same images, if each has as many
@@ -110,35 +104,35 @@ def make_batches(make, labels, run):
     Args:
         make: as for `make_set`, without the networks.
         labels: of each batch, (B,).
-        run: with a folder.
+        files: where each batch goes.
+        run: its --part says which.
     """
     cfg = run.cfg
     first, every = cfg.part or (0, 1)
-    own = [index for index in range(first, len(labels), every) if not batch_file(run, index).exists()]
+    own = [index for index in range(first, len(files), every) if not files[index].exists()]
     with Progress(total=cfg.iterations * len(own), unit="it", position=first, disable=not own) as bar:
         for index in own:
             torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
             y = labels[index].to(run.device)
 
-            def progress(step, names, losses, index=index, size=len(y)):
-                bar.set_description(f"batch {index + 1}/{len(labels)}, {names}", refresh=False)
+            def progress(names, losses, index=index, size=len(y)):
+                bar.set_description(f"batch {index + 1}/{len(files)}, {names}", refresh=False)
                 bar.update()
-                if step % 50 == 0 or step == cfg.iterations:  # reading the losses waits for the device
+                if bar.n % 50 == 0 or bar.n % cfg.iterations == 0:  # reading the losses waits for the device
                     rate = bar.n * size / cfg.iterations / bar.format_dict["elapsed"]
                     bar.show({"images/s": rate} | {name: loss.item() for name, loss in losses.items()})
 
             images = make(y, cfg, run, progress).half()
             if not torch.isfinite(images).all():
                 raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
-            write_images(batch_file(run, index), images, y, (cfg.mean, cfg.std))
+            write_images(files[index], images, y, (cfg.mean, cfg.std))
 
 
-def read_batches(labels, run):
-    """The images of all batches, (N, channels, H, W) float16; `labels` as for `make_batches`."""
-    cfg = run.cfg
+def read_batches(labels, files, cfg):
+    """The images of all batches, (N, channels, H, W) float16; arguments as for `make_batches`."""
     images = torch.empty(cfg.count, len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
-    for index, place in enumerate(images.split([len(y) for y in labels])):
-        place.copy_(torch.from_numpy(np.load(batch_file(run, index))["images"]))
+    for file, place in zip(files, images.split([len(y) for y in labels])):
+        place.copy_(torch.from_numpy(np.load(file)["images"]))
     return images
 
 
@@ -152,7 +146,7 @@ def make_set(cfg, load, make, begin=lambda: None):
         cfg: parsed arguments, with the flags declared here, --data-source, --iterations and --batch-size.
         load: function of `cfg` that returns the networks that make images, with names; it fills in --mean and --std.
         make: function of the networks, labels (B,), `cfg`, the run and `progress`; returns images (B, channels, H, W).
-            It calls progress(steps done, names of networks, dict of losses as tensors) after each step.
+            It calls progress(names of networks, dict of losses as tensors) after each step.
         begin: called when all is checked, before anything is written.
 
     Returns:
@@ -164,26 +158,26 @@ def make_set(cfg, load, make, begin=lambda: None):
     networks, labels = load(cfg), make_labels(cfg)
     compared = ("data_dir",) if cfg.data_source == "real" else ()
     run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), compared=compared, free=("part",))
-    finished = run.finished
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
     if not joins:
-        images = real_images(cfg, labels) if cfg.data_source == "real" and not finished else None
-        if not finished:
+        if not run.finished:
+            images = real_images(cfg, labels) if cfg.data_source == "real" else None
             begin()
             run.start()
         wait_for_all()
-    if finished:
+    if run.finished:
         return run
     parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     if cfg.data_source not in READY:
+        files = [run.folder / "batches" / f"{index:05}.npz" for index in range(len(parts))]
         placed = [network.place(run.device) for network in networks]
-        make_batches(lambda *args: make(placed, *args), parts, run)
+        make_batches(functools.partial(make, placed), parts, files, run)
     wait_for_all()
     if joins or (cfg.part and not together()):
         return run
     if cfg.data_source != "real":
-        images = noise(cfg.count, cfg) if cfg.data_source == "noise" else read_batches(parts, run)
+        images = noise(cfg.count, cfg) if cfg.data_source == "noise" else read_batches(parts, files, cfg)
     write_images(run.folder / "images.npz", images, labels, (cfg.mean, cfg.std))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     made = {"images": cfg.count, "data_source": cfg.data_source, "zoo": [network.name for network in networks]}

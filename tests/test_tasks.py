@@ -496,15 +496,19 @@ def test_a_method_adds_to_the_loss_of_the_generator(net):
     """Its terms see the generator's images and the teacher's labels, and what it chose for the epoch."""
     seen, losses = [], []
 
-    def added(teacher):
-        def loss(x, y, choice):
-            assert torch.equal(teacher(x).argmax(1), y) and x.requires_grad
-            seen.append(choice)
+    class Added:
+        def __init__(self, teacher, run):
+            self.teacher = teacher
+
+        def choose(self, epoch):
+            return epoch // 2
+
+        def loss(self, x, y, chosen):
+            assert torch.equal(self.teacher(x).argmax(1), y) and x.requires_grad
+            seen.append(chosen)
             return 100.0 * x.square().mean()
 
-        return lambda epoch: epoch // 2, loss
-
-    for terms in (None, added):
+    for terms in (None, Added):
         run = Run(config("kd", **KD, **GENERATOR))
         kd.compress(net, None, run.cfg, run, added=terms)
         losses.append(run.history[0]["loss_g"])

@@ -137,9 +137,9 @@ def compress(model, images, cfg, run=None, added=None):
         images: (N, channels, H, W), normalised for it, without labels; or None for DAFL's generator.
         cfg: the flags of this task and the shared ones.
         run: what surrounds the loop; by default nothing is written or shown.
-        added: what the generator minimises beside DAFL's loss: a function of the teacher, as the loop has it, that returns two
-            functions: of the epoch, a hashable choice that is used in it; of images (B, channels, H, W), the teacher's labels
-            (B,) for them and that choice, a scalar.
+        added: what the generator minimises beside DAFL's loss: a class, made of the teacher, as the loop has it, and the run.
+            Its choose(epoch) returns something hashable that is used in the epoch; its loss(x, y, chosen), of images (B,
+            channels, H, W), the teacher's labels (B,) for them and that choice, a scalar.
 
     Returns:
         The student, in eval mode.
@@ -162,30 +162,30 @@ def compress(model, images, cfg, run=None, added=None):
         last.register_forward_pre_hook(lambda _, args: features.update(latest=args[0]))
     else:
         batch, draw = sampler(images, cfg.kd_batch_size, device)
-    choose, added_loss = added(teacher) if added else (lambda epoch: None, None)
+    terms = added(teacher, run) if added else None
 
     def synthesize(y):
         """Images for samples; what they show is the generator's choice."""
         return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
 
-    def generator_step(choice):
+    def generator_step(chosen):
         with run.autocast():
             x = generator(torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device)).float()
             logits = teacher(x).float()
         loss = dafl_loss(logits, features.pop("latest").float(), cfg)
-        if added_loss:
-            loss = loss + added_loss(x, logits.argmax(1), choice)
+        if terms:
+            loss = loss + terms.loss(x, logits.argmax(1), chosen)
         run.update(adam, loss)
         run.log(loss_g=loss)
         return x.detach(), logits.detach()
 
     def labelled_batch():
         x = jitter(batch, cfg.image_size // 8, flip=True)
-        with torch.no_grad(), run.autocast():
+        with run.autocast():
             return x, teacher(x).float()
 
-    def iteration(choice):
-        x, logits = generator_step(choice) if images is None else labelled_batch()
+    def iteration(chosen):
+        x, logits = generator_step(chosen) if images is None else labelled_batch()
         with run.autocast():
             ours = student(x).float()
         loss = F.kl_div(F.log_softmax(ours, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
@@ -196,11 +196,11 @@ def compress(model, images, cfg, run=None, added=None):
     run.rates = "--kd-lr or --kd-lr-g"
     for epoch in run.epochs(cfg.kd_epochs, student, synthesize, iters=cfg.kd_iters, **stateful):
         sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.kd_epochs for part in (2, 4))
-        choice = choose(epoch)
+        chosen = terms.choose(epoch) if terms else None
         student.train()
         for _ in run.steps():
             if images is not None:
                 draw()
-            step(choice)
+            step(chosen)
         student.eval()
     return student

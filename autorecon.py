@@ -68,7 +68,7 @@ import argparse
 import copy
 import json
 import math
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -131,8 +131,9 @@ class ConditionalBatchNorm(nn.Module):
         nn.init.zeros_(self.beta.weight)
 
     def affine(self, x, y):
-        gamma, beta = (superpose(y, t.weight) if y.is_floating_point() else t(y) for t in (self.gamma, self.beta))
-        return torch.addcmul(beta.to(x.dtype)[:, :, None, None], x, gamma.to(x.dtype)[:, :, None, None])
+        rows = (superpose(y, t.weight) if y.is_floating_point() else t(y) for t in (self.beta, self.gamma))
+        beta, gamma = (row.to(x.dtype)[:, :, None, None] for row in rows)
+        return torch.addcmul(beta, gamma, x)
 
     def forward(self, x, y):
         """x (B, channels, H, W) for labels y, (B,) int64 or soft (B, C)."""
@@ -194,7 +195,7 @@ class Generator(nn.Module):
                 it are not evaluated.
         """
         mixture = mixture or {name: {op: None} for name, op in self.genotype.items()}
-        values, normalised, above = {}, {edge.source: {} for edge in EDGES.values()}, 0
+        values, normalised, above = {}, defaultdict(dict), 0
 
         def outputs(name):
             """What an edge sends: m_j O_j(x) of each of its operations, Eq. 8."""
@@ -388,12 +389,9 @@ def derive(probabilities):
 
 
 def kd_loss(student_logits, teacher_logits, temperature, reduction):
-    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T.
+    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T; logits (B, C).
 
-    Args:
-        student_logits, teacher_logits: (B, C).
-        temperature: T.
-        reduction: "batchmean" divides by B, "mean" by B * C as the released code does.
+    `reduction` "batchmean" divides it by B, "mean" by B * C as the released code does.
     """
     teacher_log = F.log_softmax(teacher_logits / temperature, 1)
     student_log = F.log_softmax(student_logits / temperature, 1)
@@ -558,15 +556,13 @@ def read_genotype(name, seed=0, flag="--genotype"):
         )
     try:
         genotype = dict(json.loads(path.read_text())["edges"])
-        unknown = [edge for edge in genotype if edge not in EDGES]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{flag} {path} holds no genotype; give a genotype.json that a search wrote") from None
-    if unknown:
-        raise InputError(f"{flag} {path} has the edge '{unknown[0]}', which is not in the search space; remove it")
-    for edge, (*_, kind) in EDGES.items():
-        if genotype.get(edge) not in CANDIDATES[kind]:
-            found = f"has '{genotype[edge]}' for" if edge in genotype else "lacks"
-            raise InputError(f"{flag} {path} {found} the edge '{edge}'; give it one of {', '.join(CANDIDATES[kind])}")
+    for edge in [*genotype, *EDGES]:
+        choices = CANDIDATES[EDGES[edge].kind] if edge in EDGES else ()
+        if genotype.get(edge) not in choices:
+            remedy = f"give it one of {', '.join(choices)}" if choices else "remove it, it is not in the search space"
+            raise InputError(f"{flag} {path} has {genotype.get(edge, 'nothing')} for the edge '{edge}'; {remedy}")
     for node, names in INTO.items():
         if all(genotype[edge] == "none" for edge in names):
             raise InputError(f"{flag} {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
@@ -671,7 +667,7 @@ def parser():
     quantizer = "--bits --wbits --abits --act-placement --clipped-ste --calibrate-epochs"
     losses = "--kd-weight --temperature --kd-reduction"
     learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
-    stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every"
+    stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
     p.without_effect("--genotype", *stage1.split())
     p.without_effect("--search-only", *stage2.split())
     p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune".split())
@@ -726,19 +722,10 @@ def search_only(cfg):
     return run.facts
 
 
-def only_teacher(teacher, cfg, run):
-    """What --check has to look at with --search-only."""
-    find_genotype(teacher, cfg, run)
-    print("--search-only compresses nothing: this is the full-precision network that a generator is searched for")
-    return run.adopt(teacher)[0]
-
-
 def main(argv=None):
     with friendly_errors("autorecon.py"):
         cfg = parse_args(argv)
-        if cfg.search_only and not (cfg.check or cfg.eval):
-            return search_only(cfg)
-        return execute(cfg, only_teacher if cfg.search_only else compress, files=FILES)
+        return search_only(cfg) if cfg.search_only else execute(cfg, compress, files=FILES)
 
 
 if __name__ == "__main__":

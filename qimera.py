@@ -13,8 +13,7 @@ Where the equations are:
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
     classifier                             extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
-    zaq_terms                              L_o, L_f, L_a                                      Eq. 2, 4
-    zaq_generator_loss, zaq_student_loss   L(G), L(Q) of ZAQ with cross-entropy               Eq. 11, 12
+    zaq_losses                             L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
     measure_paths, project_features        distance ratio, intrusion score; PCA               Table 5, Figure 3
 
     what                       paper                      released code               here
@@ -71,7 +70,7 @@ from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.progress import Progress
 from common.quant import describe, observe, quantize
-from common.report import execute
+from common.report import execute, print_rows
 from common.run import Run, pick_device, write_atomically
 from common.trace import trace
 
@@ -301,12 +300,9 @@ def generator_loss(teacher_logits, soft, bns, bns_weight):
 
 
 def kd_loss(student_logits, teacher_logits, temperature, reduction):
-    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T.
+    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T; logits (B, C).
 
-    Args:
-        student_logits, teacher_logits: (B, C).
-        temperature: T.
-        reduction: "batchmean" divides by B, "mean" by B * C as the released code does.
+    `reduction` "batchmean" divides it by B, "mean" by B * C as the released code does.
     """
     teacher_log = F.log_softmax(teacher_logits / temperature, 1)
     student_log = F.log_softmax(student_logits / temperature, 1)
@@ -338,11 +334,10 @@ def keep_feature_maps(teacher, student, example):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.register_forward_pre_hook(partial(keep, maps, name))
         network(example)
-    if not kept[0]:
-        raise InputError("the model has no BatchNorm2d, where --adversarial zaq takes its feature maps; leave the flag out")
-    if lost := [name for name in kept[0] if name not in kept[1]]:
-        what = f"the quantized network has no layer '{lost[0]}' ({type(teacher.get_submodule(lost[0])).__name__})"
-        raise InputError(f"{what}, whose feature maps --adversarial zaq compares; give a plain BatchNorm2d or leave it out")
+    lost = [name for name in kept[0] if name not in kept[1]]
+    if lost or not kept[0]:
+        what = f"quantized network has no BatchNorm2d '{lost[0]}'" if lost else "model has no BatchNorm2d"
+        raise InputError(f"the {what}, whose feature maps --adversarial zaq compares; leave the flag out")
     for maps in kept:
         maps.clear()
     return kept
@@ -354,25 +349,15 @@ def channel_relations(features):
     return channels @ channels.transpose(1, 2)
 
 
-def zaq_terms(teacher_logits, student_logits, teacher_maps, student_maps):
-    """L_o, L_f, L_a of Eq. 2, scalars that fall as outputs (B, C) and feature maps of P and Q part and P's last map grows."""
-    l_o = -F.l1_loss(student_logits, teacher_logits)
+def zaq_losses(teacher_logits, student_logits, teacher_maps, student_maps, soft, cfg):
+    """ZAQ's L(G) and L(Q) with cross-entropy; logits and soft labels (B, C), feature maps as `keep_feature_maps` has them."""
+    l_o = -F.l1_loss(student_logits, teacher_logits)  # Eq. 2: falls as the outputs of P and Q part,
     relations = [map(channel_relations, (maps, student_maps[name])) for name, maps in teacher_maps.items()]
-    l_f = -torch.stack([F.l1_loss(*pair) for pair in relations]).mean()
-    l_a = -list(teacher_maps.values())[-1].float().abs().mean()
-    return l_o, l_f, l_a
-
-
-def zaq_generator_loss(terms, teacher_logits, soft, cfg):
-    """L(G) = L_o + beta L_f + gamma L_a + rho L_CE of P, Eq. 11: `terms` as from `zaq_terms`, soft labels (B, C)."""
-    l_o, l_f, l_a = terms
-    return l_o + cfg.zaq_beta * l_f + cfg.zaq_gamma * l_a + cfg.zaq_rho * F.cross_entropy(teacher_logits, soft)
-
-
-def zaq_student_loss(terms, student_logits, soft, cfg):
-    """L(Q) = -L_o - beta L_f + rho L_CE of Q, Eq. 12: `terms` as from `zaq_terms`, soft labels (B, C)."""
-    l_o, l_f, _ = terms
-    return -l_o - cfg.zaq_beta * l_f + cfg.zaq_rho * F.cross_entropy(student_logits, soft)
+    l_f = -torch.stack([F.l1_loss(*pair) for pair in relations]).mean()  # as their feature maps do,
+    l_a = -list(teacher_maps.values())[-1].float().abs().mean()  # as the last one of P grows
+    of_p, of_q = F.cross_entropy(teacher_logits, soft), F.cross_entropy(student_logits, soft)
+    loss_g = l_o + cfg.zaq_beta * l_f + cfg.zaq_gamma * l_a + cfg.zaq_rho * of_p  # Eq. 11
+    return loss_g, -l_o - cfg.zaq_beta * l_f + cfg.zaq_rho * of_q  # Eq. 12
 
 
 def compress(teacher, cfg, run=None):
@@ -414,8 +399,7 @@ def compress(teacher, cfg, run=None):
             teacher_logits = teacher(x).float()
             student_logits = student(x).float() if maps else None
         if maps:
-            terms = zaq_terms(teacher_logits, student_logits, *maps)
-            loss = zaq_generator_loss(terms, teacher_logits, labels.soft, cfg)
+            loss, _ = zaq_losses(teacher_logits, student_logits, *maps, labels.soft, cfg)
         else:
             bns = stats.loss(cfg.bns_form)
             loss = generator_loss(teacher_logits, labels.soft, bns, cfg.bns_weight)
@@ -429,8 +413,7 @@ def compress(teacher, cfg, run=None):
             student_logits = student(x).float()
         if maps:
             teacher_maps = {name: features.detach() for name, features in maps[0].items()}
-            terms = zaq_terms(teacher_logits, student_logits, teacher_maps, maps[1])
-            loss = zaq_student_loss(terms, student_logits, soft, cfg)
+            _, loss = zaq_losses(teacher_logits, student_logits, teacher_maps, maps[1], soft, cfg)
         else:
             loss = student_loss(student_logits, teacher_logits, soft, cfg)
         run.update(optim_q, loss)
@@ -546,14 +529,13 @@ def draw_clouds(projected, path):
 def load_generator(folder, arch):
     """The teacher, a batch that it takes, the trained generator of a run folder, in eval mode, and the run's arguments."""
     try:
-        arguments = json.loads((folder / "config.json").read_text())["arguments"]
+        saved = argparse.Namespace(**json.loads((folder / "config.json").read_text())["arguments"])
         state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["stateful"]["generator"]
-        saved = argparse.Namespace(**arguments)
-        known, own = saved.method == "qimera", ":" in saved.arch
+        method, own = saved.method, ":" in saved.arch
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--analyze {folder} is not a run folder with config.json and checkpoint.pt; give one") from None
-    if not known:
-        raise InputError(f"--analyze {folder} holds a run of {saved.method}.py; give one of qimera.py")
+    if method != "qimera":
+        raise InputError(f"--analyze {folder} holds a run of {method}.py; give one of qimera.py")
     if own and saved.arch != arch:
         raise InputError(f"--analyze {folder} is of an own architecture; give --arch {saved.arch}, if you trust that code")
     teacher = load_teacher(saved.arch, saved.dataset, saved.num_classes, saved.image_size, saved.weights)[0].eval()
@@ -590,9 +572,9 @@ def analyze(cfg):
     result, projected = measure_paths(*about), project_features(*about, test_set)
     np.savez_compressed(folder / "projection.npz", **projected)
     write_atomically(folder / "analysis.json", json.dumps(result, indent=1))
-    print(f"{result['pairs']} pairs of classes, {result['points']} points each{'distance ratio':>18}{'intrusion':>12}")
-    for name, text in (("zero", "superposed, z = 0"), ("shared", "superposed, one z a path"), ("mixup", "pixels mixed, z = 0")):
-        print(f"  {text:<34}{result[name]['distance_ratio']:>18.2f}{result[name]['intrusion']:>12.5f}")
+    paths = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels mixed, z = 0"}
+    rows = [(text, (f"{result[n]['distance_ratio']:.2f}", f"{result[n]['intrusion']:.5f}")) for n, text in paths.items()]
+    print_rows(f"{result['pairs']} paths between classes", ("distance ratio", "intrusion"), rows)
     drawn = draw_clouds(projected, folder / "analysis.png")
     print(f"  in {folder}/: analysis.json, projection.npz" + (", analysis.png" if drawn else ""))
     return result
@@ -629,7 +611,7 @@ def parser():
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
     add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
-    noise = "noise per sample, after the superposition, or per embedding, before the mapping; before it, too, with --normalise"
+    noise = "noise per sample, after the superposition (with --normalise before the mapping), or per embedding, before it"
     add("--noise", choices=("sample", "slot"), help=f"{noise} (default: paper sample, released slot)")
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")

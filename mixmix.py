@@ -59,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, synthesis
+from common import InputError, synthesis, tasks
 from common.bns import BatchNormStatistics
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import full_precision
@@ -408,14 +408,8 @@ class DaflTerms:
 
 
 def compress(teacher, images, cfg, run=None):
-    """Quantize, prune or distil a network, as --task says; arguments and result as those of `compress` in its module.
-
-    Args:
-        teacher: a trained classifier; left as it is.
-        images: (N, channels, H, W), normalised for the teacher; None for "kd" with a generator of its own.
-        cfg: from `config(...)`, or the command line.
-        run: what surrounds the task; by default nothing is written or shown.
-    """
+    """Quantize, prune or distil a network, as --task says; arguments as common/tasks/__init__.py has them, images None for
+    "kd" with a generator of its own."""
     run = run or Run(cfg)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     mixing = cfg.task == "kd" and images is None and cfg.data_source == "mixmix"
@@ -440,9 +434,9 @@ def make_and_compress(teacher, cfg, run):
 def parser():
     p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune", "kd"))
     add = p.add_argument_group("MixMix").add_argument
-    tasks = "quantize after (ptq) or with training (qat), prune, or distil (kd) with the images; only make images (synth); see "
-    tasks += "what networks make of them (evaluate); quantize several networks with them (transfer)"
-    add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=tasks)
+    about = "quantize after (ptq) or with training (qat), prune, or distil (kd) with the images; only make images (synth); see "
+    about += "what networks make of them (evaluate); quantize several networks with them (transfer)"
+    add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", *synthesis.READY)
     add("--data-source", choices=sources, default="mixmix", help="where images come from; see the top of mixmix.py")
     ready = "images that are there already: an images.npz, the run that made it, or a folder of pictures"
@@ -466,21 +460,13 @@ def parser():
     form = "whether lambda_1 ... lambda_3 are fixed or learned"
     group.add_argument("--weights-form", choices=("fixed", "learned"), default="fixed", help=form)
     group.add_argument("--lr-weights", type=number(0), default=0.01, help="learning rate of learned weights (Adam)")
+    tasks.add_flags(p, kd={"--kd-bn-weight"}, synth={"--part"}, evaluate=set())
     refuse_idle(p)
     return p
 
 
 def refuse_idle(p):
-    """Declare the flags of the tasks, and which flags have no effect with which task or source of images."""
-
-    def flags(module):
-        return {action.option_strings[0] for group in module.add_flags(p) for action in group._group_actions}
-
-    own = {name: flags(task) for name, task in TASKS.items()}
-    own |= {"synth": {"--part"}, "evaluate": set(), "transfer": own["ptq"] | flags(transfer)}
-    own["kd"].add("--kd-bn-weight")
-    for task, used in own.items():
-        p.without_effect(f"--task {task}", "--clipped-ste", *sorted(set().union(*own.values()) - used))
+    """Declare which flags have no effect with which source of images."""
     zoo, labelled = ["--zoo", "--zoo-sample", "--no-dmix"], "--ce-weight --tv-weight --l2-weight --jitter --flip".split()
     recipe = [flag for flag in RECIPE if flag != "--batch-size"]
     recipe += "--low-iterations --warmup-iterations --weights-form --lr-weights".split()

@@ -1,5 +1,37 @@
-"""What images are good for: one module per cited paper, each with its flags, its declared choices and one `compress`."""
+"""What images are good for: one module per cited paper. Each module of TASKS has
 
-from common.tasks import kd, prune, ptq, qat
+    add_flags(parser)                         declares its flags; returns the groups of `parser` that hold them
+    complete(cfg)                             fills in the settings that follow from others
+    plan(model, cfg, run)                     the network as the task begins: what --check shows
+    compress(model, images, cfg, run=None)    the task itself: the network that comes of it, in eval mode
+
+where these are
+
+    model     a trained classifier, which is left as it is; it must be possible to trace it, except for kd
+    images    (N, channels, H, W), normalised for it; labels are not needed
+    cfg       the task's flags and the shared ones
+    run       what surrounds the task: device, memory layout, progress, files; without one nothing is written or shown
+
+An InputError says what is wrong with a network that a task cannot take.
+"""
+
+from common.tasks import kd, prune, ptq, qat, transfer
 
 TASKS = {"ptq": ptq, "qat": qat, "prune": prune, "kd": kd}
+
+
+def add_flags(parser, **more):
+    """Declare the flags of all tasks, and that each does nothing with the others.
+
+    Args:
+        parser: with a flag --task.
+        more: by task, sets of flags that are declared elsewhere and serve it alone; for values of --task beside TASKS, too.
+    """
+
+    def flags(module):
+        return {action.option_strings[0] for group in module.add_flags(parser) for action in group._group_actions}
+
+    own = {name: flags(module) | more.pop(name, set()) for name, module in TASKS.items()} | more
+    own["transfer"] = own["ptq"] | flags(transfer)
+    for task, used in own.items():
+        parser.without_effect(f"--task {task}", "--clipped-ste", *sorted(set().union(*own.values()) - used))

@@ -64,17 +64,7 @@ def complete(cfg):
 
 
 def plan(model, cfg, run, generates=False):
-    """The student as the distillation begins, with random weights.
-
-    Args:
-        model: the teacher; left as it is.
-        cfg: the flags of this task and the shared ones.
-        run: device and memory layout.
-        generates: whether there will be a generator instead of images.
-
-    Raises:
-        InputError: a student or a teacher that cannot be used.
-    """
+    """The student as the distillation begins, with random weights; `generates`: there will be a generator, not images."""
     teacher, example = run.adopt(model)
     student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
     if generates and (cfg.image_size > SMALL_IMAGE or cfg.image_size % 4):
@@ -130,22 +120,13 @@ def dafl_loss(logits, features, cfg):
 
 
 def compress(model, images, cfg, run=None, added=None):
-    """Distil a network into --student-arch, from random weights.
+    """Distil a network into --student-arch, from random weights. Arguments as for all tasks, and
 
     Args:
-        model: the teacher, a trained classifier; left as it is.
-        images: (N, channels, H, W), normalised for it, without labels; or None for DAFL's generator.
-        cfg: the flags of this task and the shared ones.
-        run: what surrounds the loop; by default nothing is written or shown.
+        images: None for DAFL's generator.
         added: what the generator minimises beside DAFL's loss: a class, made of the teacher, as the loop has it, and the run.
             Its choose(epoch) returns something hashable that is used in the epoch; its loss(x, y, chosen), of images (B,
             channels, H, W), the teacher's labels (B,) for them and that choice, a scalar.
-
-    Returns:
-        The student, in eval mode.
-
-    Raises:
-        InputError: a student or a teacher that cannot be used.
     """
     run = run or Run(cfg)
     torch.manual_seed(cfg.seed)

@@ -63,22 +63,17 @@ def weighted_layers(network):
     return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
-def plan(model, cfg, run):
-    """The network that is pruned: traced, its BatchNorms folded, every layer with a bias.
-
-    Args:
-        model: a trained network; left as it is.
-        cfg: the flags of this task and the shared ones.
-        run: device and memory layout.
-
-    Raises:
-        InputError: a network that cannot be traced.
-    """
-    full = run.place(fold_batchnorm(*run.adopt(model)))
-    for layer in weighted_layers(full).values():
+def give_biases(network):
+    """`network`, with a bias in every convolution and linear layer."""
+    for layer in weighted_layers(network).values():
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
-    return full
+    return network
+
+
+def plan(model, cfg, run):
+    """The network that is pruned: traced, its BatchNorms folded, every layer with a bias."""
+    return run.place(give_biases(fold_batchnorm(*run.adopt(model))))
 
 
 def least_squares(inputs, targets, keep, ridge):
@@ -127,8 +122,7 @@ def patches(layer, x, places):
         return x[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as the convolution does
-    columns = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, D, pixels)
-    columns = pick(columns, places)
+    columns = pick(F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride), places)
     return columns.view(len(columns), layer.groups, -1).movedim(1, 0)
 
 
@@ -140,17 +134,16 @@ def observe_layer(name, full, pruned, images, cfg):
         layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone())),  # what comes behind may
         reference.register_forward_hook(lambda *args: seen.update(y=args[2].clone())),  # work in place
     ]
-    with torch.no_grad():
-        for part in images.split(64):
-            pruned(part)
-            full(part)
-            x, y, places = seen["x"], seen["y"], None
-            if y.ndim == 4:
-                count = y.shape[2] * y.shape[3]
-                places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
-                y = pick(y.flatten(2), places)
-            inputs.append(patches(layer, x, places))
-            targets.append(y)
+    for part in images.split(64):
+        pruned(part)
+        full(part)
+        x, y, places = seen["x"], seen["y"], None
+        if y.ndim == 4:
+            count = y.shape[2] * y.shape[3]
+            places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
+            y = pick(y.flatten(2), places)
+        inputs.append(patches(layer, x, places))
+        targets.append(y)
     for hook in hooks:
         hook.remove()
     return torch.cat(inputs, 1), torch.cat(targets)
@@ -171,9 +164,8 @@ def refit(name, full, pruned, images, keep, cfg):
     keep = keep.flatten(1).view(groups, -1, inputs.shape[2])
     rows = targets.view(len(targets), groups, -1)
     solved = [least_squares(inputs[g], rows[:, g], keep[g], cfg.ridge) for g in range(groups)]
-    with torch.no_grad():
-        layer.weight.copy_(torch.cat([weights for weights, _ in solved]).view_as(layer.weight))
-        layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
+    layer.weight.copy_(torch.cat([weights for weights, _ in solved]).view_as(layer.weight))
+    layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
 
 
 def removable(network):
@@ -222,7 +214,6 @@ def remove_channels(network, producer, way, consumers, keep):
         layer.in_channels = len(keep)
 
 
-@torch.no_grad()
 def kept_entries(magnitude, sparsity):
     """Which entries of a tensor stay, bool in its shape, when the share `sparsity` of them goes, the smallest first."""
     rank = magnitude.flatten().argsort().argsort().view_as(magnitude)
@@ -234,19 +225,7 @@ def compress(model, images, cfg, run=None):
 
     --prune unstructured: in every convolution and linear layer the share --sparsity of its weights, those of least magnitude,
     becomes 0. structured: of every convolution in `removable` that share of the channels is removed, those whose filters
-    have the smallest L1 norms.
-
-    Args:
-        model: a classifier that can be traced; left as it is.
-        images: (N, channels, H, W), normalised for it; labels are not needed.
-        cfg: the flags of this task and the shared ones.
-        run: what surrounds the task; by default nothing is written or shown.
-
-    Returns:
-        The pruned network, in eval mode, traced, its BatchNorms folded.
-
-    Raises:
-        InputError: a network that cannot be traced.
+    have the smallest L1 norms. The result is traced, its BatchNorms folded.
     """
     run = run or Run(cfg)
     began = time.time()
@@ -291,14 +270,9 @@ def load_pruned(path, model):
     Returns:
         The network in eval mode, traced, its BatchNorms folded, with the channels that are left.
     """
-    state, network = read_weights(path), fold_batchnorm(model)
-    for name, layer in weighted_layers(network).items():
-        if f"{name}.weight" not in state:
-            continue  # which `fit` refuses
-        layer.weight, layer.bias = (nn.Parameter(state[f"{name}.{part}"], requires_grad=False) for part in ("weight", "bias"))
-        if isinstance(layer, nn.Conv2d):
-            if len(layer.weight) != layer.out_channels and layer.groups == layer.in_channels == layer.out_channels:
-                layer.groups = len(layer.weight)
-            layer.out_channels, layer.in_channels = len(layer.weight), layer.weight.shape[1] * layer.groups
+    state, network = read_weights(path), give_biases(fold_batchnorm(model))
+    for producer, (way, consumers) in removable(network).items():
+        left = len(state.get(f"{producer}.weight", ()))  # where that is none, `fit` says what is missing
+        remove_channels(network, producer, way, consumers, torch.arange(network.get_submodule(producer).out_channels)[:left])
     fit(network, state, path)
     return network.eval()

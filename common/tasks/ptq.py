@@ -56,16 +56,7 @@ def complete(cfg):
 
 
 def plan(model, cfg, run):
-    """The quantized network as the reconstruction begins: BatchNorms folded, --ends-bits at its ends.
-
-    Args:
-        model: a trained network; left as it is.
-        cfg: the flags of this task and the shared ones.
-        run: device and memory layout.
-
-    Raises:
-        InputError: a network that cannot be traced or quantized.
-    """
+    """The quantized network as the reconstruction begins: BatchNorms folded, --ends-bits at its ends."""
     teacher, example = run.adopt(model)
     folded = fold_batchnorm(teacher, example)
     student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
@@ -137,21 +128,8 @@ def made_once(run, stage, index, make):
 
 
 def compress(model, images, cfg, run=None):
-    """Quantize a trained network with images.
-
-    Args:
-        model: a classifier that can be traced; left as it is.
-        images: (N, channels, H, W), normalised for it; labels are not needed.
-        cfg: the flags of this task and the shared ones.
-        run: what surrounds the task; by its folder an interrupted run goes on with the next block. By default nothing is
-            written or shown.
-
-    Returns:
-        The quantized network, in eval mode, its BatchNorms folded.
-
-    Raises:
-        InputError: a network that cannot be traced or quantized.
-    """
+    """Quantize a trained network with images; the result's BatchNorms are folded. An interrupted run goes on with the block
+    that is not in its folder yet."""
     run = run or Run(cfg)
     began = time.time()
     torch.manual_seed(cfg.seed)

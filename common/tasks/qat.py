@@ -57,16 +57,7 @@ def complete(cfg):
 
 
 def plan(model, cfg, run):
-    """The quantized network as the training begins, before its steps are learned; --ends-bits at its ends.
-
-    Args:
-        model: a trained network; left as it is.
-        cfg: the flags of this task and the shared ones.
-        run: device and memory layout.
-
-    Raises:
-        InputError: a network that cannot be traced or quantized.
-    """
+    """The quantized network as the training begins, before its steps are learned; --ends-bits at its ends."""
     teacher, example = run.adopt(model)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
     if not isinstance(student, fx.GraphModule):
@@ -116,20 +107,7 @@ def keep_steps(student, steps):
 
 
 def compress(model, images, cfg, run=None):
-    """Quantize a trained network and train it with images.
-
-    Args:
-        model: a classifier that can be traced; left as it is.
-        images: (N, channels, H, W), normalised for it; labels are not needed.
-        cfg: the flags of this task and the shared ones.
-        run: what surrounds the loop; by default nothing is written or shown.
-
-    Returns:
-        The quantized network, in eval mode.
-
-    Raises:
-        InputError: a network that cannot be traced or quantized.
-    """
+    """Quantize a trained network and train it with images."""
     run = run or Run(cfg)
     torch.manual_seed(cfg.seed)
     student = plan(model, cfg, run)
@@ -153,9 +131,7 @@ def compress(model, images, cfg, run=None):
 
     def iteration():
         with run.autocast():
-            with torch.no_grad():
-                theirs = outputs(x, full, False)
-            ours = outputs(x, modules, True)
+            theirs, ours = outputs(x, full, False), outputs(x, modules, True)
         kd = kd_loss(ours[-1], theirs[-1], cfg.temperature)
         features = feature_loss(ours[:-1], theirs[:-1]) if len(blocks) > 1 else torch.zeros_like(kd)
         run.update(optimizer, kd + cfg.feature_weight * features)

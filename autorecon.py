@@ -529,11 +529,10 @@ def to_short(genotype):
 
 
 def read_genotype(name, seed=0, flag="--genotype"):
-    """The genotype that a flag stands for.
+    """The genotype that a flag stands for; the controls "acgan" and "gdfq" are returned as they are.
 
     Args:
-        name: a genotype.json or a folder with one, "published:..." (PUBLISHED), or "random"; "acgan" and "gdfq" name no
-            genotype and are returned as they are.
+        name: a genotype.json or a folder with one, "published:..." (PUBLISHED), "random" or a control.
         seed: of "random".
         flag: what error messages call it.
 
@@ -589,10 +588,10 @@ def find_genotype(teacher, cfg, run):
         genotype = read_genotype(cfg.genotype, cfg.seed)
     if run.folder is None:
         return genotype
-    costs = [generator_cost(which, cfg, channels) for which in (genotype, "gdfq")]
-    run.record(**dict(zip(("generator_parameters", "generator_flops", "gdfq_parameters", "gdfq_flops"), sum(costs, ()))))
-    ours, gdfqs = (f"{parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs an image" for parameters, flops in costs)
-    run.announce(f"generator: {ours} (GDFQ's at this scale: {gdfqs})")
+    for name, which, title in (("generator", genotype, "generator"), ("gdfq", "gdfq", "GDFQ's at this scale")):
+        parameters, flops = generator_cost(which, cfg, channels)
+        run.record(**{f"{name}_parameters": parameters, f"{name}_flops": flops})
+        run.announce(f"{title}: {parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs an image")
     if genotype not in CONTROLS:
         run.record(genotype=to_short(genotype))
         run.announce(f"genotype: {to_short(genotype)}")

@@ -93,12 +93,11 @@ def find_blocks(student, teacher):
 def ends_group(parser):
     """The group of flags that ptq.py and qat.py share: --ends-bits."""
     title = "both quantizations"
-    known = [group for group in parser._action_groups if group.title == title]
-    if known:
-        return known[0]
-    group = parser.add_argument_group(title)
     about = "at least this many bits for the weights of the first and the last layer, and for the first activation"
-    group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
+    group = next((group for group in parser._action_groups if group.title == title), None)
+    if group is None:
+        group = parser.add_argument_group(title)
+        group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
     return group
 
 

@@ -153,10 +153,10 @@ class LearnedWeight(nn.Module):
         return learned_step(weight, scale, self.zero_point, self.bits, "lsq")
 
 
+@torch.no_grad()
 def begin_steps(forward, steps):
     """Let each `LearnedStep` take its range from what reaches it in one forward pass."""
     hooks = [step.register_forward_pre_hook(lambda step, args: step.begin(args[0])) for step in steps]
-    with torch.no_grad():
-        forward()
+    forward()
     for hook in hooks:
         hook.remove()

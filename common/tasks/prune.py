@@ -40,9 +40,8 @@ def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""
     group = parser.add_argument_group("pruning")
     add = group.add_argument
-    add(
-        "--prune", choices=("unstructured", "structured"), default="unstructured", help="prune single weights or whole channels"
-    )
+    kinds = ("unstructured", "structured")
+    add("--prune", choices=kinds, default="unstructured", help="prune single weights or whole channels")
     add("--sparsity", type=number(0, 0.99), help="share that is pruned (default: unstructured 0.5, structured 0.2)")
     add("--points", type=whole(1), default=10, help="pixels per image for the least-squares reconstruction")
     ridge = "ridge of the least-squares reconstruction, relative to the inputs' variance"

@@ -64,7 +64,7 @@ def plan(model, cfg, run):
     return run.place(student)
 
 
-def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
+def reconstruct_weights(block, roundings, modules, x, target, run, bar):
     """Learn how each weight of a block is rounded, so that its output for `x` comes near `target`.
 
     Args:
@@ -73,9 +73,10 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
         modules: of the student, by name.
         x: (N, ...), what the blocks before send, with their weights quantized.
         target: (N, ...), the full-precision block's output.
-        cfg: the flags of this task.
-        progress: called after every step.
+        run: its cfg has the flags of this task.
+        bar: of all steps.
     """
+    cfg = run.cfg
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=True)
     for index in range(cfg.weight_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
@@ -85,26 +86,22 @@ def reconstruct_weights(block, roundings, modules, x, target, cfg, progress):
         share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the steps
         if share >= 0:
             loss = loss + cfg.rounding_weight * sum(r.undecided(20 - 18 * share) for r in roundings.values())  # Eq. 21
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress()
+        run.update(optimizer, loss)
+        bar.update()
 
 
-def reconstruct_steps(block, steps, modules, x, target, cfg, progress):
+def reconstruct_steps(block, steps, modules, x, target, run, bar):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
+    cfg = run.cfg
     optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
     for _ in range(cfg.step_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
         output = block(x[chosen], modules | steps)
-        loss = (output - target[chosen]).abs().pow(2.4).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        run.update(optimizer, (output - target[chosen]).abs().pow(2.4).sum(1).mean())
         schedule.step()
-        progress()
+        bar.update()
 
 
 @torch.no_grad()
@@ -150,18 +147,17 @@ def compress(model, images, cfg, run=None):
         return {name: modules[name] for name in names if isinstance(modules[name], kind)}
 
     def rounded(block, x, target, learn):
-        roundings = {
-            name: AdaRound(m.weight, m.bits).to(run.device) for name, m in calls(block, (nn.Conv2d, nn.Linear)).items()
-        }
+        layers = calls(block, (nn.Conv2d, nn.Linear))
+        roundings = {name: AdaRound(layer.weight, layer.bits).to(run.device) for name, layer in layers.items()}
         if learn:
-            reconstruct_weights(block, roundings, modules, x, target, cfg, bar.update)
+            reconstruct_weights(block, roundings, modules, x, target, run, bar)
         return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in roundings.items()}
 
     def stepped(block, x, target):
         steps = {name: LearnedStep(act.bits).to(run.device) for name, act in calls(block, QuantAct).items()}
         begin_steps(lambda: block(x[:64], modules | steps), steps.values())
         if steps:
-            reconstruct_steps(block, steps, modules, x, target, cfg, bar.update)
+            reconstruct_steps(block, steps, modules, x, target, run, bar)
         return {name: (step.scale.detach(), step.zero_point) for name, step in steps.items()}
 
     x = x_full = images

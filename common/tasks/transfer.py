@@ -63,13 +63,12 @@ def transfer(cfg):
     sources = {source: read_images(source, targets[0][2]) for source in cfg.images}
     test_sets = []
     for name, model, own in targets:
+        channels = input_channels(model)
         for source, (images, *_) in sources.items():
-            if images.shape[1] != input_channels(model):
-                raise InputError(
-                    f"--images {source} has {images.shape[1]} channels and {name} {input_channels(model)}; give others"
-                )
+            if images.shape[1] != channels:
+                raise InputError(f"--images {source} has {images.shape[1]} channels and {name} {channels}; give others")
         what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (own.mean, own.std))
-        test_sets.append(load_test_set(*what, run.device, cfg.download, channels=input_channels(model)))
+        test_sets.append(load_test_set(*what, run.device, cfg.download, channels=channels))
         if test_sets[-1] is None:
             raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
     run.start()

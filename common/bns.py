@@ -39,11 +39,12 @@ class BatchNormStatistics:
         for layer in layers:
             share = layer.running_var.new_full((2 * layer.num_features,), 1 / layer.num_features)
             layer.register_buffer("bns_share", share, persistent=False)  # moves with the layer
-            layer.register_forward_pre_hook(self._record)
+            layer.register_forward_pre_hook(self._record, with_kwargs=True)
 
-    def _record(self, layer, args):
+    def _record(self, layer, args, kwargs):
+        x = args[0] if args else kwargs["input"]
         # a compiler fuses the statistics with the layer itself, if it meets them there
-        self.inputs[layer] = channel_statistics(args) if torch.compiler.is_compiling() else args[0]
+        self.inputs[layer] = channel_statistics([x]) if torch.compiler.is_compiling() else x
 
     def loss(self, form="gdfq", first=1.0):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.

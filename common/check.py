@@ -92,7 +92,8 @@ def in_full_precision(student, rows, cfg):
     batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
     others = {f"{batchnorms} BatchNorm": batchnorms, "biases": any(getattr(m, "bias", None) is not None for m in modules)}
     if isinstance(student, fx.GraphModule):
-        sums = sum(getattr(n.target, "__name__", "") in ("add", "iadd") for n in student.graph.nodes)
+        adds = [n for n in student.graph.nodes if getattr(n.target, "__name__", n.target) in ("add", "iadd", "add_")]
+        sums = sum(len(n.all_input_nodes) > 1 for n in adds)
         others[f"{sums} residual sums"] = sums
     names = [name for name, there in others.items() if there]
     return lines + [f"{', '.join([*names, 'the logits'])}: computed in float32, as in the papers"]

@@ -140,6 +140,7 @@ class Parser(argparse.ArgumentParser):
         add("--eval-every", type=whole(1), default=1, help="evaluate every N epochs; the last epoch is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
+        self.without_effect("--overwrite", "--resume")
         self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):
@@ -310,4 +311,4 @@ def resumable():
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume goes on from the last finished epoch") from None
+        raise KeyboardInterrupt("the same command with --resume continues it") from None

@@ -1,5 +1,6 @@
 """`quantized.pt`: weights as packed integer codes, with all that is needed to run the network again, bit for bit."""
 
+import copy
 import io
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def save_quantized(student, path, meta):
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student):
-        scale, zero_point = (layer.scale, layer.zero_point) if layer.packed else channel_parameters(layer.weight, layer.bits)
+        scale, zero_point = (
+            (layer.weight_scale, layer.weight_zero_point) if layer.packed else channel_parameters(layer.weight, layer.bits)
+        )
         codes = encode(layer.weight.detach().float(), scale, zero_point, layer.bits)
         layers[name] = {
             "bits": layer.bits,
@@ -142,6 +145,7 @@ def load_quantized(path, model=None):
         design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
+    model = copy.deepcopy(model).float()
     model = fold_batchnorm(model, example) if meta.get("folded") else model
     student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
     layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))

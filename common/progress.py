@@ -9,6 +9,8 @@ import tqdm as bars
 SECONDS_BETWEEN_LINES = 10
 WIDTH = 100
 FIGURES = 4  # at most, behind a bar
+LINE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
+ROOM = 35  # columns that a line takes beside its description and its figures
 
 
 class Progress(bars.tqdm):
@@ -17,7 +19,7 @@ class Progress(bars.tqdm):
     def __init__(self, *args, **kwargs):
         self.in_log, self.drawn = not sys.stderr.isatty(), time.monotonic()
         width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-        super().__init__(*args, **{"ncols": width, "file": sys.stderr, **kwargs})
+        super().__init__(*args, **{"ncols": width, "file": sys.stderr, "bar_format": LINE, **kwargs})
 
     def refresh(self, *args, **kwargs):
         if not self.in_log:
@@ -42,8 +44,11 @@ class Progress(bars.tqdm):
 
     def show(self, figures):
         """Put the first few of a dict of figures behind the bar; losses and accuracy come first."""
-        order = sorted(figures, key=lambda name: not name.startswith(("loss", "top1")))
-        self.set_postfix({name: f"{figures[name]:.4g}" for name in order[:FIGURES]}, refresh=not self.in_log)
+        order = sorted(figures, key=lambda name: not name.startswith(("loss", "top1")))[:FIGURES]
+        texts = [f"{name}={figures[name]:.4g}" for name in order]
+        while len(", ".join(texts)) > WIDTH - ROOM - len(self.desc):
+            texts.pop()
+        self.set_postfix_str(", ".join(texts), refresh=not self.in_log)
 
 
 def close_all():

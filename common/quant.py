@@ -5,33 +5,32 @@ channel, recomputed from the weights at each forward, never clipped. Activations
 moving average while the observer is on. The backward pass is straight-through.
 """
 
-import copy
 import functools
-import operator
 from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
-from common.trace import is_plain, replace_module, trace
+from common.trace import baked_copy, constant_value, is_plain, replace_module, trace
 
-ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
+ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
 ACTIVATION_FUNCTIONS = {
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.prelu, F.elu, F.silu, F.gelu, F.mish, F.hardswish, torch.relu, torch.relu_,
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.rrelu, F.rrelu_, F.prelu, F.elu, F.elu_, F.silu, F.gelu, F.mish,
+    F.hardswish, F.hardtanh, F.hardtanh_, torch.relu, torch.relu_, torch.prelu, torch.rrelu,
 }  # fmt: skip
 ACTIVATION_METHODS = {"relu", "relu_"}
 # what a network may compute between its layers and no quantizer here takes: gates, most often
 FULL_PRECISION = {
-    "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Hardtanh", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
+    "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
     "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "GLU",
 }  # fmt: skip
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
 }  # fmt: skip
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # which may hold a weight, too
 OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
 INPUT_BITS = 8  # the network's own input, with act_placement="input": images are 8-bit integers already
 
@@ -187,8 +186,8 @@ class _QuantWeight:
     def pack(self, weight, scale, zero_point):
         """Keep `weight`, whose values are exactly those of codes of this scale and zero point, as it is from now on."""
         self.weight.data, self.packed = weight, True
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("zero_point", zero_point, persistent=False)
+        self.register_buffer("weight_scale", scale, persistent=False)
+        self.register_buffer("weight_zero_point", zero_point, persistent=False)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, bits={self.bits}"
@@ -217,15 +216,15 @@ class _AllWeights:
 class QuantConv2d(_QuantWeight, nn.Conv2d):
     """Conv2d with weights of `bits` bits, one range per output channel."""
 
-    def forward(self, x):
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+    def forward(self, input):
+        return self._conv_forward(input, self.quantized_weight(), self.bias)
 
 
 class QuantLinear(_QuantWeight, nn.Linear):
     """Linear with weights of `bits` bits, one range per output row."""
 
-    def forward(self, x):
-        return F.linear(x, self.quantized_weight(), self.bias)
+    def forward(self, input):
+        return F.linear(input, self.quantized_weight(), self.bias)
 
 
 class _OwnForward(_QuantWeight):
@@ -248,7 +247,7 @@ class _OwnForward(_QuantWeight):
 @functools.cache
 def _quantized_class(cls):
     """The class of a quantized layer for that of a full-precision one."""
-    if cls.forward is nn.Conv2d.forward:
+    if cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward:
         return QuantConv2d
     if cls.forward is nn.Linear.forward:
         return QuantLinear
@@ -351,8 +350,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             raise InputError(f"{flag} is {bits}; give a number of bits from 2 to 8")
     if act_placement not in ("relu", "input"):
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
-    model = copy.deepcopy(model).eval().requires_grad_(True)
-    _check_layers(model)
+    model = baked_copy(model).eval().requires_grad_(True)
+    check_layers(model)
     try:
         traced = trace(model, example)
     except Exception as error:  # whatever the model's own forward raises when it is traced
@@ -370,13 +369,16 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     return student.to(next(student.parameters()).device)  # the activations' ranges, too
 
 
-def _check_layers(model):
-    """Refuse layers whose weights cannot be quantized, by name; parametrized weights become what they are now."""
-    for name, module in list(model.named_modules()):
+def check_layers(model):
+    """Refuse layers whose weights cannot be quantized, by name."""
+    for name, module in model.named_modules():
         if not isinstance(module, OTHER_WEIGHTED_MODULES):
             continue
-        if is_parametrized(module):
-            _bake(module)
+        if "forward" in module.__dict__:
+            raise InputError(
+                f"layer '{name}' was given another forward than its class has, where its weight cannot be quantized; derive a "
+                "class of its own"
+            )
         if not isinstance(module, (nn.Conv2d, nn.Linear)) or "weight" not in module._parameters:
             raise InputError(
                 f"layer '{name}' is a {type(module).__name__}, and only weights of Conv2d and Linear layers can be quantized; "
@@ -387,16 +389,6 @@ def _check_layers(model):
                 f"layer '{name}' ({type(module).__name__}) computes '{hidden[0]}' in its own forward, where it cannot be "
                 "quantized; make that a module of its own"
             )
-
-
-@torch.no_grad()
-def _bake(module):
-    """Turn parametrized parameters into what they are now. PyTorch's own way would change the class, which copies share."""
-    values = {name: getattr(module, name) for name in module.parametrizations}
-    module.__class__ = type_before_parametrizations(module)
-    del module.parametrizations
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value))
 
 
 class _Calls(TorchFunctionMode):
@@ -424,11 +416,6 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     """Insert a QuantAct at every place of the traced graph that `act_placement` names."""
     modules, graph = dict(traced.named_modules()), traced.graph
 
-    def is_activation(node):
-        if node.op == "call_module":
-            return isinstance(modules[node.target], ACTIVATION_MODULES)
-        return node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS or _is_swish(node)
-
     def insert_after(node, users):
         name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
         traced.add_submodule(name, QuantAct(INPUT_BITS if node.op == "placeholder" else abits, clipped))
@@ -438,13 +425,20 @@ def _quantize_graph(traced, abits, act_placement, clipped):
             user.replace_input_with(node, quantized)
 
     weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
+    activations = {node for node in graph.nodes if _is_activation(node, modules)}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
             raise InputError(
                 f"'{node.target.__name__}' is called as a function in the model's forward (graph node '{node.name}'), where "
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
-        if act_placement == "relu" and is_activation(node):
+        product = node.op != "call_module" and _kind(node, modules) in PRODUCTS
+        if product and any(constant_value(traced, n) is not None for n in node.all_input_nodes):
+            raise InputError(
+                f"graph node '{node.name}' ({_kind(node, modules)}) takes a weight of the model, where it cannot be quantized; "
+                "write it as nn.Linear"
+            )
+        if act_placement == "relu" and node in activations:
             if not node.users:
                 raise InputError(
                     f"activation '{node.name}' works in place and its result is not used in the model's forward, so its output "
@@ -458,30 +452,66 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     return traced
 
 
-def _is_swish(node):
-    """Whether a node is x * sigmoid(x), which many networks write out."""
-    if node.target not in (operator.mul, operator.imul, torch.mul, "mul", "mul_") or len(node.args) != 2:
+def _kind(node, modules):
+    """What a node computes, as a name such as "relu6" or "logsoftmax"."""
+    function = type(modules[node.target]) if node.op == "call_module" else node.target
+    name = getattr(function, "__name__", None) or getattr(function, "name", function)  # of a scripted function, a method
+    return str(name).lower().replace("_", "")
+
+
+def _gated(gate, modules):
+    """The x of which `gate` is a function that makes an activation of x: x * sigmoid(x), x * relu6(x + 3) / 6 and so on."""
+    if not isinstance(gate, fx.Node) or not gate.args:
+        return None
+    kind, x = _kind(gate, modules), gate.args[0]
+    inner = _kind(x, modules) if isinstance(x, fx.Node) else ""
+    if kind in ("sigmoid", "hardsigmoid"):
+        return x
+    if (kind == "tanh" and inner == "softplus") or (kind == "relu6" and inner in ("add", "iadd") and 3 in x.args):
+        return x.args[0]
+    if kind in ("div", "truediv", "mul") and len(gate.args) == 2 and isinstance(gate.args[1], (int, float)):
+        return _gated(x, modules)
+    return None
+
+
+def _is_swish(node, modules):
+    """Whether a node is an activation that is written out, x times a gate of x."""
+    if _kind(node, modules) not in ("mul", "imul") or len(node.args) != 2:
         return False
-    pairs = (node.args, node.args[::-1])
-    return any(
-        isinstance(gate, fx.Node) and gate.target in (torch.sigmoid, F.sigmoid, "sigmoid") and gate.args == (x,)
-        for x, gate in pairs
-    )
+    return any(isinstance(x, fx.Node) and _gated(gate, modules) is x for x, gate in (node.args, node.args[::-1]))
+
+
+def _is_gate(node, modules):
+    """Whether a node is the gate of an activation that is written out, or a step on the way to it."""
+    for user in node.users:
+        if _is_swish(user, modules):
+            if any(x is not node and _gated(node, modules) is x for x in user.args):
+                return True
+        elif _kind(user, modules) in ("tanh", "div", "truediv", "mul") and user.args[0] is node and _is_gate(user, modules):
+            return True
+    return False
+
+
+def _is_activation(node, modules):
+    if node.op == "call_module":
+        found = isinstance(modules[node.target], ACTIVATION_MODULES)
+    else:
+        least = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
+        clamps = _kind(node, modules) in ("clamp", "clip", "clampmin") and least == 0
+        found = clamps or node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS
+    return _is_swish(node, modules) or (found and not _is_gate(node, modules))
 
 
 def full_precision_activations(student):
     """The activations that a quantized network computes in full precision: a Counter of class or function names."""
     if not hasattr(student, "graph"):
         return Counter(type(m).__name__ for m in student.modules() if type(m).__name__ in FULL_PRECISION)
-    modules, known = dict(student.named_modules()), {name.lower(): name for name in FULL_PRECISION}
-    found = Counter()
+    modules, known, found = dict(student.named_modules()), {name.lower(): name for name in FULL_PRECISION}, Counter()
     for node in student.graph.nodes:
-        if node.op == "call_module":
-            name = type(modules[node.target]).__name__
-        else:
-            name = getattr(node.target, "__name__", str(node.target))
-        name = known.get(name.lower().rstrip("_").replace("log_s", "logs"))
-        found.update([name] if name and node.users and not any(map(_is_swish, node.users)) else [])
+        name = known.get(_kind(node, modules))
+        if isinstance(node.target, torch.jit.ScriptFunction):
+            name = node.target.name
+        found.update([name] if name and node.users and not _is_gate(node, modules) else [])
     return found
 
 

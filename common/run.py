@@ -1,6 +1,5 @@
 """One run of a method: its folder, seeds, device and precision, epochs, checkpoints, resuming. It knows no method."""
 
-import copy
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from common.capture import GraphedStep, compiled, keep_freed_memory, pick_captur
 from common.data import accuracy
 from common.models import probe
 from common.progress import Progress, say
-from common.trace import memory_layout
+from common.trace import baked_copy, memory_layout
 
 FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt".split()  # of any run, but for config.json
 DEVICES = ("cpu", "cuda")
@@ -128,7 +127,7 @@ class Run:
         Raises:
             InputError: the network fails on images of the size that the run's arguments say, or returns other logits.
         """
-        model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device, torch.float32)
+        model = baked_copy(model).eval().requires_grad_(False).to(self.device, torch.float32)
         example = probe(model, self.cfg.num_classes, self.cfg.image_size)
         self.settle_layout(model, example)
         return self.place(model), example

@@ -205,6 +205,54 @@ class SharedReLU(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
+class ShortcutOfZeros(nn.Module):
+    """Channels of zeros made in forward, an assignment to a slice, `len` of a batch, keywords, old-style weight norm."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        (self.conv1, self.bn1), (self.conv2, self.bn2) = conv_bn(3, 8, stride=2), conv_bn(8, 16, stride=2)
+        self.conv2 = nn.utils.weight_norm(self.conv2)
+        self.fc = nn.Linear(16 * 4 * 4, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(input=self.conv1(input=x)))
+        shortcut = x[:, :, ::2, ::2]
+        padding = torch.zeros(x.size(0), 8, shortcut.size(2), shortcut.size(3), device=x.device)
+        out = self.bn2(self.conv2(x)) + torch.cat((shortcut, padding), dim=1)
+        out[:, :2] = 0.5 * out[:, :2]
+        return self.fc(F.relu(out).view(len(x), -1))
+
+
+class ScaledConvolution(nn.Conv2d):
+    """A convolution with a parameter of its own, in the method that Conv2d leaves to its subclasses."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def _conv_forward(self, x, weight, bias):
+        return self.scale * super()._conv_forward(x, weight, bias)
+
+
+class WrittenOutActivations(nn.Module):
+    """Swish, hard swish and Mish by their formulas, a clamp, a convolution with a scale."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv1, self.bn1 = ScaledConvolution(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        (self.conv2, self.bn2), (self.conv3, self.bn3) = conv_bn(8, 8), conv_bn(8, 8)
+        (self.conv4, self.bn4), self.sigmoid, self.fc = conv_bn(8, 8), nn.Sigmoid(), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x))
+        x = x * self.sigmoid(x)
+        x = self.bn2(self.conv2(x))
+        x = x * F.relu6(x + 3.0) / 6.0
+        x = self.bn3(self.conv3(x))
+        x = x * torch.tanh(F.softplus(x))
+        return self.fc(self.bn4(self.conv4(x)).clamp(min=0).mean((2, 3)))
+
+
 class BatchNormWithActivation(nn.BatchNorm2d):
     """A BatchNorm that applies its activation, as timm has it."""
 
@@ -238,7 +286,7 @@ FAMILY = {
     cls.__name__: cls
     for cls in (
         ViewAndFeatureFlags, DeadActivation, ShuffleArithmetic, GroupedAndDilated, SqueezeAndExcitation, GreyDigits,
-        LayersOfTheirOwn, PreActivation, DenseConnections, SharedReLU, FusedNorms,
+        LayersOfTheirOwn, PreActivation, DenseConnections, SharedReLU, FusedNorms, ShortcutOfZeros, WrittenOutActivations,
     )
 }  # fmt: skip
 

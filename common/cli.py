@@ -141,6 +141,8 @@ class Parser(argparse.ArgumentParser):
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
         self.without_effect("--overwrite", "--resume")
+        of_training = "--bits --wbits --abits --act-placement --clipped-ste --resume --overwrite --check".split()
+        self.without_effect("--eval", *of_training)
         self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):

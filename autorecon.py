@@ -438,6 +438,8 @@ def compress(teacher, cfg, run=None):
     device, distilling = run.device, cfg.task == "kd"
     teacher, example = run.adopt(teacher)
     student = make_student(teacher, cfg, example, run)
+    if distilling:
+        run.record(student="distilled")
     genotype = find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
     without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None

@@ -424,7 +424,7 @@ def make_and_compress(teacher, cfg, run):
         return planned
     run.images = None if generates else synthesis.find_images(cfg, run, load_source, invert)
     student = compress(teacher, run.images, cfg, run)
-    run.record(**arithmetic(teacher, student, cfg.image_size))
+    run.record(student=TASKS[cfg.task].STUDENT, **arithmetic(teacher, student, cfg.image_size))
     return student
 
 
@@ -472,6 +472,8 @@ def refuse_idle(p):
     recipe += "--low-iterations --warmup-iterations --weights-form --lr-weights".split()
     generator = [*kd.GENERATOR_FLAGS, "--kd-bn-weight"]
     p.without_effect("--task synth", "--images")
+    for task in p.unquantized:
+        p.without_effect(f"--task {task}", "--bits", "--wbits", "--abits", "--act-placement")
     p.without_effect("--images", "--data-source", "--count", "--labels", *recipe, *zoo[1:], *generator)
     for source in synthesis.READY:
         p.without_effect(f"--data-source {source}", "--part", *recipe, *zoo, *generator)

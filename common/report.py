@@ -226,15 +226,14 @@ def print_rows(title, columns, rows):
 def print_table(result, run):
     """The figures of result.json as a small table."""
     on = f"of {result['images']:,} test images" if result["test_set"] else ""
-    task = result["arguments"].get("task", "quantize")
-    what = f"w{result['wbits']}a{result['abits']}" if result["wbits"] else task
-    learned = {"kd": "student", "ptq": "quantized", "prune": "pruned"}.get(task, "fine-tuned")
-    last = learned if task in ("ptq", "prune") else f"{learned}, last epoch"
+    student = result.get("student", "fine-tuned")  # what the method makes of the network, in a word
+    what = f"w{result['wbits']}a{result['abits']}" if result["wbits"] else student
+    last = student if result["best_top1"] is None else f"{student}, last epoch"
     rows = [
         ("full precision", result["fp_top1"], "%"),
         ("calibrated only", result["calibrated_top1"], "%"),
         (last, result["last_top1"], "%"),
-        (f"{learned}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
+        (f"{student}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
         ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
     ]
     print(f"\n{result['method']}  {what}  top-1 accuracy {on}".rstrip())

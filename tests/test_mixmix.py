@@ -306,7 +306,7 @@ def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
     flags = [*command_line(DATA | KD | GENERATOR), "--task", "kd", "--arch", "tiny:net", "--data-dir", str(data)]
     result = mixmix.main([*flags, "--zoo", "tiny:net", "tiny:other", "--zoo-sample", "2", "--out", str(tmp_path / "kd")])
     assert result["wbits"] is None and result["images"] == 20 and (tmp_path / "kd" / "samples.png").exists()
-    assert "student, last epoch" in capsys.readouterr().out
+    assert "distilled, last epoch" in capsys.readouterr().out
     noise = [*command_line(DATA), "--task", "synth", "--data-source", "noise", "--arch", "tiny:net"]
     mixmix.main([*noise, "--out", str(tmp_path / "noise")])
     table = [*command_line(DATA), "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--data-dir", str(data)]

@@ -1,5 +1,6 @@
 """What images are good for: one module per cited paper. Each module of TASKS has
 
+    STUDENT                                   a word for the network that comes of it
     add_flags(parser)                         declares its flags; returns the groups of `parser` that hold them
     complete(cfg)                             fills in the settings that follow from others
     plan(model, cfg, run)                     the network as the task begins: what --check shows

@@ -32,6 +32,8 @@ from common.run import Run
 
 GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()
 
+STUDENT = "distilled"  # what the network is called in the table of a run
+
 
 def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""

@@ -28,12 +28,15 @@ from torch import nn
 from common.cli import fill_in, number, whole
 from common.models import fit, read_weights
 from common.progress import Progress
+from common.quant import check_layers
 from common.run import Run
 from common.trace import fold_batchnorm
 
 CHANNELWISE = (
     nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
+
+STUDENT = "pruned"  # what the network is called in the table of a run
 
 
 def add_flags(parser):
@@ -72,7 +75,9 @@ def give_biases(network):
 
 def plan(model, cfg, run):
     """The network that is pruned: traced, its BatchNorms folded, every layer with a bias."""
-    return run.place(give_biases(fold_batchnorm(*run.adopt(model))))
+    folded = fold_batchnorm(*run.adopt(model))
+    check_layers(folded)
+    return run.place(give_biases(folded))
 
 
 def least_squares(inputs, targets, keep, ridge):

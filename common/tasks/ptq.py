@@ -36,6 +36,8 @@ from common.tasks.blocks import ends_group, find_blocks, raise_ends
 from common.tasks.learned import AdaRound, LearnedStep, begin_steps
 from common.trace import fold_batchnorm
 
+STUDENT = "quantized"  # what the network is called in the table of a run
+
 
 def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""
@@ -169,6 +171,7 @@ def compress(model, images, cfg, run=None):
         for name, (weight, scale, zero_point) in made_once(run, "weights", index, make).items():
             modules[name].pack(weight, scale, zero_point)
         x, x_full = output_of(block, x, modules), target
+        bar.update((index + 1) * cfg.weight_iterations - bar.n)  # of blocks that have nothing to learn, or have it already
     x_full = images
     for index, block in enumerate(blocks):
         bar.set_description(f"activations {index + 1}/{len(blocks)}, {block.name}", refresh=False)
@@ -176,6 +179,7 @@ def compress(model, images, cfg, run=None):
         for name, values in made_once(run, "activations", index, functools.partial(stepped, block, x_full, target)).items():
             modules[name].fix(*values)
         x_full = target
+        bar.update(len(blocks) * cfg.weight_iterations + (index + 1) * cfg.step_iterations - bar.n)
     bar.close()
     run.conclude(student, began)
     return student

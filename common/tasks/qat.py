@@ -35,6 +35,8 @@ from common.tasks.blocks import ends_group, find_blocks, raise_ends
 from common.tasks.learned import LearnedStep, LearnedWeight, begin_steps
 from common.trace import trace
 
+STUDENT = "fine-tuned"  # what the network is called in the table of a run
+
 
 def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""

@@ -254,7 +254,7 @@ def test_a_folder_of_pictures_without_labels_serves_a_task(tmp_path, capsys):
 @pytest.mark.parametrize("task, bits", [("ptq", [8, 2, 2, 8]), ("qat", [8, 2, 2, 8]), ("prune", [32] * 4), ("kd", [32] * 4)])
 def test_the_check_of_a_task_shows_the_bits_of_every_layer(tmp_path, monkeypatch, capsys, task, bits):
     monkeypatch.chdir(tmp_path)
-    more = ["--student-arch", "tiny:other"] if task == "kd" else ["--wbits", "2"]
+    more = {"kd": ["--student-arch", "tiny:other"], "prune": []}.get(task, ["--wbits", "2"])
     checked = mixmix.main([*command_line(DATA), "--arch", "tiny:net", "--task", task, *more, "--check", "--zoo", "tiny:net"])
     assert [row[3] for row in checked["rows"]] == bits and "conv1" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

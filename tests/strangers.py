@@ -1,5 +1,7 @@
 """Networks as strangers write them: each has something that published code often has and quantization code often trips over."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from conftest import trained
@@ -211,7 +213,9 @@ class ShortcutOfZeros(nn.Module):
     def __init__(self, num_classes=5):
         super().__init__()
         (self.conv1, self.bn1), (self.conv2, self.bn2) = conv_bn(3, 8, stride=2), conv_bn(8, 16, stride=2)
-        self.conv2 = nn.utils.weight_norm(self.conv2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # old, and still in many repositories
+            self.conv2 = nn.utils.weight_norm(self.conv2)
         self.fc = nn.Linear(16 * 4 * 4, num_classes)
 
     def forward(self, x):

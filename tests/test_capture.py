@@ -32,7 +32,7 @@ class SecondStepRun(Run):
                 yield step
 
 
-def record_as_compiled(stats, layer, args):
+def record_as_compiled(stats, layer, args, kwargs):
     """For an eager run, which adds up in another order."""
     stats.inputs[layer] = torch.cat(ops._plain_statistics(args[0]))
 

@@ -315,7 +315,7 @@ def compress(teacher, cfg, run=None):
         run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
 
     run.announce(describe(student))
-    step = run.capture(iteration, optim_g, optim_q)
+    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
     probe_labels = torch.arange(256) * max(cfg.num_classes, 256) // 256 % cfg.num_classes
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)

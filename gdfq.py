@@ -247,7 +247,7 @@ def compress(teacher, cfg, run=None):
                 student(batch[0])
 
     run.announce(describe(student))
-    step = run.capture(iteration, optim_g, optim_q)
+    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs  # no student step before this epoch
     calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}

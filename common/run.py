@@ -83,7 +83,7 @@ class Run:
     layout = torch.channels_last
     fused = True  # optimizers in one kernel
     started = False  # whether the folder is this run's
-    rates = "--lr-g or --lr-q"  # what to lower when a loss is not finite
+    rates = "the learning rate"  # what to lower when a loss is not finite
     fp_top1 = None  # accuracy of the full-precision network, where there is a test set
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
     folded = False  # whether the student's BatchNorms are folded

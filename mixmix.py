@@ -68,7 +68,7 @@ from common.models import ASSETS, SMALL_IMAGE, input_channels, load_teacher, pro
 from common.ops import box_mix
 from common.progress import Progress
 from common.report import arithmetic, execute, per_channel, print_rows, show_finished
-from common.run import Run, write_atomically
+from common.run import Run, seed_of_part, write_atomically
 from common.tasks import TASKS, kd, transfer
 from common.trace import memory_layout
 
@@ -396,7 +396,7 @@ class DaflTerms:
 
     def choose(self, epoch):
         """Indices of an epoch's models; the teacher, 0, is always one of them."""
-        drawn = torch.Generator().manual_seed((self.run.cfg.seed * 1_000_003 + epoch) % 2**63)
+        drawn = torch.Generator().manual_seed(seed_of_part(self.run.cfg.seed, epoch))
         return 0, *sorted((1 + torch.randperm(len(self.zoo) - 1, generator=drawn)[: self.run.cfg.zoo_sample - 1]).tolist())
 
     def loss(self, x, y, chosen):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from common.activations import full_precision_activations
 from common.export import save_quantized, saved_bytes
-from common.quant import QuantAct, full_precision_activations, quantized_activations, quantized_layers
+from common.quant import QuantAct, quantized_activations, quantized_layers
 from common.trace import trace
 
 # what hands values on as they are: the codes of a quantized tensor stay codes

@@ -290,16 +290,13 @@ def friendly_errors(program):
     """Ends the program with one sentence, on a line of its own, and exit status 2 where the input cannot be used."""
     try:
         yield
-    except InputError as error:
-        close_all()
-        print(f"{program}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ValueError as error:
-        if "more than 1 value per channel when training" not in str(error):
+    except ValueError as error:  # an InputError is one
+        if "more than 1 value per channel when training" in str(error):
+            error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
+        elif not isinstance(error, InputError):
             raise
         close_all()
-        advice = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
-        print(f"{program}: error: {advice}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         close_all()

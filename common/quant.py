@@ -6,27 +6,23 @@ moving average while the observer is on. The backward pass is straight-through.
 """
 
 import functools
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from common import InputError, first_line
+from common.activations import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATION_MODULES,
+    activations_inside,
+    full_precision_activations,
+    is_activation,
+    kind_of,
+)
 from common.trace import baked_copy, constant_value, is_plain, replace_module, trace
 
-ACTIVATION_MODULES = (nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish)
-ACTIVATION_FUNCTIONS = {
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.rrelu, F.rrelu_, F.prelu, F.elu, F.elu_, F.silu, F.gelu, F.mish,
-    F.hardswish, F.hardtanh, F.hardtanh_, torch.relu, torch.relu_, torch.prelu, torch.rrelu,
-}  # fmt: skip
-ACTIVATION_METHODS = {"relu", "relu_"}
-# what a network may compute between its layers and no quantizer here takes: gates, most often
-FULL_PRECISION = {
-    "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
-    "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "GLU",
-}  # fmt: skip
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
 }  # fmt: skip
@@ -337,7 +333,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         act_placement: "relu" quantizes what every activation function returns (the papers); "input" quantizes what
             every convolution and linear layer receives, the network's own input with 8 bits (integer inference).
         clipped: no gradient for activations outside their range.
-        example: a small input batch, needed only when the network cannot be traced.
+        example: a batch that the network takes. Without it shapes are unknown while the network is traced, and one that
+            cannot be traced is refused.
 
     Returns:
         A network with the teacher's parameter names, all parameters with gradient.
@@ -384,32 +381,11 @@ def check_layers(model):
                 f"layer '{name}' is a {type(module).__name__}, and only weights of Conv2d and Linear layers can be quantized; "
                 "replace it in the model"
             )
-        if not is_plain(module) and (hidden := _activations_inside(module)):
+        if not is_plain(module) and (hidden := activations_inside(module)):
             raise InputError(
                 f"layer '{name}' ({type(module).__name__}) computes '{hidden[0]}' in its own forward, where it cannot be "
                 "quantized; make that a module of its own"
             )
-
-
-class _Calls(TorchFunctionMode):
-    """Notes the torch functions that are called within it."""
-
-    def __enter__(self):
-        self.functions = []
-        return super().__enter__()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.functions.append(function)
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def _activations_inside(layer):
-    """Names of the activation functions that a layer's own forward calls."""
-    shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
-    with _Calls() as calls:
-        layer(layer.weight.new_zeros(shape))
-    return [function.__name__ for function in calls.functions if function in ACTIVATION_FUNCTIONS]
 
 
 def _quantize_graph(traced, abits, act_placement, clipped):
@@ -425,18 +401,18 @@ def _quantize_graph(traced, abits, act_placement, clipped):
             user.replace_input_with(node, quantized)
 
     weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
-    activations = {node for node in graph.nodes if _is_activation(node, modules)}
+    activations = {node for node in graph.nodes if is_activation(node, modules)}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
             raise InputError(
                 f"'{node.target.__name__}' is called as a function in the model's forward (graph node '{node.name}'), where "
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
-        product = node.op != "call_module" and _kind(node, modules) in PRODUCTS
+        product = node.op != "call_module" and kind_of(node, modules) in PRODUCTS
         if product and any(constant_value(traced, n) is not None for n in node.all_input_nodes):
             raise InputError(
-                f"graph node '{node.name}' ({_kind(node, modules)}) takes a weight of the model, where it cannot be quantized; "
-                "write it as nn.Linear"
+                f"graph node '{node.name}' ({kind_of(node, modules)}) takes a weight of the model, where it cannot be "
+                "quantized; write it as nn.Linear"
             )
         if act_placement == "relu" and node in activations:
             if not node.users:
@@ -450,69 +426,6 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     graph.lint()
     traced.recompile()
     return traced
-
-
-def _kind(node, modules):
-    """What a node computes, as a name such as "relu6" or "logsoftmax"."""
-    function = type(modules[node.target]) if node.op == "call_module" else node.target
-    name = getattr(function, "__name__", None) or getattr(function, "name", function)  # of a scripted function, a method
-    return str(name).lower().replace("_", "")
-
-
-def _gated(gate, modules):
-    """The x of which `gate` is a function that makes an activation of x: x * sigmoid(x), x * relu6(x + 3) / 6 and so on."""
-    if not isinstance(gate, fx.Node) or not gate.args:
-        return None
-    kind, x = _kind(gate, modules), gate.args[0]
-    inner = _kind(x, modules) if isinstance(x, fx.Node) else ""
-    if kind in ("sigmoid", "hardsigmoid"):
-        return x
-    if (kind == "tanh" and inner == "softplus") or (kind == "relu6" and inner in ("add", "iadd") and 3 in x.args):
-        return x.args[0]
-    if kind in ("div", "truediv", "mul") and len(gate.args) == 2 and isinstance(gate.args[1], (int, float)):
-        return _gated(x, modules)
-    return None
-
-
-def _is_swish(node, modules):
-    """Whether a node is an activation that is written out, x times a gate of x."""
-    if _kind(node, modules) not in ("mul", "imul") or len(node.args) != 2:
-        return False
-    return any(isinstance(x, fx.Node) and _gated(gate, modules) is x for x, gate in (node.args, node.args[::-1]))
-
-
-def _is_gate(node, modules):
-    """Whether a node is the gate of an activation that is written out, or a step on the way to it."""
-    for user in node.users:
-        if _is_swish(user, modules):
-            if any(x is not node and _gated(node, modules) is x for x in user.args):
-                return True
-        elif _kind(user, modules) in ("tanh", "div", "truediv", "mul") and user.args[0] is node and _is_gate(user, modules):
-            return True
-    return False
-
-
-def _is_activation(node, modules):
-    if node.op == "call_module":
-        found = isinstance(modules[node.target], ACTIVATION_MODULES)
-    else:
-        least = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
-        clamps = _kind(node, modules) in ("clamp", "clip", "clampmin") and least == 0
-        found = clamps or node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS
-    return _is_swish(node, modules) or (found and not _is_gate(node, modules))
-
-
-def full_precision_activations(student):
-    """The activations that a quantized network computes in full precision: a Counter of class or function names."""
-    if not hasattr(student, "graph"):
-        return Counter(type(m).__name__ for m in student.modules() if type(m).__name__ in FULL_PRECISION)
-    modules, known, found = dict(student.named_modules()), {name.lower(): name for name in FULL_PRECISION}, Counter()
-    for node in student.graph.nodes:
-        name = known.get(_kind(node, modules))
-        if isinstance(node.target, torch.jit.ScriptFunction):
-            name = node.target.name
-        found.update([name] if name and node.users and not _is_gate(node, modules) else [])
-    return found
 
 
 class _FunctionFinder(TorchFunctionMode):

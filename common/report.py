@@ -14,7 +14,8 @@ from common.cli import resumable
 from common.data import accuracy, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
-from common.models import OWN, PAPER_TOP1, SMALL_IMAGE, build, design_of, input_channels, load_teacher
+from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
+from common.published import PAPER_TOP1
 from common.quant import describe, quantized_layers
 from common.run import Run, pick_device, write_atomically
 

@@ -47,6 +47,11 @@ def pick_device(name):
     return device
 
 
+def seed_of_part(seed, index):
+    """The seed of one of a run's parts, which so depends on nothing that was made before it."""
+    return (seed * 1_000_003 + index) % 2**63
+
+
 def synchronise(device):
     """Wait until `device` has done what it was given, so that a clock means something."""
     if device.type == "cuda":

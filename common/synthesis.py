@@ -19,7 +19,7 @@ from common.cli import resumable, whole
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
 from common.report import show_finished
-from common.run import Run, write_atomically
+from common.run import Run, seed_of_part, write_atomically
 
 READY = ("real", "noise")  # values of --data-source that no network makes
 
@@ -112,7 +112,7 @@ def make_batches(make, labels, files, run):
     own = [index for index in range(first, len(files), every) if not files[index].exists()]
     with Progress(total=cfg.iterations * len(own), unit="it", position=first, disable=not own) as bar:
         for index in own:
-            torch.manual_seed((cfg.seed * 1_000_003 + index) % 2**63)
+            torch.manual_seed(seed_of_part(cfg.seed, index))
             y = labels[index].to(run.device)
 
             def progress(names, losses, index=index, size=len(y)):

@@ -28,6 +28,24 @@ OLD_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
 
 
+def evaluate(node, value, modules):
+    """What a node of a graph computes.
+
+    Args:
+        node: any but a placeholder or the output.
+        value: function of a node that returns what it has computed.
+        modules: the network's submodules by name, itself as "".
+    """
+    if node.op == "get_attr":
+        return operator.attrgetter(node.target)(modules[""])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    if node.op == "call_module":
+        return modules[node.target](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
+
+
 class _Proxy(fx.Proxy):
     """A value of the graph. Its shape, dtype and so on are those it has for the examples."""
 
@@ -61,6 +79,7 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """The images are the only argument; all others keep their defaults."""
+        self.modules = dict(self.root.named_modules(remove_duplicate=False))
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m, module_qualified_name):
@@ -82,17 +101,7 @@ class _Tracer(fx.Tracer):
 
     def value(self, node, index):
         """What `node` is for an example."""
-        if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self.root)
-        return self.values[node][index]
-
-    def compute(self, node, index):
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, index))
-        if node.op == "call_module":
-            return self.root.get_submodule(node.target)(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        return evaluate(node, None, self.modules) if node.op == "get_attr" else self.values[node][index]
 
     def create_proxy(self, kind, target, args, kwargs, *more, **named):
         if self.reshaping and (kind, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):
@@ -108,7 +117,9 @@ class _Tracer(fx.Tracer):
             return proxy
         self.computing = True
         try:
-            values = self.values[node] = [self.compute(node, index) for index in range(len(self.examples))]
+            values = self.values[node] = [
+                evaluate(node, lambda n, index=index: self.value(n, index), self.modules) for index in range(len(self.examples))
+            ]
         finally:
             self.computing = False
         first = values[0]
@@ -358,15 +369,12 @@ def replace_module(model, name, module):
 
 def constant_value(traced, node):
     """The value of a node that does not depend on the network's input; None where it does."""
-    if node.op == "get_attr":
-        return operator.attrgetter(node.target)(traced)
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("get_attr", "call_function", "call_method"):
         return None
     inputs = {n: constant_value(traced, n) for n in node.all_input_nodes}
     if any(value is None for value in inputs.values()):
         return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
-    return node.target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], node.target)(*args[1:], **kwargs)
+    return evaluate(node, inputs.__getitem__, {"": traced})
 
 
 def _plain_convolution(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from common.cli import whole
 from common.quant import QuantAct
+from common.trace import evaluate
 
 
 class Block(NamedTuple):
@@ -22,16 +23,8 @@ class Block(NamedTuple):
         """The block's output for its input `x`, with its submodules taken from the dict `modules`."""
         env = {self.entry: x}
         for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            if node.op == "call_module":
-                passes = node.target.startswith("act_quant_") and not quantize_activations
-                env[node] = args[0] if passes else modules[node.target](*args, **kwargs)
-            elif node.op == "call_function":
-                env[node] = node.target(*args, **kwargs)
-            elif node.op == "call_method":
-                env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            else:
-                env[node] = operator.attrgetter(node.target)(modules[""])
+            passes = node.op == "call_module" and node.target.startswith("act_quant_") and not quantize_activations
+            env[node] = env[node.args[0]] if passes else evaluate(node, env.__getitem__, modules)
         return env[self.nodes[-1]]
 
 

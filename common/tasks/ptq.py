@@ -31,7 +31,7 @@ from common import replacing
 from common.cli import number, whole
 from common.progress import Progress
 from common.quant import QuantAct, quantize
-from common.run import Run
+from common.run import Run, seed_of_part
 from common.tasks.blocks import ends_group, find_blocks, raise_ends
 from common.tasks.learned import AdaRound, LearnedStep, begin_steps
 from common.trace import fold_batchnorm
@@ -58,12 +58,16 @@ def complete(cfg):
 
 
 def plan(model, cfg, run):
-    """The quantized network as the reconstruction begins: BatchNorms folded, --ends-bits at its ends."""
+    return _begin(model, cfg, run)[-1]
+
+
+def _begin(model, cfg, run):
+    """The teacher, the same with its BatchNorms folded, and the quantized network, with --ends-bits at its ends."""
     teacher, example = run.adopt(model)
     folded = fold_batchnorm(teacher, example)
     student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
     raise_ends(student, cfg.ends_bits)
-    return run.place(student)
+    return teacher, run.place(folded), run.place(student)
 
 
 def reconstruct_weights(block, roundings, modules, x, target, run, bar):
@@ -117,7 +121,7 @@ def made_once(run, stage, index, make):
     path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
     if path and path.exists():
         return torch.load(path, map_location=run.device, weights_only=True)
-    torch.manual_seed((run.cfg.seed * 1_000_003 + index) % 2**63)
+    torch.manual_seed(seed_of_part(run.cfg.seed, index))
     made = make()
     if path:
         path.parent.mkdir(exist_ok=True)
@@ -132,10 +136,9 @@ def compress(model, images, cfg, run=None):
     run = run or Run(cfg)
     began = time.time()
     torch.manual_seed(cfg.seed)
-    student = plan(model, cfg, run)
-    teacher, example = run.adopt(model)
+    teacher, folded, student = _begin(model, cfg, run)
     blocks = find_blocks(student, teacher)
-    full = dict(run.place(fold_batchnorm(teacher, example)).named_modules())
+    full = dict(folded.named_modules())
     modules = dict(student.named_modules())
     images = images.to(run.device, torch.float32)
     run.folded = True

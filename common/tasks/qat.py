@@ -59,13 +59,17 @@ def complete(cfg):
 
 
 def plan(model, cfg, run):
-    """The quantized network as the training begins, before its steps are learned; --ends-bits at its ends."""
+    return _begin(model, cfg, run)[-1]
+
+
+def _begin(model, cfg, run):
+    """The teacher, a batch that it takes, and the quantized network before its steps are learned, --ends-bits at its ends."""
     teacher, example = run.adopt(model)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
     if not isinstance(student, fx.GraphModule):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
     raise_ends(student, cfg.ends_bits)
-    return student
+    return teacher, example, student
 
 
 def kd_loss(student_logits, teacher_logits, temperature):
@@ -112,8 +116,7 @@ def compress(model, images, cfg, run=None):
     """Quantize a trained network and train it with images."""
     run = run or Run(cfg)
     torch.manual_seed(cfg.seed)
-    student = plan(model, cfg, run)
-    teacher, example = run.adopt(model)
+    teacher, example, student = _begin(model, cfg, run)
     blocks, steps = find_blocks(student, teacher), learn_steps(student)
     full, modules = dict(trace(teacher, example).named_modules()), dict(student.named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)

@@ -1,0 +1,74 @@
+"""Where trained weights were published, and the accuracies of the papers' teachers."""
+
+GITHUB = "https://github.com"
+_CHENYAOFO = GITHUB + "/chenyaofo/pytorch-cifar-models/releases/download/"
+
+
+def _pytorchcv(file, sha1):
+    return f"{GITHUB}/osmr/imgclsmob/releases/download/{file}-{sha1[:8]}.pth.zip", "sha1:" + sha1
+
+
+def _chenyaofo(dataset, files):
+    def entry(family, name):
+        return f"{_CHENYAOFO}{family}/{dataset}_{name}.pt", "sha256:" + name.rpartition("-")[2]
+
+    return {arch: entry(*file.split("/")) for arch, file in files.items()}
+
+
+PUBLISHED = {  # source -> data set -> architecture -> (address, digest of the file or of its one member)
+    "pytorchcv": {
+        "cifar10": {"resnet20": _pytorchcv("v0.0.163/resnet20_cifar10-0597", "9b0024ac4c2f374cde2c5052e0d0344a75871cdb")},
+        "cifar100": {"resnet20": _pytorchcv("v0.0.180/resnet20_cifar100-2964", "a5322afed92fa96cb7b3453106f73cf38e316151")},
+        "imagenet": {
+            "resnet18": _pytorchcv("v0.0.478/resnet18-0896", "77a56f155214819bfc79ff09795370f955b20e6d"),
+            "resnet50": _pytorchcv("v0.0.329/resnet50-0633", "b00d1c8e52aa7a2badc705b1545aaf6ccece6ce9"),
+            "mobilenet_v2": _pytorchcv("v0.0.213/mobilenetv2_w1-0887", "13a021bca5b679b76156829743f7182da42e8bb6"),
+        },
+    },
+    "chenyaofo": {
+        "cifar10": _chenyaofo(
+            "cifar10",
+            {
+                "resnet20": "resnet/resnet20-4118986f",
+                "resnet32": "resnet/resnet32-ef93fc4d",
+                "resnet44": "resnet/resnet44-2a3cabcb",
+                "resnet56": "resnet/resnet56-187c023a",
+                "vgg11_bn": "vgg/vgg11_bn-eaeebf42",
+                "vgg13_bn": "vgg/vgg13_bn-c01e4a43",
+                "vgg16_bn": "vgg/vgg16_bn-6ee7ea24",
+                "vgg19_bn": "vgg/vgg19_bn-57191229",
+                "mobilenet_v2": "mobilenetv2/mobilenetv2_x1_0-fe6a5b48",
+                "shufflenet_v2_x0_5": "shufflenetv2/shufflenetv2_x0_5-1308b4e9",
+                "shufflenet_v2_x1_0": "shufflenetv2/shufflenetv2_x1_0-98807be3",
+                "shufflenet_v2_x1_5": "shufflenetv2/shufflenetv2_x1_5-296694dd",
+                "shufflenet_v2_x2_0": "shufflenetv2/shufflenetv2_x2_0-ec31611c",
+            },
+        ),
+        "cifar100": _chenyaofo(
+            "cifar100",
+            {
+                "resnet20": "resnet/resnet20-23dac2f1",
+                "resnet32": "resnet/resnet32-84213ce6",
+                "resnet44": "resnet/resnet44-ffe32858",
+                "resnet56": "resnet/resnet56-f2eff4c8",
+                "vgg11_bn": "vgg/vgg11_bn-57d0759e",
+                "vgg13_bn": "vgg/vgg13_bn-5ebe5778",
+                "vgg16_bn": "vgg/vgg16_bn-7d8c4031",
+                "vgg19_bn": "vgg/vgg19_bn-b98f7bd7",
+                "shufflenet_v2_x0_5": "shufflenetv2/shufflenetv2_x0_5-1977720f",
+                "shufflenet_v2_x1_0": "shufflenetv2/shufflenetv2_x1_0-9ae22beb",
+                "shufflenet_v2_x1_5": "shufflenetv2/shufflenetv2_x1_5-e2c85ad8",
+                "shufflenet_v2_x2_0": "shufflenetv2/shufflenetv2_x2_0-e7e584cd",
+            },
+        ),
+    },
+}
+
+# Top-1 accuracy in percent of the networks that GDFQ, Qimera and AdaDFQ compress, as they print it
+PAPER_TOP1 = {
+    ("cifar10", "resnet20"): 93.89,
+    ("cifar100", "resnet20"): 70.33,
+    ("imagenet", "resnet18"): 71.47,
+    ("imagenet", "resnet50"): 77.73,
+    ("imagenet", "mobilenet_v2"): 73.03,
+}

@@ -25,8 +25,10 @@ No code of it was published; this is the first. What the paper leaves open or ha
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
     5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
-    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own                 plain descent on lambda ends at 0
-                         (--weights-form); four, in the paper three                    the prior has two parts
+    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0
+                         default (--weights-form)
+    lambda_3             of the whole prior; --tv-weight and --l2-weight are its       the form is not said
+                         parts at the start and keep their ratio
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
@@ -187,10 +189,15 @@ def image_prior(x):
     return sum(d.norm() for d in (*steps, *diagonals)), x.flatten(1).norm(dim=1).mean()
 
 
+def prior_loss(x, cfg):
+    """L_prior of images as `image_prior` takes them, its two parts weighted as in the recipe: lambda_3 multiplies both."""
+    return sum(weight * part for weight, part in zip((cfg.tv_weight, cfg.l2_weight), image_prior(x)) if weight)
+
+
 class LossWeights(nn.Module):
     """Eq. 3: lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior, from a dict of loss name -> lambda; what has weight 0 stays out.
     The lambdas are fixed, or `learned` as exp(-s_i) L_i + s_i (the likelihood of a Gaussian of unknown spread), which keeps
-    them above zero."""
+    them above zero; then they start at the given values."""
 
     def __init__(self, weights, learned=False):
         super().__init__()
@@ -204,6 +211,10 @@ class LossWeights(nn.Module):
             return sum(torch.exp(-s) * losses[name] + s for name, s in self.s.items())
         return sum(weight * losses[name] for name, weight in self.fixed.items())  # Eq. 3
 
+    def learned(self):
+        """The lambdas as they are now, by loss name, for the record; none where they are fixed."""
+        return {f"lambda_{name}": torch.exp(-s) for name, s in self.s.items()}
+
 
 def mixmix_loss(models, x, y, weigh, cfg, autocast):
     """Eq. 6, with the prior of Eq. 3: what a batch of images minimises.
@@ -216,9 +227,9 @@ def mixmix_loss(models, x, y, weigh, cfg, autocast):
         autocast: function that returns the context the models run in.
 
     Returns:
-        The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, tv and l2 of the others.
+        The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the others, where it counts.
     """
-    tv, l2 = image_prior(x)
+    losses = {"prior": prior_loss(x, cfg)} if "prior" in weigh.fixed else {}
     partner, beta = torch.arange(len(x), device=x.device), x.new_zeros(len(x))
     if not cfg.no_dmix:
         x, partner, beta = mix_data(x)
@@ -228,7 +239,7 @@ def mixmix_loss(models, x, y, weigh, cfg, autocast):
             logits = model(x).float()
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
         bn.append(bn_loss(model, cfg.first_bn))
-    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean(), "tv": tv, "l2": l2}  # Eq. 6
+    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()} | losses  # Eq. 6
     return weigh(losses), losses
 
 
@@ -283,7 +294,7 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     models = [zoo[index] for index in sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())]
     names = ", ".join(model.name for model in models)
     x = torch.randn(len(y), len(cfg.mean), cfg.image_size, cfg.image_size, device=run.device).requires_grad_()
-    weights = {"ce": cfg.ce_weight, "bn": cfg.bn_weight, "tv": cfg.tv_weight, "l2": cfg.l2_weight}
+    weights = {"ce": cfg.ce_weight, "bn": cfg.bn_weight, "prior": float(cfg.tv_weight > 0 or cfg.l2_weight > 0)}
     weigh = LossWeights(weights, cfg.weights_form == "learned").to(run.device)
     mean, std = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
     low, high = ((pixel - mean) / std for pixel in (0, 1))
@@ -296,7 +307,7 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
         if cfg.clip:
             with torch.no_grad():
                 x.clamp_(low, high)
-        run.log(**losses)
+        run.log(**losses, **weigh.learned())
 
     peaks = cfg.lr, cfg.lr_weights
     for shrink, steps in ((2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)):

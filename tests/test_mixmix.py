@@ -107,10 +107,10 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     torch.manual_seed(0)
     other = trained(FunctionalNet())
     zoo = [ZooModel("a", net, NORMAL, NORMAL), ZooModel("b", other, NORMAL, NORMAL)]
-    cfg = config(**TINY, first_bn=3.0)
+    cfg = config(**TINY, first_bn=3.0, tv_weight=1e-4, l2_weight=1e-5)
     x, y, run = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, Run(cfg)
     torch.manual_seed(7)
-    weigh = LossWeights({"ce": 2.0, "bn": 0.5})
+    weigh = LossWeights({"ce": 2.0, "bn": 0.5, "prior": 3.0})
     loss, losses = mixmix_loss(zoo, x, y, weigh, cfg, run.autocast)
     torch.manual_seed(7)
     partner = torch.rand(6).argsort()
@@ -131,25 +131,26 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
             bn += (3.0 if index == 0 else 1.0) * term / 2
     torch.testing.assert_close(losses["ce"], ce, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses["bn"], bn, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(losses["tv"], image_prior(x)[0])  # of the images as they are
-    torch.testing.assert_close(loss, 2 * ce + 0.5 * bn, atol=1e-4, rtol=1e-4)
+    tv, l2 = image_prior(x)  # of the images as they are
+    torch.testing.assert_close(losses["prior"], 1e-4 * tv + 1e-5 * l2)
+    torch.testing.assert_close(loss, 2 * ce + 0.5 * bn + 3 * losses["prior"], atol=1e-4, rtol=1e-4)
     _, plain = mixmix_loss(zoo, x, y, weigh, config(**TINY, no_dmix=True), run.autocast)
     torch.testing.assert_close(plain["ce"], sum(F.cross_entropy(model(x), y) for model in (net, other)) / 2)
 
 
 def test_weights_fixed_and_learned():
-    losses = {"ce": torch.tensor(2.0), "bn": torch.tensor(5.0), "tv": torch.tensor(3.0), "l2": torch.tensor(4.0)}
-    weights = {"ce": 1.0, "bn": 0.1, "tv": 0.0, "l2": 0.5}
-    assert LossWeights(weights)(losses).item() == pytest.approx(2 + 0.5 + 2)
+    losses = {"ce": torch.tensor(2.0), "bn": torch.tensor(5.0), "prior": torch.tensor(4.0)}
+    weights = {"ce": 0.0, "bn": 0.1, "prior": 0.5}
+    assert LossWeights(weights)(losses).item() == pytest.approx(0.5 + 2)
     learned = LossWeights(weights, True)
-    assert learned(losses).item() == pytest.approx(2 + 0.5 + 2 - math.log(0.1) - math.log(0.5))
+    assert learned(losses).item() == pytest.approx(0.5 + 2 - math.log(0.1) - math.log(0.5))
     optimizer = torch.optim.SGD(learned.parameters(), 0.2)
     for _ in range(500):
         optimizer.zero_grad()
         learned(losses).backward()
         optimizer.step()
-    for name, s in learned.s.items():  # the minimum is at lambda = 1 / L, above zero
-        assert torch.exp(-s).item() == pytest.approx(1 / losses[name].item(), rel=1e-3)
+    found = {name: value.item() for name, value in learned.learned().items()}  # the minimum is at lambda = 1 / L, above zero
+    assert found == pytest.approx({"lambda_bn": 1 / 5, "lambda_prior": 1 / 4}, rel=1e-3)
 
 
 def test_a_model_sees_images_normalised_as_its_own(net):
@@ -188,9 +189,12 @@ def test_inverted_images_are_classified_and_have_the_statistics(net):
     large.mean, large.std = NORMAL
     pixels = invert(zoo, y, large, Run(large)) * 0.25 + 0.5
     assert pixels.min() == 0 and pixels.max() == 1
-    learned = config(**TINY, weights_form="learned", lr_weights=0.1)
+    learned, lines = config(**TINY, weights_form="learned", lr_weights=0.1, tv_weight=1e-4, l2_weight=1e-5), []
     learned.mean, learned.std = NORMAL
-    assert invert(zoo, y, learned, Run(learned)).isfinite().all()
+    x = invert(zoo, y, learned, Run(learned), lambda names, losses: lines.append(dict(losses)))
+    lambdas = {name for name in lines[-1] if name.startswith("lambda")}  # of three losses: the prior's parts share one
+    assert x.isfinite().all() and lambdas == {"lambda_ce", "lambda_bn", "lambda_prior"}
+    assert lines[0]["lambda_prior"] != lines[-1]["lambda_prior"]
 
 
 def test_labels_are_balanced_or_random():

@@ -63,6 +63,7 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
+from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
 from common.quant import describe, observe, quantize
@@ -274,8 +275,10 @@ def compress(teacher, cfg, run=None):
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
-    generator = run.place(Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim))
-    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
+    sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
+    generator = RealImages(run) if real else run.place(Net(*sizes))
+    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
@@ -293,7 +296,7 @@ def compress(teacher, cfg, run=None):
         z_p, z_q = logits(teacher, x), logits(student, x)
         bns = stats.loss(cfg.bns_form)
         loss = generator_loss(z_p, z_q, y, bns, cfg)
-        if loss.requires_grad:
+        if loss.requires_grad and not real:
             run.update(optim_g, loss, keep_graph)
         run.log(loss_g=loss, bns=bns, **game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), z_q, y
@@ -391,6 +394,7 @@ def parser():
     p.without_effect("--no-bns", "--gamma", "--bns-form")
     terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns".split()
     p.without_effect("--generator-loss gdfq", *terms)
+    p.without_effect("--data-source real", "--generator-loss", *terms)
     p.without_effect("--student-loss eq13", "--temperature")
     p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
     return p

@@ -80,6 +80,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, resumable, whole
+from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
@@ -440,12 +441,13 @@ def compress(teacher, cfg, run=None):
     student = make_student(teacher, cfg, example, run)
     if distilling:
         run.record(student="distilled")
-    genotype = find_genotype(teacher, cfg, run)
+    real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
+    genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
     without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
     stats = BatchNormStatistics(teacher)
-    generator = run.place(make_generator(genotype, cfg, input_channels(teacher)))
-    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    generator = RealImages(run) if real else run.place(make_generator(genotype, cfg, input_channels(teacher)))
+    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": not distilling, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
@@ -455,8 +457,9 @@ def compress(teacher, cfg, run=None):
 
     def generator_step():
         x, logits, y, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
-        run.update(optim_g, loss)
-        run.log(loss_g=loss, bns=bns)
+        if not real:
+            run.update(optim_g, loss)
+            run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y
 
     def student_step(x, teacher_logits, y):
@@ -669,6 +672,7 @@ def parser():
     losses = "--kd-weight --temperature --kd-reduction"
     learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
     stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
+    p.without_effect("--data-source real", "--genotype", "--scale", *stage1.split())
     p.without_effect("--genotype", *stage1.split())
     p.without_effect("--search-only", *stage2.split())
     p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune".split())

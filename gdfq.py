@@ -28,6 +28,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
       Qimera and AdaDFQ      ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
       report it                                                                     for CIFAR-100, torchvision's for ImageNet
+    Qimera's Table 1: real   not said                   not released                half of each of the student's
+      samples are combined                                                            batches, once the ranges are frozen
     reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
@@ -38,8 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors
+from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
+from common.data import TestSet, evaluation_batch, full_precision
+from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
 from common.quant import describe, observe, quantize
@@ -47,6 +52,7 @@ from common.report import execute
 from common.run import Run
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+HALF_REAL = ("confusing", "unconfusing")  # values of --data-source
 
 
 class Generator(nn.Module):
@@ -183,6 +189,34 @@ def mix_images(x, y, num_classes, how):
     return torch.lerp(x, x[partner], mask), torch.lerp(labels, labels[partner], share[:, None])
 
 
+@torch.no_grad()
+@full_precision()
+def select_real(teacher, cfg, device):
+    """--real-per-class training images of each class, drawn at random from those of which the teacher's highest confidence is
+    below --confusing-below (confusing) or from the others (unconfusing), and their labels (Table 1 of Qimera).
+
+    Raises:
+        InputError: a class has not as many.
+    """
+    images, labels = training_set(cfg)
+    size = evaluation_batch(device, cfg.image_size)
+    batches = TestSet(zip(images.split(size), labels.split(size)), len(labels), "", (cfg.mean, cfg.std), device)
+    confidence = torch.cat([teacher(x).softmax(1).amax(1).cpu() for x, _ in batches])
+    wanted = (confidence < cfg.confusing_below) == (cfg.data_source == "confusing")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(cfg.seed))
+    chosen = []
+    for label in range(cfg.num_classes):
+        members = order[(wanted & (labels == label))[order]][: cfg.real_per_class]
+        if len(members) < cfg.real_per_class:
+            raise InputError(
+                f"--data-source {cfg.data_source} finds {len(members)} training images of class {label} at --confusing-below "
+                f"{cfg.confusing_below}, and --real-per-class is {cfg.real_per_class}; change one of them"
+            )
+        chosen.append(members)
+    chosen = torch.cat(chosen)
+    return images[chosen], labels[chosen]
+
+
 def compress(teacher, cfg, run=None):
     """Quantize a network without data.
 
@@ -205,11 +239,14 @@ def compress(teacher, cfg, run=None):
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
     Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
-    generator = run.place(Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim))
-    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
+    sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
+    generator = RealImages(run) if real else run.place(Net(*sizes))
+    added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
+    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
-    train_generator = not (cfg.no_ce and cfg.no_bns)
+    train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):
         with run.autocast():
@@ -228,8 +265,11 @@ def compress(teacher, cfg, run=None):
         return x.detach(), logits.detach(), y
 
     def student_step(x, teacher_logits, y):
+        if added:
+            x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
         if cfg.mix != "none":
             x, y = mix_images(x, y, cfg.num_classes, cfg.mix)
+        if added or cfg.mix != "none":
             with torch.no_grad(), run.autocast():
                 teacher_logits = teacher(x).float()
         with run.autocast():
@@ -278,15 +318,24 @@ def parser():
         latent_dim=100,
         bns_weight=0.1, bns_form="released gdfq, paper sum",  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",  # delta of Eq. 3
+        sources=("generator", "real", *HALF_REAL),  # Table 1 of Qimera
     )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
     mix = "mix the images that the student learns from (Table 2 of Qimera)"
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
+    add("--real-per-class", type=whole(1), default=15, help="number of real images of each class (confusing, unconfusing)")
+    below = "highest confidence of the teacher below which an image is confusing"
+    add("--confusing-below", type=number(0, 1), default=0.25, help=below)
     add("--no-ce", action="store_true", help="train the generator without the cross-entropy loss")
     add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss")
     add("--no-student-ce", action="store_true", help="train the student without the cross-entropy loss")
     add("--no-kd", action="store_true", help="train the student without the distillation loss")
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
+    p.without_effect("--data-source confusing", "--no-finetune")
+    p.without_effect("--data-source unconfusing", "--no-finetune")
+    for source in ("generator", "real"):
+        p.without_effect(f"--data-source {source}", "--real-per-class", "--confusing-below")
+    p.without_effect("--data-source real", "--no-ce", "--no-bns")
     p.without_effect("--no-bns", "--bns-weight", "--bns-form")
     p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix".split()

@@ -551,8 +551,7 @@ def main(argv=None):
     with friendly_errors("mixmix.py"):
         cfg = parse_args(argv)
         if cfg.eval is not None or cfg.task in TASKS:
-            compared = ("data_dir",) if cfg.data_source == "real" else ()
-            return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"), compared=compared)
+            return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"))
         make_set = functools.partial(synthesis.synthesize, load=load_source, make=invert)
         other = {"synth": make_set, "evaluate": evaluate, "transfer": transfer.transfer}
         return check_networks(cfg) if cfg.check else other[cfg.task](cfg)

@@ -66,6 +66,7 @@ from common import InputError, first_line
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision, load_test_set
+from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.progress import Progress
@@ -282,6 +283,13 @@ def make_generator(teacher, cfg, channels, example=None):
     return SuperposingGenerator(latent, body, cfg.cbn)
 
 
+class RealSamples(RealImages):
+    """Real images of `Labels` of single classes (Table 1)."""
+
+    def forward(self, labels):
+        return super().forward(None, labels.classes[:, 0])
+
+
 def discovered(cfg):
     """AutoReCon's generator class and the genotype that --generator names; only these need the other script."""
     source, _, name = cfg.generator.partition(":")
@@ -381,10 +389,11 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    generator = run.place(make_generator(teacher, cfg, channels, example))
+    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
+    generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
     maps = keep_feature_maps(teacher, student, example) if cfg.adversarial == "zaq" else ()
-    optim_g = torch.optim.Adam(generator.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
@@ -404,8 +413,9 @@ def compress(teacher, cfg, run=None):
             bns = stats.loss(cfg.bns_form)
             loss = generator_loss(teacher_logits, labels.soft, bns, cfg.bns_weight)
             run.log(bns=bns)
-        run.update(optim_g, loss)
-        run.log(loss_g=loss)
+        if not real:
+            run.update(optim_g, loss)
+            run.log(loss_g=loss)
         return x.detach(), teacher_logits.detach(), labels.soft
 
     def student_step(x, teacher_logits, soft):
@@ -629,6 +639,8 @@ def parser():
     p.without_effect("--adversarial zaq", "--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
+    latent = "--k --p --no-se --dm --eei --noise --normalise --cbn --mapped-dim --latent-dim --generator --adversarial"
+    p.without_effect("--data-source real", *latent.split())
     p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction".split()
     p.without_effect("--no-finetune", *learning)
@@ -637,6 +649,7 @@ def parser():
 
 def _complete(cfg):
     paper, large = cfg.variant == "paper", cfg.image_size > SMALL_IMAGE
+    cfg.no_se = cfg.no_se or cfg.data_source == "real"
     p, k_four, k_five, released_eei = RELEASED.get(cfg.arch if large else cfg.dataset, RELEASED["cifar10"])
     fill_in(cfg, {"dm": paper, "eei": paper or released_eei})
     if cfg.mapped_dim is not None and not cfg.dm:

@@ -154,11 +154,12 @@ class Parser(argparse.ArgumentParser):
         action = group.add_argument(flag, help=f"{help} (default: CIFAR {small}, ImageNet {large})", **kwargs)
         self.by_size[action.dest] = (small, large)
 
-    def add_training(self, title, **defaults):
-        """Flags of TRAINING with a method's own defaults, in the order given.
+    def add_training(self, title, sources=("generator", "real"), **defaults):
+        """Flags of TRAINING with a method's own defaults, in the order given, and --data-source.
 
         Args:
             title: of their group in --help.
+            sources: what the method takes for --data-source.
             defaults: a value; (CIFAR, ImageNet) where it goes by the data; text where the method works it out from more.
         """
         group = self.add_argument_group(title)
@@ -171,6 +172,11 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(flag, help=f"{about} (default: {default})", **how)
             else:
                 group.add_argument(flag, help=about, default=default, **how)
+        about = "what the student learns from: the generator's images, or the training images in --data-dir (real)"
+        half = "; with confusing or unconfusing, half of the images are real ones with low or high confidence"
+        group.add_argument("--data-source", choices=sources, default="generator", help=about + half * (len(sources) > 2))
+        idle = {"lr_g", "beta1", "latent_dim", "bns_weight", "bns_form", "warmup_epochs"} & set(defaults)
+        self.without_effect("--data-source real", *("--" + name.replace("_", "-") for name in sorted(idle)))
 
     def without_effect(self, setting, *flags):
         """Declare that `flags` do nothing with a setting, so that both together are refused.
@@ -259,23 +265,29 @@ def fill_in(cfg, defaults):
 
 
 def checked_schedule(cfg):
-    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned.
+    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned; without a generator, fine-tuning begins
+    after them.
 
     Raises:
         InputError: the run would end before any fine-tuning.
     """
+    real = cfg.data_source == "real"
+    cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.calibrate_epochs) if real else cfg.warmup_epochs
     if cfg.no_finetune:
         cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
     elif cfg.epochs <= cfg.warmup_epochs:
+        phase, flag = ("calibrating", "--calibrate-epochs") if real else ("warm-up", "--warmup-epochs")
         raise InputError(
-            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} warm-up epochs, before any fine-tuning; raise it, "
-            "lower --warmup-epochs, or give --no-finetune"
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} {phase} epochs, before any fine-tuning; raise it, "
+            f"lower {flag}, or give --no-finetune"
         )
     return cfg
 
 
 def check_image_size(cfg, multiple):
     """Raise an InputError where a generator whose first map is --image-size / `multiple` pixels wide cannot be trained."""
+    if cfg.data_source == "real":
+        return  # no generator
     if cfg.image_size % multiple:
         raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
     if cfg.batch_size * cfg.image_size == multiple:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from common import InputError, first_line
 from common.progress import Progress
 
+KINDS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGE_SIZE = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
 # mean and standard deviation per channel, for images in 0 to 1
@@ -31,6 +32,8 @@ SLICE = Path(__file__).parent / "assets" / "cifar10_test_2000.png"
 SLICE_GRID = (40, 50)  # rows and columns; four rows a class
 SPLITS = ("val", "test")  # folders that hold test images
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
+FROM_TRAINING_SET = ("real", "confusing", "unconfusing")  # values of --data-source that read real training images
+MOST_REAL = 50_000  # of them; as many as CIFAR has, and 7.5 GB of ImageNet's
 
 
 def download(address, path, digest=None):
@@ -143,7 +146,7 @@ def load_test_set(
     device = torch.device(device)
     batch_size = batch_size or evaluation_batch(device, image_size)
     if dataset in ("cifar10", "cifar100"):
-        images, labels, name = _load_cifar(dataset, data_dir, image_size, fetch)
+        images, labels, name = _load_cifar(dataset, data_dir, fetch)
     elif data_dir is None:
         return None
     else:
@@ -157,21 +160,38 @@ def load_test_set(
     return TestSet(batches, len(labels), name, normalisation, device)
 
 
-def _load_cifar(dataset, data_dir, image_size, fetch):
+def _load_cifar(dataset, data_dir, fetch):
     """Test images (N, 3, 32, 32) uint8 in memory, labels, and where they come from."""
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    kind = KINDS[dataset]
     root = Path(data_dir or "data")
     has_files = (root / kind.base_folder).is_dir()
     has_folders = any((root / split).is_dir() for split in SPLITS)
     if data_dir is not None and not has_files and (has_folders or not fetch):
-        return (*read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], image_size)), str(data_dir))
+        return (*read_cifar(dataset, data_dir), str(data_dir))
     if not has_files:
         if dataset == "cifar10" and not fetch:
             return (*read_slice(), "the bundled CIFAR-10 slice")
         archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
         datasets.utils.extract_archive(str(archive), str(root))
-    files = _cifar_files(kind, root, train=False)
-    return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), str(root)
+    return (*read_cifar(dataset, root), str(root))
+
+
+def read_cifar(dataset, data_dir, train=False):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) of CIFAR's test or training set.
+
+    Args:
+        dataset: "cifar10" or "cifar100".
+        data_dir: a folder with torchvision's own files, or with one folder per class under test/ (or val/) and train/.
+        train: which of the two.
+
+    Raises:
+        InputError: a folder that does not fit.
+    """
+    kind = KINDS[dataset]
+    if (Path(data_dir) / kind.base_folder).is_dir():
+        files = _cifar_files(kind, data_dir, train)
+        return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets)
+    return read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], 32, splits=("train",) if train else SPLITS))
 
 
 def _cifar_files(kind, root, train):
@@ -200,7 +220,7 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
     Raises:
         InputError: a folder that does not fit.
     """
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
+    kind = KINDS.get(dataset)
     if kind and (Path(data_dir) / kind.base_folder).is_dir():
         files = _cifar_files(kind, data_dir, train=True)
         targets, get = torch.tensor(files.targets), lambda index: torch.from_numpy(files.data[index]).permute(2, 0, 1)
@@ -213,6 +233,32 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
         order = torch.randperm(len(members), generator=source)
         chosen[wanted] = members[order[torch.arange(int(wanted.sum())) % len(members)]]
     return torch.stack([get(index) for index in Progress(chosen.tolist(), desc="reading real images", leave=False)])
+
+
+def load_training_set(dataset, data_dir, num_classes, image_size, seed=0, channels=3, most=MOST_REAL):
+    """The training set in memory. Of a larger one than CIFAR's, at most `most` / `num_classes` images of each class are
+    read, chosen at random.
+
+    Args:
+        data_dir: as for `load_training_images`; None looks for torchvision's CIFAR files under ./data.
+        dataset, num_classes, image_size, seed, channels: as there.
+
+    Returns:
+        Images (N, channels, H, W) uint8 and labels (N,) int64.
+
+    Raises:
+        InputError: no such folder, or one that does not fit.
+    """
+    root = Path(data_dir or "data")
+    if data_dir is None and not (dataset in KINDS and (root / KINDS[dataset].base_folder).is_dir()):
+        raise InputError("--data-source: there are no training images at hand; give --data-dir with train/ in it")
+    if dataset in KINDS:
+        return read_cifar(dataset, root, train=True)
+    folder = _class_folder(root, num_classes, image_size, channels, ("train",))
+    targets, source = torch.tensor(folder.targets), torch.Generator().manual_seed(seed)
+    classes = [(targets == label).nonzero()[:, 0] for label in range(num_classes)]
+    chosen = [members[torch.randperm(len(members), generator=source)[: max(1, most // num_classes)]] for members in classes]
+    return read_folder(Subset(folder, torch.cat(chosen).sort().values.tolist()))
 
 
 class _Fit:
@@ -284,10 +330,14 @@ def _open_image(path):
 
 
 def read_folder(folder):
-    """All images of an ImageFolder of equally large uint8 tensors: (N, C, H, W) and labels (N,)."""
-    loader = Progress(DataLoader(folder, 500, generator=torch.Generator()), desc=f"reading {folder.root}", leave=False)
-    images, labels = zip(*loader)
-    return torch.cat(images), torch.cat(labels)
+    """All images of an ImageFolder, or a subset of one, of equally large uint8 tensors: (N, C, H, W) and labels (N,)."""
+    images, labels = torch.empty(len(folder), *folder[0][0].shape, dtype=torch.uint8), torch.empty(len(folder), dtype=int)
+    loader = DataLoader(folder, 500, generator=torch.Generator())
+    places = zip(images.split(500), labels.split(500))
+    for place, batch in zip(places, Progress(loader, desc="reading images", leave=False)):
+        for target, source in zip(place, batch):
+            target.copy_(source)
+    return images, labels
 
 
 def read_slice():

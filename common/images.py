@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torchvision.utils import save_image
 
 from common import InputError, replacing
-from common.data import load_training_images, read_pictures
+from common.data import load_training_images, load_training_set, read_pictures
 
 
 class ImageSet:
@@ -80,6 +81,41 @@ def real_images(cfg, labels):
     """Training images from --data-dir, one of each label (N,): (N, channels, H, W) float16, normalised as `cfg` says."""
     what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
     return normalise(load_training_images(cfg.dataset, cfg.data_dir, labels, *what), (cfg.mean, cfg.std))
+
+
+class RealImages(nn.Module):
+    """Training images in a generator's place (--data-source), kept on the run's device as uint8 and not augmented: the papers
+    say nothing of it. There are no parameters, and nothing that a checkpoint would hold.
+
+    Args:
+        run: its arguments say how images are normalised; it records how many there are.
+        images, labels: (N, channels, H, W) uint8 and (N,), some of every class; by default the training set.
+    """
+
+    def __init__(self, run, images=None, labels=None):
+        super().__init__()
+        images, labels = training_set(run.cfg) if images is None else (images, labels)
+        run.record(data_source=run.cfg.data_source, images_used=len(labels))
+        count = labels.bincount(minlength=run.cfg.num_classes)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (run.cfg.mean, run.cfg.std))
+        tensors = {"images": images[labels.argsort(stable=True)], "first": count.cumsum(0) - count, "count": count}
+        for name, tensor in (tensors | {"mean": mean, "std": std}).items():
+            self.register_buffer(name, tensor, persistent=False)
+        run.place(self)
+
+    def forward(self, z, y):
+        """Images (B, channels, H, W), normalised, of labels y (B,), each drawn from all of its class; z is not looked at."""
+        index = self.first[y] + (torch.rand(len(y), device=y.device) * self.count[y]).long()
+        return (self.images[index].float() / 255 - self.mean) / self.std
+
+
+def training_set(cfg):
+    """The training images of --data-dir (N, channels, H, W) uint8 and their labels (N,); for --check a few."""
+    if cfg.mean is None or cfg.std is None:
+        raise InputError(f"--data-source {cfg.data_source} has real images to normalise; give --mean and --std")
+    few = {"most": 1} if cfg.check and cfg.data_source == "real" else {}
+    what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
+    return load_training_set(*what, **few)
 
 
 def noise(count, cfg):

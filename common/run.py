@@ -15,7 +15,7 @@ import torchvision
 
 from common import InputError, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
-from common.data import accuracy
+from common.data import FROM_TRAINING_SET, accuracy
 from common.models import probe
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
@@ -79,8 +79,7 @@ class Run:
         folder: where the run leaves its files, or None.
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
-        compared: names of arguments in which a resumed run may not differ, though most runs may.
-        free: names of arguments of the method in which it may.
+        free: names of arguments of the method in which a resumed run may differ.
 
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
     """
@@ -93,10 +92,12 @@ class Run:
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
     folded = False  # whether the student's BatchNorms are folded
 
-    def __init__(self, cfg, folder=None, files=(), result="result.json", compared=(), free=()):
+    def __init__(self, cfg, folder=None, files=(), result="result.json", free=()):
         self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
         self.files, self.result_file = (*FILES, *files, result), result
-        self.may_differ = {*NOT_COMPARED, *free} - set(compared)
+        self.may_differ = {*NOT_COMPARED, *free}
+        if getattr(cfg, "data_source", None) in FROM_TRAINING_SET:
+            self.may_differ.remove("data_dir")
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.device = pick_device(cfg.device)

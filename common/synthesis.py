@@ -156,8 +156,7 @@ def make_set(cfg, load, make, begin=lambda: None):
     if joins:
         wait_for_all()  # the first process downloads what there is to download, and begins the folder
     networks, labels = load(cfg), make_labels(cfg)
-    compared = ("data_dir",) if cfg.data_source == "real" else ()
-    run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), compared=compared, free=("part",))
+    run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), free=("part",))
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
     if not joins:

@@ -4,21 +4,39 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torchvision import datasets
 
+import adadfq
+import autorecon
+import gdfq
+import qimera
 from common import InputError
-from common.data import NORMALISATION, _class_folder, accuracy, agreement, download, load_test_set, read_folder, read_slice
+from common.data import (
+    NORMALISATION,
+    _class_folder,
+    accuracy,
+    agreement,
+    download,
+    load_test_set,
+    load_training_set,
+    read_folder,
+    read_slice,
+)
+from common.images import RealImages
+from common.report import draw, save_samples
+from common.run import Run
 
 CIFAR = NORMALISATION["cifar10"]
 
 
-def make_folder(root, classes, images=3, size=32):
+def make_folder(root, classes, images=3, size=32, split="test"):
     for c in range(classes):
-        (root / "test" / f"class{c}").mkdir(parents=True)
+        (root / split / f"class{c}").mkdir(parents=True)
         for i in range(images):
             pixels = np.full((size, size, 3), 20 * c + i, dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "test" / f"class{c}" / f"{i}.png")
+            Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.png")
     return root
 
 
@@ -110,3 +128,97 @@ def test_accuracy_and_agreement_count_images():
     assert accuracy(lambda x: x, batches) == 50.0
     assert agreement(lambda x: x, lambda x: -x, batches) == 0.0
     assert agreement(lambda x: x, lambda x: x + torch.tensor([2.5, 0, 0]), batches) == 75.0
+
+
+def test_a_large_training_set_is_read_in_part_the_same_from_each_class(tmp_path):
+    data = make_folder(tmp_path, 4, images=6, size=8, split="train")
+    images, labels = load_training_set("folder", data, 4, 8)
+    assert images.dtype == torch.uint8 and torch.equal(labels, torch.arange(4).repeat_interleave(6))
+    assert torch.equal(images[:, 0, 0, 0], 20 * labels + torch.arange(24) % 6)
+    some, labels = load_training_set("folder", data, 4, 8, most=13)
+    assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and torch.equal(some[:, 0, 0, 0] // 20, labels)
+    assert len(some[:, 0, 0, 0].unique()) == 12 and len(some) == 12
+    assert torch.equal(some, load_training_set("folder", data, 4, 8, most=13)[0])
+    assert not torch.equal(some, load_training_set("folder", data, 4, 8, seed=1, most=13)[0])
+
+
+def test_real_images_are_of_the_labels_and_normalised():
+    labels = torch.tensor([2, 0, 1, 2, 2, 0])  # in no order; one image of class 1
+    pixels = (10 * labels + torch.arange(6)).to(torch.uint8).view(-1, 1, 1, 1).expand(6, 1, 4, 4)
+    settings = {"dataset": "folder", "num_classes": 3, "image_size": 4, "device": "cpu", "data_source": "real"}
+    real = RealImages(Run(gdfq.config(**settings, mean=[0.5], std=[0.2])), pixels, labels)
+    y = torch.arange(3).repeat(40)
+    seen = ((real(None, y) * 0.2 + 0.5) * 255).round().long()
+    assert seen.shape == (120, 1, 4, 4) and not real.state_dict() and not list(real.parameters())
+    found = [set(seen[y == label].unique().tolist()) for label in range(3)]
+    assert found == [{1, 5}, {12}, {20, 23, 24}]
+
+
+def small_data(root):
+    return make_folder(make_folder(root, 5, images=4, size=16), 5, images=6, size=16, split="train")
+
+
+@pytest.mark.parametrize("method", [gdfq, adadfq, qimera, autorecon])
+def test_the_student_learns_from_real_images(method, tmp_path, monkeypatch, fails):
+    """Its ranges are those of real images, its samples are training images, and no flag of a generator is taken."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    data, out = small_data(tmp_path / "data"), tmp_path / "run"
+    flags = "--arch tiny:net --dataset folder --num-classes 5 --image-size 16 --batch-size 8 --iters 3 --epochs 2 --device cpu"
+    arguments = [*flags.split(), "--calibrate-epochs", 1, "--data-source", "real", "--out", out, "--lr-q", 0.01]
+    runs = []
+
+    def look(run, path):
+        runs.append(run)
+        save_samples(run, path)
+
+    monkeypatch.setattr("common.report.save_samples", look)
+    result = method.main([str(argument) for argument in [*arguments, "--data-dir", data]])
+    assert result["data_source"] == "real" and result["images_used"] == 30 and result["calibrated_top1"] is not None
+    y = torch.arange(5).repeat(100)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION["imagenet"])
+    pixels = ((draw(runs[0], y, 0) * std + mean) * 255).round().long()
+    assert (pixels == pixels[:, :1, :1, :1]).all() and torch.equal(pixels[:, 0, 0, 0] // 20, y)
+    assert len(pixels.unique()) == 30
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["stateful"]
+    assert not state["generator"] and not state["optim_g"]["state"] and state["optim_q"]["state"]
+    moved = make_folder(tmp_path / "other", 5, size=16)
+    assert "data_dir" in fails(method.main, *arguments, "--data-dir", moved)
+    assert "no training images at hand; give --data-dir" in fails(method.main, *arguments, "--overwrite")
+    assert "has no train/" in fails(method.main, *arguments, "--overwrite", "--data-dir", moved)
+    assert "--lr-g has no effect with --data-source real" in fails(method.main, *arguments, "--lr-g", 0.1)
+    assert "within the 2 calibrating epochs" in fails(method.main, *arguments, "--calibrate-epochs", 2)
+
+
+def test_images_of_low_and_high_confidence(net, tmp_path):
+    """Table 1 of Qimera: which images are chosen, and that half of each of the student's batches is made of them."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (60, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(60) % 5
+    for index, (image, label) in enumerate(zip(images, labels)):
+        folder = tmp_path / "train" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:02}.png")
+    with torch.no_grad():
+        confidence = net((images / 255 - 0.5) / 0.25).softmax(1).amax(1)
+    settings = {"dataset": "folder", "num_classes": 5, "image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, "device": "cpu"}
+    settings |= {"data_dir": str(tmp_path), "confusing_below": confidence.median().item(), "real_per_class": 2}
+    known = {image.numpy().tobytes(): value for image, value in zip(images, confidence)}
+    for source, low in (("confusing", True), ("unconfusing", False)):
+        chosen, classes = gdfq.select_real(net, gdfq.config(**settings, data_source=source), torch.device("cpu"))
+        assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        found = torch.stack([known[image.contiguous().numpy().tobytes()] for image in chosen])
+        assert ((found < settings["confusing_below"]) == low).all() and len(found.unique()) == 10
+    with pytest.raises(InputError, match="finds 12 training images of class 0 at --confusing-below 1.0, and --real-per-class"):
+        cfg = gdfq.config(**settings | {"confusing_below": 1.0, "real_per_class": 13}, data_source="confusing")
+        gdfq.select_real(net, cfg, torch.device("cpu"))
+    batches, plain = [], {"epochs": 1, "iters": 1, "batch_size": 8, "warmup_epochs": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gdfq, "student_loss", lambda q, t, y, cfg: batches.append((t, y)) or q.sum())
+        cfg = gdfq.config(**settings | plain, data_source="confusing")
+        gdfq.compress(net, cfg)
+    (logits, y), real = batches[0], gdfq.select_real(net, cfg, torch.device("cpu"))
+    with torch.no_grad():
+        expected = net((real[0] / 255 - 0.5) / 0.25)
+    for row, label in zip(logits[4:], y[4:]):  # each is one of the two images of its class
+        assert (row - expected[real[1] == label]).abs().amax(1).min() < 1e-4
+    assert all((row - expected).abs().amax(1).min() > 1e-3 for row in logits[:4])

@@ -25,10 +25,14 @@ Where the equations are:
     student's rate             1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
     disentanglement mapping    to 64 (CIFAR), 100         off, by an inverted flag    --variant, --dm
     extracted initialization   always                     CIFAR-100, ResNet-50 only   --variant, --eei
-    noise                      one vector per sample,     one per embedding, before   --variant, --noise
-                               after the superposition    the mapping
+    noise, one vector          per sample, after the      per embedding, before the   --variant, --noise after, before
+                               mapping by Eq. 8, before   mapping                     or slot
+                               it by Sec. 4.4 and 5.1
+    noise, factor              1                          1, for small images         1, --noise-scale
     embeddings with noise      as they are                standardised per sample,    --variant, --normalise
                                                           or superposed per slot
+    embeddings                 trained; frozen in         trained                     trained; --freeze-embeddings
+                               Appendix B.2
     conditional BatchNorm      sum over the embeddings    mean, so shrunk K times     --variant, --cbn
     inner BatchNorms, eps      not given                  0.8                         0.8
     temperature of L_KD        not given                  20                          20, --temperature
@@ -159,47 +163,45 @@ def draw_labels(cfg, device):
 
 
 class Latent(nn.Module):
-    """The generator's input, (B, d): class embeddings, mapped and superposed, plus noise (Eq. 5, 6, 8).
+    """The generator's input, (B, d): class embeddings, mapped and superposed, with noise (Eq. 5, 6, 8).
 
-    `num_classes` is C, `width` D, of an embedding, and `mapped` d, to which it is mapped; None leaves the mapping out.
+    Args:
+        num_classes: C.
+        width: D, the dimension of an embedding.
+        mapped: d, the dimension to which embeddings are mapped; None leaves the mapping out.
+        noise: where z enters: "after" the mapping, in R^d (Eq. 8, Sec. 4.3); "before" it, in R^D, after the superposition
+            (Sec. 4.4, 5.1); "slot" before both, one vector for each of the K embeddings (the released code).
+        noise_scale: factor on z.
+        normalise: standardise the sums of embeddings and noise, of one sample in a batch of single classes, of the whole
+            batch (slot by slot) in a superposed one, as the released code does.
     """
 
-    def __init__(self, num_classes, width, mapped=None):
+    def __init__(self, num_classes, width, mapped=None, noise="after", noise_scale=1.0, normalise=False):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, width)  # E
         self.mapping = nn.Linear(width, mapped) if mapped else nn.Identity()  # M
         self.out_features = mapped or width
+        self.noise, self.noise_scale, self.normalise = noise, noise_scale, normalise
 
     def draw_noise(self, classes):
-        """z ~ N(0, 1), (B, d), for the classes (B, K) of `Labels`."""
-        return torch.randn(len(classes), self.out_features, device=classes.device)
+        """z for the classes (B, K) of `Labels`: (B, d) after the mapping, (B, D) before it, (B, K, D) for slots."""
+        shape = classes.shape if self.noise == "slot" else classes.shape[:1]
+        width = self.out_features if self.noise == "after" else self.embedding.embedding_dim
+        return self.noise_scale * torch.randn(*shape, width, device=classes.device)  # z ~ N(0, 1)
 
     def forward(self, labels, z):
-        m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
-        return z + superpose(labels.soft, m)  # S(m) = z + sum_k lambda_k m_k
-
-
-class ReleasedLatent(Latent):
-    """The released code's latent: noise enters each of the K slots of a superposition, before the mapping.
-
-    `noise` is one vector per "slot" or per "sample". `normalise` standardises embeddings with noise, each by itself in a
-    batch of single classes, all of a slot together in a superposed one.
-    """
-
-    def __init__(self, num_classes, width, mapped=None, noise="slot", normalise=True):
-        super().__init__(num_classes, width, mapped)
-        self.noise, self.normalise = noise, normalise
-
-    def draw_noise(self, classes):
-        """z ~ N(0, 1), (B, K, D) or (B, 1, D)."""
-        batch, k = classes.shape
-        return torch.randn(batch, k if self.noise == "slot" else 1, self.embedding.embedding_dim, device=classes.device)
-
-    def forward(self, labels, z):
-        slots = self.embedding(labels.classes) + z  # (B, K, D)
-        if self.normalise:
-            slots = torch.where(labels.superposed, standardise(slots, (0, 2)), standardise(slots, 2))
+        if self.noise == "after":
+            m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
+            return self.normalised(z + superpose(labels.soft, m), labels)  # S(m) = z + sum_k lambda_k m_k
+        if self.noise == "before":
+            return self.mapping(self.normalised(z + superpose(labels.soft, self.embedding.weight), labels))  # M(S(e))
+        slots = self.normalised(z + self.embedding(labels.classes), labels)  # (B, K, D)
         return (labels.shares[:, :, None] * self.mapping(slots)).sum(1)
+
+    def normalised(self, x, labels):
+        if not self.normalise:
+            return x
+        return torch.where(labels.superposed, standardise(x, (0, -1)), standardise(x, -1))
 
 
 def standardise(x, dims):
@@ -240,9 +242,9 @@ def make_latent(teacher, cfg, example=None):
             raise
         rows = None
     width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # Sec. 5.1
-    sizes = cfg.num_classes, width, cfg.mapped_dim if cfg.dm else None
-    released = cfg.noise == "slot" or cfg.normalise
-    latent = ReleasedLatent(*sizes, cfg.noise, cfg.normalise) if released else Latent(*sizes)
+    mapped = cfg.mapped_dim if cfg.dm else None
+    latent = Latent(cfg.num_classes, width, mapped, cfg.noise, cfg.noise_scale, cfg.normalise)
+    latent.embedding.requires_grad_(not cfg.freeze_embeddings)
     if cfg.eei:
         if len(rows) != cfg.num_classes:
             expected = f"{len(rows)} rows, expected one for each of the {cfg.num_classes} classes"
@@ -393,7 +395,8 @@ def compress(teacher, cfg, run=None):
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
     maps = keep_feature_maps(teacher, student, example) if cfg.adversarial == "zaq" else ()
-    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
+    trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
@@ -621,12 +624,14 @@ def parser():
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
     add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
-    noise = "noise per sample, after the superposition (with --normalise before the mapping), or per embedding, before it"
-    add("--noise", choices=("sample", "slot"), help=f"{noise} (default: paper sample, released slot)")
+    noise = "where the noise is added: after the mapping or before it, once per sample, or in each slot, once per embedding"
+    add("--noise", choices=("after", "before", "slot"), help=f"{noise} (default: paper after, released slot)")
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
     add = p.add_argument_group("ablations and combinations").add_argument
     add("--no-se", action="store_true", help="no superposed embeddings: every batch of single classes")
+    add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
+    add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     discovered = "qimera, or autorecon:GENOTYPE, one that autorecon.py --genotype takes or a search has left (Table 3)"
     add("--generator", default="qimera", help=discovered)
@@ -639,8 +644,8 @@ def parser():
     p.without_effect("--adversarial zaq", "--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
-    latent = "--k --p --no-se --dm --eei --noise --normalise --cbn --mapped-dim --latent-dim --generator --adversarial"
-    p.without_effect("--data-source real", *latent.split())
+    latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
+    p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")
     p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction".split()
     p.without_effect("--no-finetune", *learning)
@@ -662,7 +667,7 @@ def _complete(cfg):
         "batch_size": 16 if large else 64 if paper else 200,
         "lr_q": 1e-4 if paper or not large else 1e-6,
         "mapped_dim": 100 if large else 64,
-        "noise": "sample" if paper else "slot",
+        "noise": "after" if paper else "slot",
         "normalise": not paper,
         "cbn": "sum" if paper else "mean",
         "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),

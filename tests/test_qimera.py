@@ -15,7 +15,7 @@ from common.models import build
 from common.ops import superpose, superposed_labels
 from common.quant import quantized_activations
 from common.run import Run
-from qimera import Latent, ReleasedLatent, classifier, compress, config, path_metrics, single_labels, superpose_labels
+from qimera import Latent, classifier, compress, config, path_metrics, single_labels, superpose_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -52,48 +52,56 @@ def standardised(x):
     return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
 
 
-def test_the_latent_of_the_paper():
-    """Eq. 8 with the mapping of Sec. 4.3, sample by sample; Eq. 5 for one class."""
-    latent, (classes, shares, _) = Latent(9, 5, mapped=3).double(), make_superposition()
-    z = latent.draw_noise(classes).double()
-    assert z.shape == (6, 3)
-    rows = []
-    for row, weights, noise in zip(classes.tolist(), shares, z):
-        rows.append(noise + sum(weight * latent.mapping(latent.embedding.weight[c]) for c, weight in zip(row, weights)))
-    torch.testing.assert_close(latent(superpose_labels(classes, shares, 9), z), torch.stack(rows))
-    y = torch.randint(9, (6,))
-    torch.testing.assert_close(latent(in_double(single_labels(y, 4, 9)), z), latent.mapping(latent.embedding(y)) + z)
-    plain = Latent(9, 5)
-    assert torch.equal(plain(single_labels(y, 1, 9), torch.zeros(())), plain.embedding(y)) and plain.out_features == 5
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("noise, shape", [("after", (6, 3)), ("before", (6, 5)), ("slot", (6, 4, 5))])
+def test_the_latent_with_noise_after_or_before_the_mapping_or_in_each_slot(noise, shape, normalise):
+    """Eq. 8 sample by sample, Eq. 5 for one class; standardised over the batch, but single classes each by itself."""
+    latent, (classes, shares, _) = Latent(9, 5, 3, noise, 0.5, normalise).double(), make_superposition()
+    z, rows = latent.draw_noise(classes).double(), latent.embedding.weight
+    assert z.shape == shape
+    single = F.one_hot(torch.zeros(6, dtype=torch.int64), 4).double()
 
+    def summed(weights, values):
+        return sum(weights[:, k, None] * value for k, value in enumerate(values))
 
-@pytest.mark.parametrize("noise, normalise", [("slot", False), ("slot", True), ("sample", True)])
-def test_the_released_latent(noise, normalise):
-    """Noise before the mapping; standardised per slot over the batch, but single classes each by itself."""
-    latent, (classes, shares, _) = ReleasedLatent(9, 5, 3, noise, normalise).double(), make_superposition()
-    z = latent.draw_noise(classes).double()
-    assert z.shape == (6, 4 if noise == "slot" else 1, 5)
-    slots = [latent.embedding(classes[:, k]) + z[:, min(k, z.shape[1] - 1)] for k in range(4)]
-    of_single = torch.stack([standardised(x) for x in slots[0]]) if normalise else slots[0]
-    if normalise:
-        slots = [standardised(slot) for slot in slots]
-    expected = sum(shares[:, k, None] * latent.mapping(slot) for k, slot in enumerate(slots))
-    torch.testing.assert_close(latent(superpose_labels(classes, shares, 9), z), expected)
-    one = in_double(superpose_labels(classes, torch.eye(1, 4).expand(6, 4), 9, superposed=False))
-    torch.testing.assert_close(latent(one, z), latent.mapping(of_single))
+    for weights, superposed in ((shares, True), (single, False)):
+        over = standardised if superposed else lambda x: torch.stack([standardised(sample) for sample in x])
+        over = over if normalise else lambda x: x
+        embedded = [rows[classes[:, k]] for k in range(4)]
+        if noise == "after":
+            expected = over(summed(weights, map(latent.mapping, embedded)) + z)
+        elif noise == "before":
+            expected = latent.mapping(over(summed(weights, embedded) + z))
+        else:
+            expected = summed(weights, [latent.mapping(over(e + z[:, k])) for k, e in enumerate(embedded)])
+        torch.testing.assert_close(latent(superpose_labels(classes, weights, 9, superposed), z), expected)
+    plain = Latent(9, 5, noise=noise)
+    one = single_labels(classes[:, 0], 1, 9)
+    assert torch.equal(plain(one, torch.zeros(())), plain.embedding(classes[:, 0])) and plain.out_features == 5
 
 
 def test_flags_choose_the_latent(net):
     def latent(**flags):
         made = qimera.make_generator(net, config(**TINY, **flags), 3).latent
-        return type(made), getattr(made, "noise", None), getattr(made, "normalise", None), made.out_features
+        return made.noise, made.noise_scale, made.normalise, made.out_features
 
-    assert latent() == (Latent, None, None, 64) and latent(no_dm=True) == (Latent, None, None, 8)
-    assert latent(noise="slot", mapped_dim=3) == (ReleasedLatent, "slot", False, 3)
-    assert latent(normalise=True) == (ReleasedLatent, "sample", True, 64)
-    assert latent(variant="released") == (ReleasedLatent, "slot", True, 8)
-    assert latent(variant="released", noise="sample", normalise=False) == (Latent, None, None, 8)
-    assert latent(no_eei=True, latent_dim=6, no_dm=True) == (Latent, None, None, 6)
+    assert latent() == ("after", 1, False, 64) and latent(no_dm=True) == ("after", 1, False, 8)
+    assert latent(noise="before", mapped_dim=3, noise_scale=0.5) == ("before", 0.5, False, 3)
+    assert latent(variant="released") == ("slot", 1, True, 8)
+    assert latent(no_eei=True, latent_dim=6, no_dm=True) == ("after", 1, False, 6)
+    assert Latent(9, 500, noise_scale=3.0).draw_noise(torch.zeros(400, 1)).std().item() == pytest.approx(3, rel=0.02)
+
+
+def test_frozen_embeddings_stay_while_the_generator_learns(net, tmp_path):
+    saved = {}
+    for name, flags in (("frozen", {"freeze_embeddings": True}), ("trained", {}), ("still", {"lr_g": 0})):
+        cfg = config(**TINY, **flags)
+        compress(net, cfg, Run(cfg, tmp_path / name))
+        saved[name] = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["stateful"]["generator"]
+    embedding = {name: state["latent.embedding.weight"] for name, state in saved.items()}
+    assert torch.equal(embedding["frozen"], net.fc.weight) and not torch.equal(embedding["trained"], net.fc.weight)
+    learned = [name for name in saved["still"] if not torch.equal(saved["frozen"][name], saved["still"][name])]
+    assert {"latent.mapping.weight", "latent.mapping.bias", "body.linear.weight", "body.conv3.weight"} <= set(learned)
 
 
 def test_draws_follow_p_and_equation_9():
@@ -197,10 +205,11 @@ def test_ablations_and_differences_change_what_they_name(net):
     released = config(**TINY, variant="released")
     assert (released.dm, released.eei, released.noise, released.normalise, released.cbn) == (False, False, "slot", True, "mean")
     paper = config(**TINY)
-    assert (paper.dm, paper.eei, paper.noise, paper.normalise, paper.cbn) == (True, True, "sample", False, "sum")
-    both = config(**TINY, variant="released", dm=True, noise="sample", normalise=False)
-    assert (both.dm, both.eei, both.noise, both.normalise) == (True, False, "sample", False)
-    flags = ({}, {"no_se": True}, {"no_dm": True}, {"no_eei": True}, {"noise": "slot"}, {"normalise": True}, {"k": 5}, {"p": 1})
+    assert (paper.dm, paper.eei, paper.noise, paper.normalise, paper.cbn) == (True, True, "after", False, "sum")
+    both = config(**TINY, variant="released", dm=True, noise="before", normalise=False)
+    assert (both.dm, both.eei, both.noise, both.normalise) == (True, False, "before", False)
+    flags = [{}, {"no_se": True}, {"no_dm": True}, {"no_eei": True}, {"normalise": True}, {"k": 5}, {"p": 1}]
+    flags += [{"noise": "slot"}, {"noise": "before"}, {"noise_scale": 2}, {"freeze_embeddings": True}]
     weights = [compress(net, config(**TINY, lr_q=0.05, **flag)).conv1.weight for flag in flags]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 

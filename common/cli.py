@@ -11,7 +11,7 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
-from common.models import SMALL_IMAGE
+from common.models import SMALL_IMAGE, native_size
 from common.progress import close_all
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
@@ -197,7 +197,8 @@ class Parser(argparse.ArgumentParser):
         changed = self._changed(args)
         args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
         args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
-        for name, known in (("num_classes", NUM_CLASSES), ("image_size", IMAGE_SIZE)):
+        sizes = IMAGE_SIZE | {"imagenet": native_size(args.arch)}
+        for name, known in (("num_classes", NUM_CLASSES), ("image_size", sizes)):
             given, expected = getattr(args, name), known.get(args.dataset)
             flag = "--" + name.replace("_", "-")
             if given is None and expected is None:
@@ -289,7 +290,9 @@ def check_image_size(cfg, multiple):
     if cfg.data_source == "real":
         return  # no generator
     if cfg.image_size % multiple:
-        raise InputError(f"--image-size is {cfg.image_size}; the generator needs a multiple of {multiple}")
+        below = cfg.image_size // multiple * multiple
+        possible = f"makes images of multiples of {multiple} pixels, such as {below} or {below + multiple}"
+        raise InputError(f"--image-size is {cfg.image_size} and the generator {possible}; give another network or size")
     if cfg.batch_size * cfg.image_size == multiple:
         raise InputError(
             f"--batch-size is 1 with --image-size {cfg.image_size}, which leaves the generator's first BatchNorm one value per "

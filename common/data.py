@@ -353,15 +353,25 @@ def full_precision():
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
+def accuracy(model, test_set):
+    """Top-1 accuracy of `model` over a re-iterable of (images, labels), in percent to two decimals."""
+    return accuracies(model, test_set)[0]
+
+
 @torch.no_grad()
 @full_precision()
-def accuracy(model, test_set):
-    """Top-1 accuracy of `model` in percent over a re-iterable of (images, labels); read from the device once."""
-    correct, count = 0, 0
+def accuracies(model, test_set):
+    """Top-1 and top-5 accuracy of `model` over a re-iterable of (images, labels), in percent to two decimals; top-5 is None
+    where there are ten classes or fewer. Read from the device once."""
+    top1, top5, count = 0, 0, 0
     for images, labels in test_set:
-        correct += (model(images).argmax(1) == labels).sum()
+        logits = model(images)
+        top1 += (logits.argmax(1) == labels).sum()
+        if logits.shape[1] > 10:
+            top5 += (logits.topk(5).indices == labels[:, None]).sum()
         count += len(labels)
-    return 100 * float(correct) / count
+    percent = [round(100 * float(correct) / count, 2) for correct in (top1, top5)]
+    return percent[0], percent[1] if logits.shape[1] > 10 else None
 
 
 @torch.no_grad()

@@ -23,11 +23,12 @@ from torchvision.models.vgg import make_layers
 from torchvision.ops import Conv2dNormActivation
 
 from common import InputError, first_line
-from common.data import NORMALISATION, download
+from common.data import IMAGE_SIZE, NORMALISATION, download
 from common.published import PUBLISHED
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which serve training only
 SMALL_IMAGE = 64  # up to this side, torchvision's architectures get a stem that does not shrink the image
 
 
@@ -154,7 +155,7 @@ def build(arch, num_classes, image_size, design=None):
             "give one of those, another torchvision classifier, or package.module:factory"
         )
     extra = {}
-    if arch in ("googlenet", "inception_v3"):
+    if arch in AUXILIARY:
         extra = {"aux_logits": False, "init_weights": False, "transform_input": image_size > SMALL_IMAGE}
     small = image_size <= SMALL_IMAGE
     with torch.device("meta") if small and arch.startswith("vgg") else torch.device("cpu"):
@@ -300,6 +301,8 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
         path, source = locate_weights(weights, arch, dataset)
         if source == "torchvision":
             model = torchvision.models.get_model(arch, weights=torchvision_weights(arch))  # finds the file just checked
+            if arch == "inception_v3":
+                model.aux_logits, model.AuxLogits = False, None  # for training only, as in `build`
         else:
             state, design = canonical(read_weights(path), arch)
             if re.search(r"resnet\d+b-", Path(path).name):
@@ -344,6 +347,14 @@ def torchvision_weights(arch):
         raise InputError(
             f"--arch {arch} has no ImageNet weights in torchvision; give one that has, or --weights FILE"
         ) from None
+
+
+def native_size(arch):
+    """Side in pixels of the images that torchvision's ImageNet weights of `arch` take; 224 where it has none."""
+    try:
+        return torchvision_weights(arch).transforms.keywords["crop_size"]
+    except InputError:
+        return IMAGE_SIZE["imagenet"]
 
 
 def locate_weights(weights, arch, dataset):
@@ -434,6 +445,8 @@ def canonical(state, arch):
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
     if ":" in arch:
         return state, None
+    if arch in AUXILIARY:
+        state = {key: value for key, value in state.items() if not key.startswith(("AuxLogits.", "aux1.", "aux2."))}
     if any(key.startswith("features.init_block.") for key in state):
         renamed = {}
         for key, value in state.items():

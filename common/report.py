@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import InputError, replacing
 from common.check import print_check
 from common.cli import resumable
-from common.data import accuracy, agreement, load_test_set
+from common.data import accuracies, agreement, load_test_set
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
@@ -57,10 +57,10 @@ def prepare(cfg, **about):
         print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
     else:
         print(f"test set  {test_set.count:,} images from {test_set.name}")
-        run.fp_top1 = round(accuracy(teacher, test_set), 2)
+        run.fp_top1, run.fp_top5 = accuracies(teacher, test_set)
         papers = PAPER_TOP1.get((cfg.dataset, cfg.arch))
         known = f" (in GDFQ, Qimera and AdaDFQ {papers:.2f} %)" if papers else ""
-        print(f"          full precision {run.fp_top1:.2f} %{known}", flush=True)
+        print(f"          full precision {run.fp_top1:.2f} %{known}{top5_text(run.fp_top5)}", flush=True)
     return teacher, run
 
 
@@ -185,6 +185,8 @@ def finish(run, teacher, student):
         save_samples(run, folder / "samples.png")
     batches = run.test_set or (SyntheticSet(run) if run.images is None else ImageSet(run.images, run.device))
     result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
+    if run.fp_top5 is not None:
+        result |= {"fp_top5": run.fp_top5, "last_top5": run.results.get("last_top5")}
     result |= {
         "agreement": round(agreement(teacher, student, batches), 2),
         "images": batches.count,
@@ -224,6 +226,10 @@ def print_rows(title, columns, rows):
         print(f"{name:<28}" + "".join(f"{text:>{width}}" for text in texts))
 
 
+def top5_text(top5):
+    return "" if top5 is None else f", top-5 {top5:.2f} %"
+
+
 def print_table(result, run):
     """The figures of result.json as a small table."""
     on = f"of {result['images']:,} test images" if result["test_set"] else ""
@@ -235,6 +241,8 @@ def print_table(result, run):
         ("calibrated only", result["calibrated_top1"], "%"),
         (last, result["last_top1"], "%"),
         (f"{student}, best epoch", result["best_top1"], "%  (chosen on the test set: for comparison only)"),
+        ("full precision, top-5", result.get("fp_top5"), "%"),
+        (f"{last}, top-5", result.get("last_top5"), "%"),
         ("same class as full precision", result["agreement"], "%" if on else f"%  of {result['images']:,} synthetic images"),
     ]
     print(f"\n{result['method']}  {what}  top-1 accuracy {on}".rstrip())
@@ -266,8 +274,8 @@ def evaluate_file(cfg):
     test_set = load_test_set(*what, device, cfg.download, channels=meta["channels"])
     if test_set is None:
         raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
-    top1 = round(accuracy(student, test_set), 2)
+    top1, top5 = accuracies(student, test_set)
     size = Path(cfg.eval).stat().st_size / 1024
     print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
-    print(f"top-1 accuracy {top1:.2f} % of {test_set.count:,} test images from {test_set.name}")
-    return {"top1": top1, "images": test_set.count}
+    print(f"top-1 accuracy {top1:.2f} %{top5_text(top5)} of {test_set.count:,} test images from {test_set.name}")
+    return {"top1": top1} | ({} if top5 is None else {"top5": top5}) | {"images": test_set.count}

@@ -15,7 +15,7 @@ import torchvision
 
 from common import InputError, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
-from common.data import FROM_TRAINING_SET, accuracy
+from common.data import FROM_TRAINING_SET, accuracies
 from common.models import probe
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
@@ -88,7 +88,7 @@ class Run:
     fused = True  # optimizers in one kernel
     started = False  # whether the folder is this run's
     rates = "the learning rate"  # what to lower when a loss is not finite
-    fp_top1 = None  # accuracy of the full-precision network, where there is a test set
+    fp_top1 = fp_top5 = None  # accuracy of the full-precision network, where there is a test set
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
     folded = False  # whether the student's BatchNorms are folded
 
@@ -245,11 +245,12 @@ class Run:
             say(f"{self.cfg.method:<10}{line}")
 
     def measure(self, name, student):
-        """Record the student's accuracy on the test set under `name`; None where there is no test set."""
+        """Record the student's accuracy on the test set under `name`, top-5 beside it; None where there is no test set."""
         if self.test_set is None:
             return None
-        self.results[name] = round(accuracy(student, self.test_set), 2)
-        return self.results[name]
+        top1, top5 = accuracies(student, self.test_set)
+        self.results |= {name: top1} | ({} if top5 is None else {name.replace("top1", "top5"): top5})
+        return top1
 
     def _mean_losses(self):
         means, bad = {}, []

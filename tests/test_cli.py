@@ -98,8 +98,13 @@ def test_cifar100_from_its_own_files(tmp_path, monkeypatch, capsys):
     small = "--epochs 2 --iters 1 --batch-size 4 --warmup-epochs 0 --device cpu".split()
     result = gdfq.main(["--dataset", "cifar100", "--weights", "weights.pt", *small])
     assert result["images"] == 20 and result["arguments"]["num_classes"] == 100
-    assert f"full precision {result['fp_top1']:.2f} % (in GDFQ, Qimera and AdaDFQ 70.33 %)" in capsys.readouterr().out
+    shown = f"full precision {result['fp_top1']:.2f} % (in GDFQ, Qimera and AdaDFQ 70.33 %), top-5 {result['fp_top5']:.2f} %\n"
+    assert shown in capsys.readouterr().out
     (path,) = tmp_path.glob("runs/gdfq-resnet20-cifar100-w4a4-s0*/quantized.pt")
+    assert 100 >= result["fp_top5"] >= result["fp_top1"] and 100 >= result["last_top5"] >= result["last_top1"]
+    found = gdfq.main(["--eval", str(path), "--data-dir", "data", "--device", "cpu"])
+    assert found == {"top1": result["last_top1"], "top5": result["last_top5"], "images": 20}
+    assert f"%, top-5 {found['top5']:.2f} % of 20 test images" in capsys.readouterr().out
     student = load_quantized(path)
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
 

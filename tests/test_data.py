@@ -7,15 +7,18 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from torchvision import datasets
+from torchvision.models import get_model_weights
 
 import adadfq
 import autorecon
 import gdfq
 import qimera
 from common import InputError
+from common.cli import check_image_size
 from common.data import (
     NORMALISATION,
     _class_folder,
+    accuracies,
     accuracy,
     agreement,
     download,
@@ -128,6 +131,37 @@ def test_accuracy_and_agreement_count_images():
     assert accuracy(lambda x: x, batches) == 50.0
     assert agreement(lambda x: x, lambda x: -x, batches) == 0.0
     assert agreement(lambda x: x, lambda x: x + torch.tensor([2.5, 0, 0]), batches) == 75.0
+
+
+def test_top5_against_ranks():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(300, 12), torch.randint(12, (300,))
+    rank = (logits > logits.gather(1, labels[:, None])).sum(1)  # how many classes are before the right one
+    expected = [round(100 * (rank < k).double().mean().item(), 2) for k in (1, 5)]
+    assert list(accuracies(lambda x: x, list(zip(logits.split(70), labels.split(70))))) == expected
+    assert accuracies(lambda x: x, [(logits[:, :10], labels % 10)])[1] is None
+
+
+@pytest.mark.parametrize("arch, side", [("inception_v3", 299), ("resnet18", 224), ("efficientnet_b1", 240)])
+def test_imagenet_images_have_the_size_of_the_network(arch, side, tmp_path):
+    """The data set's default size is that of torchvision's weights, and images are prepared as its own transforms do."""
+    assert gdfq.parse_args(["--dataset", "imagenet", "--arch", arch]).image_size == side
+    if arch == "efficientnet_b1":
+        return  # its own transforms are bicubic, of another margin
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((500, 400))
+    for c in range(2):
+        (tmp_path / "val" / f"class{c}").mkdir(parents=True)
+        image.save(tmp_path / "val" / f"class{c}" / "0.png")
+    (images, _), *_ = load_test_set("folder", tmp_path, 2, side, NORMALISATION["imagenet"])
+    expected = next(iter(get_model_weights(arch))).transforms()(image)
+    torch.testing.assert_close(images[0], expected)
+
+
+def test_a_generator_that_cannot_make_the_size_says_which_it_makes():
+    with pytest.raises(InputError, match="--image-size is 299 and the generator makes .* such as 296 or 300; give another"):
+        check_image_size(gdfq.parse_args(["--dataset", "imagenet", "--arch", "inception_v3"]), 4)
+    check_image_size(gdfq.parse_args("--dataset imagenet --arch inception_v3 --data-source real".split()), 4)
 
 
 def test_a_large_training_set_is_read_in_part_the_same_from_each_class(tmp_path):

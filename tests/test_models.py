@@ -7,7 +7,7 @@ from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import BasicBlock, ZeroPadShortcut, build, design_of, load_teacher
+from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher
 from common.quant import quantized_activations
 
 
@@ -124,6 +124,12 @@ def test_torchvision_networks_get_a_cifar_stem(arch, side):
 def test_imagenet_architectures_are_torchvisions_own():
     assert build("resnet18", 1000, 224).conv1.kernel_size == (7, 7)
     assert count(build("mobilenet_v2", 1000, 224)) == 3_504_872
+
+
+def test_heads_that_serve_training_only_are_left_out():
+    kept = {"fc.weight": torch.ones(2, 3)}
+    for arch, head in (("inception_v3", "AuxLogits.fc.weight"), ("googlenet", "aux2.conv.bn.bias")):
+        assert canonical(kept | {head: torch.ones(2)}, arch)[0] == kept
 
 
 def test_own_factory(tmp_path, monkeypatch):

@@ -75,11 +75,11 @@ def transfer(cfg):
     result = {"full precision": {}} | {source: {} for source in sources}
     with resumable():
         for row, ((name, model, own), test_set) in enumerate(zip(targets, test_sets)):
-            result["full precision"][name] = round(accuracy(model, test_set), 2)
+            result["full precision"][name] = accuracy(model, test_set)
             for column, (source, (images, _, normalised)) in enumerate(sources.items()):
                 images = renormalise(images, normalised, (own.mean, own.std))
                 student = ptq.compress(model, images, own, Run(own, run.folder / f"{row}-{column}"))
-                result[source][name] = round(accuracy(student, test_set), 2)
+                result[source][name] = accuracy(student, test_set)
     write_atomically(run.folder / "transfer.json", json.dumps(result, indent=1))
     show(result)
     return result

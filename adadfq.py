@@ -359,15 +359,16 @@ RELEASED = {
 
 def parser():
     p = Parser("adadfq", __doc__.split("\n\n")[0])
-    add = p.add_argument_group("AdaDFQ").add_argument
+    group = p.add_argument_group("AdaDFQ")
+    add = group.add_argument
     variant = "use the losses and settings of the released code or of the paper; the table at the top of adadfq.py lists them"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
         "AdaDFQ: schedule",
         epochs=400, iters=200, batch_size=16, calibrate_epochs=4, lr_g=1e-3, weight_decay=1e-4, latent_dim=100,
         warmup_epochs="CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100",
-        beta1="released 0.5, paper 0.9", lr_q="1e-4, ImageNet 1e-5, ResNet-50 1e-4",
-        decay_epochs="CIFAR 100 200 300, ImageNet by network and bits", bns_form="released gdfq, paper sum",
+        beta1={"released": 0.5, "paper": 0.9}, lr_q="1e-4, ImageNet 1e-5, ResNet-50 1e-4",
+        decay_epochs="CIFAR 100 200 300, ImageNet by network and bits", bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
     low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1, released code on ImageNet by network and bits)"
     add("--lambda-l", type=number(0, 1), help=low)
@@ -377,8 +378,9 @@ def parser():
     add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")
     add("--gamma", type=number(0), default=1.0, help="weight of the BatchNorm statistics loss L_BNS (Eq. 12)")
-    sides = "loss of the student: of the paper, of the released code, or of GDFQ (default: released entropy-t, paper eq13)"
-    add("--student-loss", choices=("eq13", "entropy-t", "gdfq"), help=sides)
+    sides = "loss of the student: of the paper, of the released code, or of GDFQ"
+    by_variant = {"released": "entropy-t", "paper": "eq13"}
+    p.add_derived(group, "--student-loss", by_variant, sides, choices=("eq13", "entropy-t", "gdfq"))
     temperature = "temperature T of the student losses entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)"
     add("--temperature", type=number(1e-3, 1e6), help=temperature)
     add = p.add_argument_group("ablations").add_argument
@@ -401,28 +403,23 @@ def parser():
 
 
 def _complete(cfg):
-    released, large = cfg.variant == "released", cfg.image_size > SMALL_IMAGE
-    row = CIFAR
+    large, row = cfg.image_size > SMALL_IMAGE, CIFAR
     if large:
         network = cfg.arch if (cfg.arch, 3) in RELEASED else "resnet18"
         row = RELEASED[network, 3 if cfg.wbits <= 3 else 4 if cfg.wbits == 4 else 8]
     warmup, lr_q, decay, alpha_ds, lambda_l = row
-    if not released:
+    if cfg.variant == "paper":
         decay, alpha_ds, lambda_l = (350,) if large else decay, 0.2, 0.1
-    student_loss = cfg.student_loss or ("entropy-t" if released else "eq13")
+    if cfg.student_loss == "eq13" and cfg.temperature is not None:
+        raise InputError(f"--temperature is {cfg.temperature} and --student-loss eq13 has none; leave it out")
     defaults = {
         "warmup_epochs": warmup,
         "lr_q": lr_q,
         "decay_epochs": list(decay),
         "alpha_ds": alpha_ds,
         "lambda_l": lambda_l,
-        "beta1": 0.5 if released else 0.9,
-        "bns_form": "gdfq" if released else "sum",
-        "student_loss": student_loss,
-        "temperature": 5.0 if large and student_loss != "gdfq" else 20.0,
+        "temperature": 5.0 if large and cfg.student_loss != "gdfq" else 20.0,
     }
-    if student_loss == "eq13" and cfg.temperature is not None:
-        raise InputError(f"--temperature is {cfg.temperature} and --student-loss eq13 has none; leave it out")
     fill_in(cfg, defaults)
     if cfg.lambda_l > cfg.lambda_u:
         raise InputError(

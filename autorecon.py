@@ -18,40 +18,33 @@ Where the equations are:
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
 The search was never released. What the authors of AIT published are architectures found by it (PUBLISHED) and the networks they
-stand for, from which the macro-architecture is known exactly. The paper leaves most settings open:
+stand for, from which the macro-architecture is known exactly. Most settings are open in the paper:
 
-    what                  paper                 here                                                 after
-    L1, T1, V1            not said              25 epochs: 200 batches for weights, 200 for alpha    AdversarialNAS, GDFQ
-    tau                   not said              falls exponentially from 5 to 0.1                    AdversarialNAS
-    alpha                 not said              starts as 1e-3 N(0, 1); Adam, rate 3e-4, beta1 0.5,  AdversarialNAS
-                                                weight decay 1e-4
-    super net's weights   not said              Adam, rate 1e-3, beta1 0.5, as the generator's       GDFQ
-    L_r                   left open             cross-entropy + 0.1 BNS                              GDFQ
-    discovered generator  not said              argmax of p; a node that would get nothing takes     AdversarialNAS
-                                                its likeliest operation
-    its weights           not said              start anew in stage 2, and train on through it       GDFQ
-    scale s (Table 3)     factor of "base"      64 s channels                                        published networks
-    inner BatchNorms      not said              eps 0.8                                              published networks
-    L_KD                  as in GDFQ            temperature 20                                       GDFQ
-    activation ranges     not said              plain moving average over the first four epochs      GDFQ, without feedback
-    precision             fp32                  --precision; auto: bf16 where the hardware has it    speed
-    teacher, top-1 %      R18 71.47, R50 77.72  --weights; torchvision's: R18 69.76, R50 76.13,      what is at hand
-                          MobileNetV2 73.03     MobileNetV2 71.88
-                          ResNet-20 (AIT):      bundled: C10 92.41; pytorchcv's, AIT's own: C100     what is at hand
-                          C10 93.89, C100 70.33
-                          C100: R18 78.83, R50  no public source; your own by --weights
-                          79.36, MobileNetV2
-                          70.72
-    Table 4's networks    ResNet-34 into R18    --arch, --student-arch
-    Table 4's settings    not said              500 epochs of 50 batches of 256, student's rate 0.1  DFAD's CIFAR script
-                                                and weight decay 5e-4, five student steps, L1 of
-                                                the logits
-      rates' decay        not said              at epochs 100 and 200                                DFAD's scheduler, which
-                                                                                                     it uses only if asked
-      student's steps     not said              after the generator's, the first on its images       DFAD: before it, all on
-                                                                                                     fresh images
-      latent vector       not said              100 entries (--latent-dim)                           GDFQ (DFAD: 256)
-    reported accuracy     not said              last epoch (best beside it)
+    what                  here                                                                      after
+    L1, T1, V1            25 epochs: 200 batches for weights, 200 for alpha                         AdversarialNAS, GDFQ
+    tau                   falls exponentially from 5 to 0.1                                         AdversarialNAS
+    alpha                 starts as 1e-3 N(0, 1); Adam, rate 3e-4, beta1 0.5, weight decay 1e-4     AdversarialNAS
+    super net's weights   Adam, rate 1e-3, beta1 0.5, as the generator's                            GDFQ
+    L_r                   cross-entropy + 0.1 BNS                                                   GDFQ
+    discovered generator  argmax of p; a node that would get nothing takes its likeliest operation  AdversarialNAS
+    its weights           start anew in stage 2, and train on through it                            GDFQ
+    scale s (Table 3)     64 s channels                                                             published networks
+    inner BatchNorms      eps 0.8                                                                   published networks
+    activation ranges     plain moving average over the first four epochs                           GDFQ, without feedback
+    Table 4's settings    500 epochs of 50 batches of 256, student's rate 0.1 and weight decay      DFAD's CIFAR script
+                          5e-4, five student steps, L1 of the logits
+      rates' decay        at epochs 100 and 200                                                     DFAD, where asked for
+      student's steps     after the generator's, the first on its images; DFAD's: before it, fresh
+      latent vector       100 entries (--latent-dim); DFAD's has 256                                GDFQ
+    reported accuracy     last epoch (best beside it)
+
+    what                  paper                                 here
+    L_KD                  as in GDFQ                            temperature 20
+    precision             fp32                                  --precision; auto: bf16 where the hardware has it
+    Table 4's networks    ResNet-34 into R18                    --arch, --student-arch
+    teacher, ImageNet, %  R18 71.47, R50 77.72, MBV2 73.03      torchvision's: 69.76, 76.13, 71.88; --weights
+    teacher, CIFAR-100    R18 78.83, R50 79.36, MBV2 70.72      no public source; your own by --weights
+    teacher, ResNet-20    AIT has C10 93.89, C100 70.33         bundled: C10 92.41; pytorchcv's, which is AIT's: C100
 
 AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are. Table 3 scales a found
 architecture: `--genotype RUN --scale 2`; with a search, the super net has that scale, too. The published generators need about
@@ -79,12 +72,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, resumable, whole
+from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
-from common.report import execute, prepare, show_finished
+from common.report import execute
 from common.run import Run, write_atomically
 
 FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
@@ -651,21 +644,23 @@ def parser():
     add("--tau-end", type=number(1e-3, 1e3), default=0.1, help=tau_end)
     add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
     add("--scale", type=number(1 / 64, 64), default=1.0, help="factor s of the generator's (or super net's) channels (Table 3)")
-    add = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ").add_argument
+    group = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ")
+    add = group.add_argument
     add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (kd, Table 4)")
     add("--student-arch", help="architecture of the student for --task kd, written as for --arch")
     variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
         "AutoReCon, stage 2: schedule and losses; batch size, lr-g, beta1 and L_bns are those of stage 1, too",
-        epochs="400; kd 500", iters="200; kd 50", batch_size="CIFAR 200, ImageNet 16; kd 256",
-        warmup_epochs="CIFAR 4, ImageNet 50; kd 0", calibrate_epochs=4, lr_g=1e-3, beta1=0.5,
-        lr_q="CIFAR 1e-4, ImageNet 1e-6; kd 0.1", weight_decay="1e-4; kd 5e-4", decay_epochs="100 200 300; kd 100 200",
-        latent_dim=100, bns_weight=0.1, bns_form="released gdfq, paper sum",
-        kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",
+        epochs={"quantize": 400, "kd": 500}, iters={"quantize": 200, "kd": 50},  # as GDFQ, and as DFAD on CIFAR
+        batch_size={"quantize": (200, 16), "kd": 256}, warmup_epochs={"quantize": (4, 50), "kd": 0}, calibrate_epochs=4,
+        lr_g=1e-3, beta1=0.5, lr_q={"quantize": (1e-4, 1e-6), "kd": 0.1}, weight_decay={"quantize": 1e-4, "kd": 5e-4},
+        decay_epochs={"quantize": [100, 200, 300], "kd": [100, 200]}, latent_dim=100,
+        bns_weight=0.1, bns_form={"released": "gdfq", "paper": "sum"},
+        kd_weight=1.0, temperature=20.0, kd_reduction={"released": "mean", "paper": "batchmean"},
     )  # fmt: skip
-    steps = "student steps per iteration, on fresh images from the second on (default: 1; kd 5)"
-    add("--student-steps", type=whole(1, 10**6), help=steps)
+    steps = "student steps per iteration, on fresh images from the second on"
+    p.add_derived(group, "--student-steps", {"quantize": 1, "kd": 5}, steps, type=whole(1, 10**6))
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     stage1 = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha --search-only"
     quantizer = "--bits --wbits --abits --act-placement --clipped-ste --calibrate-epochs"
@@ -681,14 +676,6 @@ def parser():
 
 
 def _complete(cfg):
-    names = "epochs iters batch_size warmup_epochs lr_q weight_decay student_steps decay_epochs".split()
-    small = (400, 200, 200, 4, 1e-4, 1e-4, 1, [100, 200, 300])  # as GDFQ on CIFAR
-    large = (400, 200, 16, 50, 1e-6, 1e-4, 1, [100, 200, 300])  # as GDFQ on ImageNet
-    distilling = (500, 50, 256, 0, 0.1, 5e-4, 5, [100, 200])  # as DFAD on CIFAR
-    values = distilling if cfg.task == "kd" else small if cfg.image_size <= SMALL_IMAGE else large
-    fill_in(cfg, dict(zip(names, values)))
-    bns_form, kd_reduction = {"released": ("gdfq", "mean"), "paper": ("sum", "batchmean")}[cfg.variant]
-    fill_in(cfg, {"bns_form": bns_form, "kd_reduction": kd_reduction})
     if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
         found = f"--task is {cfg.task} and --student-arch {cfg.student_arch}"
         raise InputError(f"{found}; give both (kd and an architecture) to distil, none to quantize")
@@ -710,27 +697,21 @@ def config(**settings):
     return _complete(parser().config(**settings))
 
 
-def search_only(cfg):
-    """--search-only: stage 1, which leaves the genotype and a result.json with what it cost."""
+def finish_search(run, teacher, genotype):
+    """The result of --search-only: what the search has cost."""
+    return run.facts | {"arguments": run.arguments()}
 
-    def show(result):
-        print(f"  in {run.folder}/: genotype.json, genotype.svg, search/; --genotype {run.folder} compresses with it")
 
-    teacher, run = prepare(cfg, files=FILES)
-    if run.finished:
-        return show_finished(run, show)
-    with resumable():
-        find_genotype(teacher, cfg, run)
-    result = run.facts | {"arguments": run.arguments()}
-    write_atomically(run.folder / "result.json", json.dumps(result, indent=1))
-    show(result)
-    return run.facts
+def show_search(result, run):
+    print(f"  in {run.folder}/: genotype.json, genotype.svg, search/; --genotype {run.folder} compresses with it")
 
 
 def main(argv=None):
     with friendly_errors("autorecon.py"):
         cfg = parse_args(argv)
-        return search_only(cfg) if cfg.search_only else execute(cfg, compress, files=FILES)
+        if cfg.search_only:
+            return execute(cfg, find_genotype, finish_search, show_search, files=FILES)
+        return execute(cfg, compress, files=FILES)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
-from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
+from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.data import TestSet, evaluation_batch, full_precision
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
@@ -314,10 +314,10 @@ def parser():
     p.add_training(
         "GDFQ: schedule and losses",
         epochs=400, iters=200, batch_size=(200, 16), warmup_epochs=(4, 50), calibrate_epochs=4,
-        lr_g=1e-3, beta1="released 0.5, paper 0.9", lr_q=(1e-4, 1e-6), weight_decay=1e-4, decay_epochs=[100, 200, 300],
+        lr_g=1e-3, beta1={"released": 0.5, "paper": 0.9}, lr_q=(1e-4, 1e-6), weight_decay=1e-4, decay_epochs=[100, 200, 300],
         latent_dim=100,
-        bns_weight=0.1, bns_form="released gdfq, paper sum",  # alpha of Eq. 1
-        kd_weight=1.0, temperature=20.0, kd_reduction="released mean, paper batchmean",  # delta of Eq. 3
+        bns_weight=0.1, bns_form={"released": "gdfq", "paper": "sum"},  # alpha of Eq. 1
+        kd_weight=1.0, temperature=20.0, kd_reduction={"released": "mean", "paper": "batchmean"},  # delta of Eq. 3
         sources=("generator", "real", *HALF_REAL),  # Table 1 of Qimera
     )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
@@ -344,8 +344,6 @@ def parser():
 
 
 def _complete(cfg):
-    beta1, bns_form, kd_reduction = {"released": (0.5, "gdfq", "mean"), "paper": (0.9, "sum", "batchmean")}[cfg.variant]
-    fill_in(cfg, {"beta1": beta1, "bns_form": bns_form, "kd_reduction": kd_reduction})
     cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd)
     return checked_schedule(cfg)
 

@@ -53,7 +53,6 @@ Baselines (--data-source): "single" inverts the network itself (DeepInversion), 
 
 import argparse
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -69,8 +68,8 @@ from common.images import jitter, read_images
 from common.models import ASSETS, SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import box_mix
 from common.progress import Progress
-from common.report import arithmetic, execute, per_channel, print_rows, show_finished
-from common.run import Run, seed_of_part, write_atomically
+from common.report import arithmetic, conclude, execute, per_channel, print_rows, show_finished
+from common.run import Run, seed_of_part
 from common.tasks import TASKS, kd, transfer
 from common.trace import memory_layout
 
@@ -355,7 +354,7 @@ def evaluate(cfg):
     """
     run, result, loaded_for = Run(cfg, cfg.out, result="evaluation.json"), {}, None
 
-    def show(result):
+    def show(result, run):
         found, models = list(result.values()), [*cfg.zoo, *cfg.held_out]
         titles = [f"  {name} (held out)" if name in cfg.held_out else f"  {name}" for name in models]
         columns = [(path.parent if path.is_file() else path).name[-18:] for path in map(Path, result)]
@@ -383,9 +382,7 @@ def evaluate(cfg):
         result[name] = {"images": len(labels), "zoo_top1": round(mean, 2), "zoo_deviation": round(deviation, 2)}
         result[name] |= {"inception_score": round(score, 3), "models": seen}
     run.start()
-    write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=1))
-    show(result)
-    return result
+    return conclude(run, result, show)
 
 
 # ------------------------------------------------------------------------------------- Tables 3 to 5 and 7: compression
@@ -464,7 +461,7 @@ def parser():
     for flag, (small, large, about) in RECIPE.items():
         how = {"type": (whole if isinstance(small, int) else number)(flag == "--batch-size")}
         how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else how
-        p.add_by_size(group, flag, small, large, about, **how)
+        p.add_derived(group, flag, (small, large), about, **how)
     first = "first iterations, which see half the resolution (default: CIFAR 0, ImageNet two thirds)"
     group.add_argument("--low-iterations", type=whole(0), help=first)
     group.add_argument("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")

@@ -16,6 +16,7 @@ from common.progress import close_all
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
+SETTINGS = ("variant", "task")  # that defaults of other flags go by
 
 
 # ------------------------------------------------------------------------------------------------ what a flag may be
@@ -85,6 +86,15 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
 }
 
 
+def _in_words(default):
+    """A default of `Parser.add_derived`, for --help."""
+    if isinstance(default, dict):
+        return "; ".join(f"{setting} {_in_words(value)}" for setting, value in default.items())
+    if isinstance(default, tuple):
+        return "CIFAR {}, ImageNet {}".format(*default)
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         told = action.default is None or action.default is False or "(default" in action.help
@@ -102,7 +112,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, method, description, unquantized=()):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
-        self.method, self.by_size, self.idle, self.unquantized = method, {}, [], unquantized
+        self.method, self.derived, self.idle, self.unquantized = method, {}, [], unquantized
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
         add("--arch", help=f"architecture: {names} (default: resnet20, for ImageNet resnet18)")
@@ -149,10 +159,14 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (--[^ :]+): (?=is )", r"\1 ", message)
         raise InputError(f"{message}; see {self.prog} --help")
 
-    def add_by_size(self, group, flag, small, large, help, **kwargs):
-        """A flag whose default depends on the data: `small` for images up to 64 pixels (CIFAR), else `large`."""
-        action = group.add_argument(flag, help=f"{help} (default: CIFAR {small}, ImageNet {large})", **kwargs)
-        self.by_size[action.dest] = (small, large)
+    def add_derived(self, group, flag, default, help, **kwargs):
+        """A flag whose default goes by others.
+
+        Args:
+            default: (for images up to 64 pixels, for larger ones), or a dict by --variant or --task of values or such pairs.
+        """
+        action = group.add_argument(flag, help=f"{help} (default: {_in_words(default)})", **kwargs)
+        self.derived[action.dest] = default
 
     def add_training(self, title, sources=("generator", "real"), **defaults):
         """Flags of TRAINING with a method's own defaults, in the order given, and --data-source.
@@ -160,14 +174,14 @@ class Parser(argparse.ArgumentParser):
         Args:
             title: of their group in --help.
             sources: what the method takes for --data-source.
-            defaults: a value; (CIFAR, ImageNet) where it goes by the data; text where the method works it out from more.
+            defaults: a value; as for `add_derived`; text where the method works it out from more.
         """
         group = self.add_argument_group(title)
         for name, default in defaults.items():
             flag, (kind, about) = "--" + name.replace("_", "-"), TRAINING[name]
             how = {"type": kind} | ({"nargs": "*"} if name == "decay_epochs" else {})
-            if isinstance(default, tuple):
-                self.add_by_size(group, flag, *default, about, **how)
+            if isinstance(default, (tuple, dict)):
+                self.add_derived(group, flag, default, about, **how)
             elif isinstance(default, str):
                 group.add_argument(flag, help=f"{about} (default: {default})", **how)
             else:
@@ -208,9 +222,10 @@ class Parser(argparse.ArgumentParser):
                     f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for your own data"
                 )
             setattr(args, name, given if given is not None else expected)
-        for name, (small, large) in self.by_size.items():
-            if getattr(args, name) is None:
-                setattr(args, name, small if args.image_size <= SMALL_IMAGE else large)
+        for name, default in self.derived.items():
+            if isinstance(default, dict):
+                default = next(value for key, value in default.items() if key in (vars(args).get(s) for s in SETTINGS))
+            fill_in(args, {name: default[args.image_size > SMALL_IMAGE] if isinstance(default, tuple) else default})
         args.method = self.method
         if args.out is None:
             arch = re.sub(r"[^\w]+", "-", args.arch)

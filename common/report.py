@@ -64,54 +64,6 @@ def prepare(cfg, **about):
     return teacher, run
 
 
-def execute(cfg, compress, **about):
-    """What every script's main does: load, compress, evaluate, write, print.
-
-    Args:
-        cfg: parsed arguments.
-        compress: the method, (teacher, cfg, run) -> student, quantized or not.
-        about: what `Run` is told of the method.
-
-    Returns:
-        The contents of result.json.
-    """
-    if cfg.eval is not None:
-        return evaluate_file(cfg)
-    if cfg.check:
-        return check(cfg, compress)
-    teacher, run = prepare(cfg, **about)
-    if run.finished:
-        return show_finished(run)
-    with resumable():
-        return finish(run, teacher, compress(teacher, cfg, run))
-
-
-def check(cfg, compress):
-    """--check: what would be quantized, from a run of no epochs, which refuses what a real one would refuse."""
-    teacher, source = load(cfg)
-    run = Run(cfg)
-    student = compress(teacher, cfg, run)
-    teacher, example = run.adopt(teacher)
-    print(f"network   {cfg.arch}, weights: {source}")
-    return print_check(teacher, student, example, cfg)
-
-
-def show_finished(run, show=None):
-    """The table of a run that is there already, and how it would be made anew; returns the contents of its result.
-
-    Args:
-        run: one whose folder holds the result of the same arguments.
-        show: function of the result that prints it; by default a network's table.
-    """
-    result = json.loads((run.folder / run.result_file).read_text())
-    if show is None:
-        print_table(result, run)
-    else:
-        show(result)
-    print("  this run was finished before; --overwrite runs it again", flush=True)
-    return result
-
-
 def per_channel(cfg, normalisation, channels):
     """(mean, std) from --mean and --std, else from the weights' own normalisation, one value per image channel."""
     values = []
@@ -159,7 +111,7 @@ def save_samples(run, path, columns=8, most_rows=100):
 
 
 def finish(run, teacher, student):
-    """Write the student, samples.png and result.json, and print the table.
+    """Write the student and samples.png; returns the contents of result.json.
 
     A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
 
@@ -203,8 +155,6 @@ def finish(run, teacher, student):
         "arguments": run.arguments(),
         "versions": json.loads((folder / "config.json").read_text())["versions"],
     }
-    write_atomically(folder / "result.json", json.dumps(result, indent=1))
-    print_table(result, run)
     return result
 
 
@@ -260,6 +210,55 @@ def print_table(result, run):
     print(f"  {'time':<30}{result['seconds']:>8.0f} s{each}")
     made = [name for name in run.files if (run.folder / name).is_file() and name != "checkpoint.pt"]
     print(f"  in {run.folder}/: {', '.join(dict.fromkeys(made))}", flush=True)
+
+
+def show_finished(run, show=print_table):
+    """Print what a run that is there already has found, and how it would be made anew; returns it. Arguments as `conclude`."""
+    result = json.loads((run.folder / run.result_file).read_text())
+    show(result, run)
+    print("  this run was finished before; --overwrite runs it again", flush=True)
+    return result
+
+
+def conclude(run, result, show=print_table):
+    """Write what a run has found, a dict, to its result file, and print it by `show(result, run)`; returns it."""
+    write_atomically(run.folder / run.result_file, json.dumps(result, indent=1))
+    show(result, run)
+    return result
+
+
+def execute(cfg, compress, finish=finish, show=print_table, **about):
+    """What every script's main does: load, compress, evaluate, write, print.
+
+    Args:
+        cfg: parsed arguments.
+        compress: the method, (teacher, cfg, run) -> student, quantized or not.
+        finish: (run, teacher, student) -> the contents of result.json.
+        show: as for `conclude`.
+        about: what `Run` is told of the method.
+
+    Returns:
+        The contents of result.json.
+    """
+    if cfg.eval is not None:
+        return evaluate_file(cfg)
+    if cfg.check:
+        return check(cfg, compress)
+    teacher, run = prepare(cfg, **about)
+    if run.finished:
+        return show_finished(run, show)
+    with resumable():
+        return conclude(run, finish(run, teacher, compress(teacher, cfg, run)), show)
+
+
+def check(cfg, compress):
+    """--check: what would be quantized, from a run of no epochs, which refuses what a real one would refuse."""
+    teacher, source = load(cfg)
+    run = Run(cfg)
+    student = compress(teacher, cfg, run)
+    teacher, example = run.adopt(teacher)
+    print(f"network   {cfg.arch}, weights: {source}")
+    return print_check(teacher, student, example, cfg)
 
 
 def evaluate_file(cfg):

@@ -197,7 +197,7 @@ def synthesize(cfg, load, make):
     if together() and cfg.part[0]:
         return None
 
-    def show(made):
+    def show(made, run):
         print(f"\n{made['images']:,} images of source {made['data_source']} in {made['seconds']:.0f} s")
         print(f"  in {run.folder}/: images.npz, grid.png, result.json; --images {run.folder} uses them")
 
@@ -208,7 +208,7 @@ def synthesize(cfg, load, make):
         print(f"part {first}/{count} is made; when all are, --resume without --part puts them together")
         return None
     made = json.loads((run.folder / "result.json").read_text())
-    show(made)
+    show(made, run)
     return made
 
 

@@ -2,16 +2,14 @@
 --targets with the images of each of --images."""
 
 import argparse
-import functools
-import json
 
 from common import InputError
 from common.cli import resumable
 from common.data import accuracy, load_test_set
 from common.images import read_images, renormalise
 from common.models import input_channels
-from common.report import load, print_rows, show_finished
-from common.run import Run, write_atomically
+from common.report import conclude, load, print_rows, show_finished
+from common.run import Run
 from common.tasks import ptq
 
 
@@ -57,9 +55,8 @@ def transfer(cfg):
     """
     targets, cells = load_targets(cfg), [f"{i}-{j}" for i in range(len(cfg.targets)) for j in range(len(cfg.images))]
     run = Run(cfg, cfg.out, files=cells, result="transfer.json")
-    show = functools.partial(show_transfer, run=run)
     if run.finished:
-        return show_finished(run, show)
+        return show_finished(run, show_transfer)
     sources = {source: read_images(source, targets[0][2]) for source in cfg.images}
     test_sets = []
     for name, model, own in targets:
@@ -80,9 +77,7 @@ def transfer(cfg):
                 images = renormalise(images, normalised, (own.mean, own.std))
                 student = ptq.compress(model, images, own, Run(own, run.folder / f"{row}-{column}"))
                 result[source][name] = accuracy(student, test_set)
-    write_atomically(run.folder / "transfer.json", json.dumps(result, indent=1))
-    show(result)
-    return result
+    return conclude(run, result, show_transfer)
 
 
 def show_transfer(result, run):

@@ -68,14 +68,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import plain_forms, superpose, upsample_conv, weighted_operation
+from common.ops import count_flops, plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
 from common.report import execute
 from common.run import Run, write_atomically
@@ -568,10 +567,10 @@ def read_genotype(name, seed=0, flag="--genotype"):
 
 def generator_cost(genotype, cfg, channels):
     """Parameters, and FLOPs per image of the convolutions and matrix products as the architecture states them."""
-    with torch.device("meta"), torch.no_grad(), plain_forms(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), plain_forms():
         generator = make_generator(genotype, cfg, channels)
-        generator(torch.zeros(2, cfg.latent_dim), torch.zeros(2, dtype=torch.int64))
-    return sum(p.numel() for p in generator.parameters()), counter.get_total_flops() // 2
+        flops = count_flops(lambda: generator(torch.zeros(2, cfg.latent_dim), torch.zeros(2, dtype=torch.int64)))
+    return sum(p.numel() for p in generator.parameters()), flops // 2
 
 
 def find_genotype(teacher, cfg, run):

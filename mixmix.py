@@ -68,7 +68,7 @@ from common.images import jitter, read_images
 from common.models import ASSETS, SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import box_mix
 from common.progress import Progress
-from common.report import arithmetic, conclude, execute, per_channel, print_rows, show_finished
+from common.report import arithmetic, execute, per_channel, print_rows, show_finished, write_result
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, kd, transfer
 from common.trace import memory_layout
@@ -382,7 +382,7 @@ def evaluate(cfg):
         result[name] = {"images": len(labels), "zoo_top1": round(mean, 2), "zoo_deviation": round(deviation, 2)}
         result[name] |= {"inception_score": round(score, 3), "models": seen}
     run.start()
-    return conclude(run, result, show)
+    return write_result(run, result, show)
 
 
 # ------------------------------------------------------------------------------------- Tables 3 to 5 and 7: compression

@@ -21,13 +21,12 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError
 from common.capture import CHOICES, compiler
 from common.cli import friendly_errors
 from common.models import load_teacher
-from common.ops import box_mix, channel_statistics, plain_forms, superpose, superposed_labels
+from common.ops import box_mix, channel_statistics, count_flops, plain_forms, superpose, superposed_labels
 from common.progress import Progress
 from common.run import Run, peak_memory, pick_device, synchronise, write_atomically
 
@@ -106,13 +105,6 @@ def convolution_rate(device, dtype):
     return max(rates)
 
 
-def step_flops(run):
-    """FLOPs of the convolutions and matrix products of one eager iteration, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        run.step()
-    return counter.get_total_flops()
-
-
 def reset_peak(device):
     """Start the measurement of peak memory anew; on a CPU where the system allows it (Linux)."""
     gc.collect()
@@ -137,7 +129,7 @@ def compare(name, batch_size, args):
 
     cfg = settings()
     teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
-    flops = step_flops(_FastRun(settings(precision="fp32", capture="none")).reach_full_step(method, teacher))
+    flops = count_flops(_FastRun(settings(precision="fp32", capture="none")).reach_full_step(method, teacher).step)
     on_cpu = pick_device(args.device).type == "cpu"
     capture = "compile" if args.capture == "auto" and on_cpu and compiler() else args.capture
     fast = _FastRun(settings(precision=args.precision, capture=capture))

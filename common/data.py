@@ -160,6 +160,12 @@ def load_test_set(
     return TestSet(batches, len(labels), name, normalisation, device)
 
 
+def find_test_set(cfg, device, channels):
+    """`load_test_set` as parsed arguments say, which have --mean and --std filled in."""
+    what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
+    return load_test_set(*what, device, cfg.download, channels=channels)
+
+
 def _load_cifar(dataset, data_dir, fetch):
     """Test images (N, 3, 32, 32) uint8 in memory, labels, and where they come from."""
     kind = KINDS[dataset]

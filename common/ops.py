@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import library
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import FlopCounterMode
 
 _plain = False
 
@@ -19,6 +20,13 @@ def plain_forms():
         yield
     finally:
         _plain = False
+
+
+def count_flops(function):
+    """Floating-point operations of the convolutions and matrix products in a call of `function`, gradients' included."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def _fold(taps):

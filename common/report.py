@@ -1,20 +1,21 @@
 """What begins and ends every script: load and say what is there; evaluate the written file, result.json, table, samples."""
 
+import argparse
 import copy
 import json
 import math
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import InputError, replacing
 from common.check import print_check
 from common.cli import resumable
-from common.data import accuracies, agreement, load_test_set
+from common.data import accuracies, agreement, find_test_set
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
+from common.ops import count_flops
 from common.published import PAPER_TOP1
 from common.quant import describe, quantized_layers
 from common.run import Run, pick_device, write_atomically
@@ -41,8 +42,7 @@ def prepare(cfg, **about):
     run = Run(cfg, cfg.out, **about)
     if run.finished:
         return teacher, run
-    what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
-    run.test_set = test_set = load_test_set(*what, run.device, cfg.download, channels=input_channels(teacher))
+    run.test_set = test_set = find_test_set(cfg, run.device, input_channels(teacher))
     kind = next(teacher.parameters()).dtype
     teacher, _ = run.adopt(teacher)
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -139,7 +139,7 @@ def finish(run, teacher, student):
     result = {"fp_top1": run.fp_top1} | {n: run.results.get(n) for n in ("calibrated_top1", "last_top1", "best_top1")}
     if run.fp_top5 is not None:
         result |= {"fp_top5": run.fp_top5, "last_top5": run.results.get("last_top5")}
-    result |= {
+    return result | {
         "agreement": round(agreement(teacher, student, batches), 2),
         "images": batches.count,
         "test_set": run.test_set.name if run.test_set else None,
@@ -155,18 +155,13 @@ def finish(run, teacher, student):
         "arguments": run.arguments(),
         "versions": json.loads((folder / "config.json").read_text())["versions"],
     }
-    return result
 
 
 def arithmetic(teacher, student, image_size):
     """Floating-point operations per image of both networks, a dict for `Run.record`."""
-    found = {}
-    for name, network in (("flops_fp32", teacher), ("flops", student)):
-        device = next(network.parameters()).device
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.zeros(1, input_channels(network), image_size, image_size, device=device))
-        found[name] = counter.get_total_flops()
-    return found
+    image = torch.zeros(1, input_channels(teacher), image_size, image_size, device=next(teacher.parameters()).device)
+    with torch.no_grad():
+        return {"flops_fp32": count_flops(lambda: teacher(image)), "flops": count_flops(lambda: student(image))}
 
 
 def print_rows(title, columns, rows):
@@ -212,18 +207,18 @@ def print_table(result, run):
     print(f"  in {run.folder}/: {', '.join(dict.fromkeys(made))}", flush=True)
 
 
-def show_finished(run, show=print_table):
-    """Print what a run that is there already has found, and how it would be made anew; returns it. Arguments as `conclude`."""
-    result = json.loads((run.folder / run.result_file).read_text())
-    show(result, run)
-    print("  this run was finished before; --overwrite runs it again", flush=True)
-    return result
-
-
-def conclude(run, result, show=print_table):
+def write_result(run, result, show):
     """Write what a run has found, a dict, to its result file, and print it by `show(result, run)`; returns it."""
     write_atomically(run.folder / run.result_file, json.dumps(result, indent=1))
     show(result, run)
+    return result
+
+
+def show_finished(run, show):
+    """Print what a run that is there already has found, as `write_result` did, and how it would be made anew; returns it."""
+    result = json.loads((run.folder / run.result_file).read_text())
+    show(result, run)
+    print("  this run was finished before; --overwrite runs it again", flush=True)
     return result
 
 
@@ -234,7 +229,7 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
         cfg: parsed arguments.
         compress: the method, (teacher, cfg, run) -> student, quantized or not.
         finish: (run, teacher, student) -> the contents of result.json.
-        show: as for `conclude`.
+        show: as for `write_result`.
         about: what `Run` is told of the method.
 
     Returns:
@@ -248,7 +243,7 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
     if run.finished:
         return show_finished(run, show)
     with resumable():
-        return conclude(run, finish(run, teacher, compress(teacher, cfg, run)), show)
+        return write_result(run, finish(run, teacher, compress(teacher, cfg, run)), show)
 
 
 def check(cfg, compress):
@@ -269,8 +264,7 @@ def evaluate_file(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     student = load_quantized(cfg.eval, own).to(device)
-    what = (meta["dataset"], cfg.data_dir, meta["num_classes"], meta["image_size"], (meta["mean"], meta["std"]))
-    test_set = load_test_set(*what, device, cfg.download, channels=meta["channels"])
+    test_set = find_test_set(argparse.Namespace(**vars(cfg) | meta), device, meta["channels"])
     if test_set is None:
         raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
     top1, top5 = accuracies(student, test_set)

@@ -401,12 +401,9 @@ PLAIN = {F.conv2d: _plain_convolution, F.linear: _plain_linear, F.batch_norm: _p
 
 def _with_rest(module, old):
     """`module` with what it lacks of the one whose place it takes: submodules, further parameters and buffers."""
-    for own, theirs in (
-        (module._modules, old._modules),
-        (module._parameters, old._parameters),
-        (module._buffers, old._buffers),
-    ):
-        own |= {name: value for name, value in theirs.items() if not hasattr(module, name)}
+    for kind in ("_modules", "_parameters", "_buffers"):
+        missing = {name: value for name, value in getattr(old, kind).items() if not hasattr(module, name)}
+        getattr(module, kind).update(missing)
     return module
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import gdfq
 from common import bench
 from common.models import build
-from common.ops import plain_forms
+from common.ops import count_flops, plain_forms
 
 
 def forward_flops(model, *inputs, plain=False):
@@ -36,7 +36,7 @@ def test_the_floor_counts_the_arithmetic_of_the_step():
         generator -= 2 * batch * inputs * outputs * (9 * 4 * size**2 - 4 * 4 * (size + 1) ** 2)
     # generator: forward, both gradients; teacher: forward, inputs' gradient; student: no gradient of its input
     expected = 3 * generator + 2 * network + 3 * network - first
-    measured = bench.step_flops(bench._FastRun(cfg).reach_full_step(gdfq, teacher))
+    measured = count_flops(bench._FastRun(cfg).reach_full_step(gdfq, teacher).step)
     assert measured == pytest.approx(expected, rel=1e-3)
 
 

@@ -5,10 +5,10 @@ import argparse
 
 from common import InputError
 from common.cli import resumable
-from common.data import accuracy, load_test_set
+from common.data import accuracy, find_test_set
 from common.images import read_images, renormalise
 from common.models import input_channels
-from common.report import conclude, load, print_rows, show_finished
+from common.report import load, print_rows, show_finished, write_result
 from common.run import Run
 from common.tasks import ptq
 
@@ -64,8 +64,7 @@ def transfer(cfg):
         for source, (images, *_) in sources.items():
             if images.shape[1] != channels:
                 raise InputError(f"--images {source} has {images.shape[1]} channels and {name} {channels}; give others")
-        what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, (own.mean, own.std))
-        test_sets.append(load_test_set(*what, run.device, cfg.download, channels=channels))
+        test_sets.append(find_test_set(own, run.device, channels))
         if test_sets[-1] is None:
             raise InputError("--task transfer compares accuracies, so it needs test images; give --data-dir")
     run.start()
@@ -77,7 +76,7 @@ def transfer(cfg):
                 images = renormalise(images, normalised, (own.mean, own.std))
                 student = ptq.compress(model, images, own, Run(own, run.folder / f"{row}-{column}"))
                 result[source][name] = accuracy(student, test_set)
-    return conclude(run, result, show_transfer)
+    return write_result(run, result, show_transfer)
 
 
 def show_transfer(result, run):

@@ -18,7 +18,7 @@ Where the equations are:
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
 The search was never released. What the authors of AIT published are architectures found by it (PUBLISHED) and the networks they
-stand for, from which the macro-architecture is known exactly. Most settings are open in the paper:
+stand for, from which the macro-architecture is known exactly. The paper leaves these settings open:
 
     what                  here                                                                      after
     L1, T1, V1            25 epochs: 200 batches for weights, 200 for alpha                         AdversarialNAS, GDFQ
@@ -34,9 +34,12 @@ stand for, from which the macro-architecture is known exactly. Most settings are
     Table 4's settings    500 epochs of 50 batches of 256, student's rate 0.1 and weight decay      DFAD's CIFAR script
                           5e-4, five student steps, L1 of the logits
       rates' decay        at epochs 100 and 200                                                     DFAD, where asked for
-      student's steps     after the generator's, the first on its images; DFAD's: before it, fresh
-      latent vector       100 entries (--latent-dim); DFAD's has 256                                GDFQ
+      student's steps     after the generator's, the first on its images                            DFAD: before it, all
+                                                                                                    on fresh images
+      latent vector       100 entries (--latent-dim)                                                GDFQ (DFAD: 256)
     reported accuracy     last epoch (best beside it)
+
+and fixes these:
 
     what                  paper                                 here
     L_KD                  as in GDFQ                            temperature 20
@@ -402,15 +405,6 @@ def compression_loss(student_logits, teacher_logits, y, cfg):
     return F.cross_entropy(student_logits, y) + cfg.kd_weight * kd
 
 
-def make_student(teacher, cfg, example, run):
-    """The network that stage 2 trains: the quantized teacher, or one of --student-arch with random weights."""
-    if cfg.task == "quantize":
-        return quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
-    run.settle_layout(student, example, retrace=False)
-    return run.place(student)
-
-
 def compress(teacher, cfg, run=None):
     """Quantize a network, or distil it into another (--task kd), without data.
 
@@ -430,9 +424,13 @@ def compress(teacher, cfg, run=None):
     run = run or Run(cfg)
     device, distilling = run.device, cfg.task == "kd"
     teacher, example = run.adopt(teacher)
-    student = make_student(teacher, cfg, example, run)
     if distilling:
+        student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(device)
+        run.settle_layout(student, example, retrace=False)
+        student = run.place(student)
         run.record(student="distilled")
+    else:
+        student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
@@ -639,8 +637,7 @@ def parser():
     gumbel = "what the noise is added to: the probabilities (p, Eq. 7) or their logarithms (logits, an extension)"
     add("--gumbel", choices=("p", "logits"), default="p", help=gumbel)
     add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature of the search in its first epoch")
-    tau_end = "temperature that the decay would reach after the last epoch"
-    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help=tau_end)
+    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that it would reach after the last epoch")
     add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
     add("--scale", type=number(1 / 64, 64), default=1.0, help="factor s of the generator's (or super net's) channels (Table 3)")
     group = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ")

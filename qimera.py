@@ -616,16 +616,17 @@ def parser():
     p.add_training(
         "Qimera: schedule and losses",
         epochs=400, iters=200, warmup_epochs=(4, 50), calibrate_epochs=4, lr_g=1e-3, beta1=0.5,
-        batch_size="paper CIFAR 64, ImageNet 16; released 200, 16", lr_q="1e-4; released, ImageNet 1e-6",
+        batch_size={"paper": (64, 16), "released": (200, 16)}, lr_q={"paper": 1e-4, "released": (1e-4, 1e-6)},
         weight_decay=1e-4, decay_epochs=[100, 200, 300], bns_weight=0.1, bns_form="gdfq",  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction="mean",  # delta of Eq. 3
     )  # fmt: skip
-    add = p.add_argument_group("where paper and released code differ").add_argument
+    group = p.add_argument_group("where paper and released code differ")
+    add = group.add_argument
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
     add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
     noise = "where the noise is added: after the mapping or before it, once per sample, or in each slot, once per embedding"
-    add("--noise", choices=("after", "before", "slot"), help=f"{noise} (default: paper after, released slot)")
+    p.add_derived(group, "--noise", {"paper": "after", "released": "slot"}, noise, choices=("after", "before", "slot"))
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
     add = p.add_argument_group("ablations and combinations").add_argument
@@ -664,10 +665,7 @@ def _complete(cfg):
     if cfg.cbn is not None and not large and cfg.generator == "qimera":
         raise InputError(f"--cbn is {cfg.cbn} and the generator of small images has no conditional BatchNorm; leave it out")
     defaults = {
-        "batch_size": 16 if large else 64 if paper else 200,
-        "lr_q": 1e-4 if paper or not large else 1e-6,
         "mapped_dim": 100 if large else 64,
-        "noise": "after" if paper else "slot",
         "normalise": not paper,
         "cbn": "sum" if paper else "mean",
         "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),

@@ -73,16 +73,10 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
     "latent_dim": (whole(1, 10**6), "length of the noise vector"),
     "bns_weight": (number(0), "weight of the BatchNorm statistics loss"),
-    "bns_form": (
-        one_of(*BatchNormStatistics.forms),
-        "form of the BatchNorm statistics loss: gdfq, sum or norm, see common/bns.py",
-    ),
+    "bns_form": (one_of(*BatchNormStatistics.forms), "form of the statistics loss: gdfq, sum or norm (common/bns.py)"),
     "kd_weight": (number(0), "weight of the distillation loss"),
     "temperature": (number(1e-3, 1e6), "temperature T of the distillation loss"),
-    "kd_reduction": (
-        one_of("mean", "batchmean"),
-        "average of the distillation loss: over images (batchmean), or classes, too (mean)",
-    ),
+    "kd_reduction": (one_of("mean", "batchmean"), "average of the distillation loss: over images (batchmean) or logits (mean)"),
 }
 
 

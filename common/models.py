@@ -25,7 +25,6 @@ from torchvision.ops import Conv2dNormActivation
 from common import InputError, first_line
 from common.data import IMAGE_SIZE, NORMALISATION, download
 from common.published import PUBLISHED
-from common.trace import replace_module
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
@@ -207,7 +206,7 @@ def _cifar_stem(model, num_classes):
     name, conv = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
     conv.stride = (1, 1)
     if conv.kernel_size == (7, 7):
-        replace_module(model, name, nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None))
+        model.set_submodule(name, nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=conv.bias is not None))
     if isinstance(model, torchvision.models.VGG):
         model = model.to_empty(device="cpu")
         model.avgpool = nn.AdaptiveAvgPool2d(1)

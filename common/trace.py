@@ -311,7 +311,8 @@ def memory_layout(model, example, retrace=True):
         if computes():
             return torch.channels_last
         model.forward = own
-    return model.to(memory_format=torch.contiguous_format) and torch.contiguous_format
+        model.to(memory_format=torch.contiguous_format)
+    return torch.contiguous_format
 
 
 # --------------------------------------------------------------------------------------------------------- folding

@@ -177,9 +177,14 @@ def _load_cifar(dataset, data_dir, fetch):
     if not has_files:
         if dataset == "cifar10" and not fetch:
             return (*read_slice(), "the bundled CIFAR-10 slice")
-        archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
-        datasets.utils.extract_archive(str(archive), str(root))
+        fetch_cifar(kind, root)
     return (*read_cifar(dataset, root), str(root))
+
+
+def fetch_cifar(kind, root):
+    """Download torchvision's own files of a CIFAR data set into the folder `root`: training and test images."""
+    archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
+    datasets.utils.extract_archive(str(archive), str(root))
 
 
 def read_cifar(dataset, data_dir, train=False):

@@ -65,13 +65,13 @@ def make_cifar100(root, monkeypatch, count=20):
     labels = [99 - i for i in range(count)]
     for name, content in (
         ("test", {"data": pixels, "fine_labels": labels}),
+        ("train", {"data": pixels, "fine_labels": labels}),
         ("meta", {"fine_label_names": [f"c{i}" for i in range(100)]}),
     ):
         (folder / name).write_bytes(pickle.dumps(content))
         digest = hashlib.md5((folder / name).read_bytes()).hexdigest()
-        if name == "test":
-            monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", digest]])
-            monkeypatch.setattr(datasets.CIFAR100, "train_list", [])
+        if name != "meta":
+            monkeypatch.setattr(datasets.CIFAR100, f"{name}_list", [[name, digest]])
         else:
             monkeypatch.setattr(datasets.CIFAR100, "meta", datasets.CIFAR100.meta | {"md5": digest})
     return pixels.reshape(count, 3, 32, 32), labels

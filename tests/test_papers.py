@@ -12,9 +12,11 @@ import autorecon
 import gdfq
 import mixmix
 import qimera
+from common import pretrain
 
 PAGE = (ROOT / "docs" / "PAPERS.md").read_text()
 METHODS = {method.__name__: method for method in (gdfq, autorecon, qimera, adadfq, mixmix)}
+MODULES = {"common.pretrain": pretrain}  # python -m
 COUNTS = {"autorecon": (5, 2), "qimera": (5, 6), "adadfq": (3, 6), "mixmix": (8, 5)}  # tables and figures of each paper
 
 
@@ -41,7 +43,8 @@ def test_every_command_parses_and_has_a_folder_of_its_own(tmp_path, monkeypatch)
     for script, arguments in commands():
         shown = shlex.join(["python", script, *arguments])
         try:
-            cfg = METHODS[script.removesuffix(".py")].parse_args(arguments)
+            module = MODULES[arguments.pop(0)] if script == "-m" else METHODS[script.removesuffix(".py")]
+            cfg = module.parse_args(arguments)
         except Exception as error:
             pytest.fail(f"{shown}: {error}")
         taken.update(argument for argument in arguments if argument.startswith("runs/") and argument != cfg.out)

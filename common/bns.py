@@ -16,6 +16,7 @@ class BatchNormStatistics:
       AutoReCon and AdaDFQ code).
     - "sum": sum over layers of the squared L2 norms of both differences (Eq. 11 of AdaDFQ).
     - "norm": sum over layers of the L2 norms, not squared (Eq. 2 of MixMix).
+    - "kl": mean over layers of the mean over channels of `gaussian_kl` (The Knowledge Within, by Sec. 3.1 of MixMix).
 
     Layers that a forward pass does not use take no part. The hooks stay: hand over a copy, not the caller's network.
 
@@ -26,7 +27,7 @@ class BatchNormStatistics:
         InputError: the model has no BatchNorm2d with running statistics.
     """
 
-    forms = ("gdfq", "sum", "norm")
+    forms = ("gdfq", "sum", "norm", "kl")
 
     def __init__(self, model):
         layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.track_running_stats]
@@ -65,9 +66,13 @@ class BatchNormStatistics:
         else:  # all layers at once, since a step has hundreds of small operations as it is
             found = channel_statistics(given)
         difference = found - torch.cat([statistic for layer in used for statistic in (layer.running_mean, layer.running_var)])
+        widths = [layer.num_features for layer in used for _ in ("mean", "variance")]
         if form == "norm":
-            widths = [layer.num_features for layer in used for _ in ("mean", "variance")]
             terms, of_first = torch.stack([statistic.norm() for statistic in difference.split(widths)]), 2
+        elif form == "kl":
+            statistics = found.split(widths)
+            layers = zip(used, statistics[::2], statistics[1::2])
+            terms, of_first = torch.stack([gaussian_kl(*layer).mean() for layer in layers]), 1
         else:
             terms, of_first = difference.square(), 2 * used[0].num_features
             if form == "gdfq":
@@ -75,4 +80,15 @@ class BatchNormStatistics:
         total = terms.sum()
         if first != 1.0:
             total = total + (first - 1) * terms[:of_first].sum()
-        return total / len(used) if form == "gdfq" else total
+        return total / len(used) if form in ("gdfq", "kl") else total
+
+
+def gaussian_kl(layer, mean, variance):
+    """KL(N(mean, variance) || N(mean and variance stored in a BatchNorm)), for each channel (C,).
+
+    In this direction it divides by what is stored, which stays as it is; the other one divides by the batch's variance, so
+    that a channel which is nearly constant in one batch outweighs all others. Both variances are as the layer uses them,
+    with its eps.
+    """
+    variance, stored = variance + layer.eps, layer.running_var + layer.eps
+    return 0.5 * (stored.log() - variance.log() + (variance + (mean - layer.running_mean).square()) / stored - 1)

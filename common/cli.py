@@ -73,7 +73,7 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
     "latent_dim": (whole(1, 10**6), "length of the noise vector"),
     "bns_weight": (number(0), "weight of the BatchNorm statistics loss"),
-    "bns_form": (one_of(*BatchNormStatistics.forms), "form of the statistics loss: gdfq, sum or norm (common/bns.py)"),
+    "bns_form": (one_of(*BatchNormStatistics.forms), "form of the statistics loss: gdfq, sum, norm or kl (common/bns.py)"),
     "kd_weight": (number(0), "weight of the distillation loss"),
     "temperature": (number(1e-3, 1e6), "temperature T of the distillation loss"),
     "kd_reduction": (one_of("mean", "batchmean"), "average of the distillation loss: over images (batchmean) or logits (mean)"),
@@ -190,7 +190,8 @@ class Parser(argparse.ArgumentParser):
         """Declare that `flags` do nothing with a setting, so that both together are refused.
 
         Args:
-            setting: a flag and its value ("--adversarial zaq"), or a flag that is on or has another value than by default.
+            setting: a flag and its value ("--adversarial zaq"), or a flag that is on or has another value than by default; or
+                several of these, joined by " and ".
         """
         self.idle.append((setting, flags))
 
@@ -234,12 +235,16 @@ class Parser(argparse.ArgumentParser):
     def _refuse_idle(self, args, argv):
         unset = object()
         given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-        for setting, flags in self.idle:
+
+        def holds(setting):
             flag, _, value = setting.partition(" ")
             action = self._option_string_actions[flag]
             found = getattr(args, action.dest)
             turned_off = isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
-            if found is False if turned_off else str(found) == value if value else found != action.default:
+            return found is False if turned_off else str(found) == value if value else found != action.default
+
+        for setting, flags in self.idle:
+            if all(map(holds, setting.split(" and "))):
                 for idle in flags:
                     if given[self._option_string_actions[idle].dest] is not unset:
                         raise InputError(f"{idle} has no effect with {setting}; leave one of them out")

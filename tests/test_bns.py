@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 from common import InputError
 from common.bns import BatchNormStatistics
@@ -17,13 +18,18 @@ def test_losses_equal_plain_loops(net, form):
     net(x)
     total = 0.0
     for layer, value in zip((net.bn1, net.bn2, net.bn3), inputs):
-        mean_term = var_term = 0.0
+        mean_term = var_term = kl = 0.0
         for c in range(8):
             channel = value[:, c].double()
             mean = channel.mean()
+            variance, eps = ((channel - mean) ** 2).mean(), layer.eps
             mean_term = mean_term + (mean - layer.running_mean[c]) ** 2
-            var_term = var_term + (((channel - mean) ** 2).mean() - layer.running_var[c]) ** 2
-        if form == "gdfq":
+            var_term = var_term + (variance - layer.running_var[c]) ** 2
+            stored = Normal(layer.running_mean[c].double(), (layer.running_var[c].double() + eps).sqrt())
+            kl = kl + kl_divergence(Normal(mean, (variance + eps).sqrt()), stored)
+        if form == "kl":
+            total = total + kl / 8 / 3
+        elif form == "gdfq":
             total = total + (mean_term + var_term) / 8 / 3
         else:
             total = total + (mean_term + var_term if form == "sum" else mean_term.sqrt() + var_term.sqrt())

@@ -86,6 +86,11 @@ def download(address, path, digest=None):
     return path
 
 
+def as_tensors(normalisation, device=None):
+    """(mean, std) per channel as two tensors (channels, 1, 1)."""
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
+
+
 class TestSet:
     """Normalised test images, batch by batch; can be iterated again and again.
 
@@ -101,7 +106,7 @@ class TestSet:
 
     def __init__(self, batches, count, name, normalisation, device):
         self.batches, self.count, self.name, self.device = batches, count, name, device
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in normalisation)
+        self.mean, self.std = as_tensors(normalisation, device)
 
     def __iter__(self):
         try:

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import InputError, replacing
-from common.data import load_training_images, load_training_set, read_pictures
+from common.data import as_tensors, load_training_images, load_training_set, read_pictures
 
 
 class ImageSet:
@@ -125,7 +125,7 @@ def noise(count, cfg):
 
 def normalise(pixels, normalisation):
     """Pixels (N, channels, H, W) uint8 as float16 images normalised by (mean, std)."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation)
+    mean, std = as_tensors(normalisation)
     return torch.cat([((part / 255 - mean) / std).half() for part in pixels.split(256)])
 
 
@@ -133,7 +133,7 @@ def renormalise(images, before, after):
     """Images (N, channels, H, W) normalised by (mean, std) `before`, as they are by `after`."""
     if before == after:
         return images
-    (mean, std), (own_mean, own_std) = ((torch.tensor(values).view(-1, 1, 1) for values in n) for n in (before, after))
+    (mean, std), (own_mean, own_std) = as_tensors(before), as_tensors(after)
     return torch.cat([((part * std + mean - own_mean) / own_std).to(images.dtype) for part in images.split(256)])
 
 
@@ -172,7 +172,7 @@ def draw_grid(images, labels, cfg, path, columns=10, most_rows=20):
 
 def save_grid(images, cfg, path, columns):
     """A picture of images (N, channels, H, W) on the CPU, normalised as `cfg` says, `columns` to a row."""
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    mean, std = as_tensors((cfg.mean, cfg.std))
     images = (images.float() * std + mean).clamp(0, 1)
     if images.shape[1] not in (1, 3):
         images = images[:, :1]

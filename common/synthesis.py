@@ -15,23 +15,37 @@ import numpy as np
 import torch
 
 from common import InputError
-from common.cli import resumable, whole
+from common.cli import fill_in, resumable, whole
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
 from common.report import show_finished
 from common.run import Run, seed_of_part, write_atomically
 
 READY = ("real", "noise")  # values of --data-source that no network makes
+COUNT, QAT_COUNT, QAT_IMAGENET = 1024, 4096, 100_000  # Sec. 5.2 of MixMix; 4,096 is as much of CIFAR's training set
+CURVE = 100  # points of a batch's loss curves, about
 
 
 def add_flags(parser):
     """Declare the flags of a set of images."""
     add = parser.add_argument_group("set of images").add_argument
-    add("--count", type=whole(1), default=1024, help="number of images")
+    about = f"number of images (default: {COUNT}; with --task qat {QAT_COUNT}, for ImageNet {QAT_IMAGENET})"
+    add("--count", type=whole(1), help=about)
+    about = "numbers of the classes to make images of, such as 3 7 10-15 (default: all)"
+    add("--classes", type=class_range, nargs="+", metavar="N|N-M", help=about)
     add("--labels", choices=("balanced", "random"), default="balanced", help="how the images' labels are drawn")
     about = "make only the batches I, I + N, ... of the images (--task synth); torchrun gives each process its part"
     add("--part", type=part, metavar="I/N", help=about)
     parser.shared.add("part")  # not in the folder's name: all parts go to one folder
+
+
+def class_range(text):
+    """A `type` for argparse: a class number N, or N-M for those from N to M, as a list."""
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text)
+    classes = list(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else []
+    if not classes:
+        raise argparse.ArgumentTypeError(f"is '{text}'; give class numbers and ranges of them, such as 3 7 10-15")
+    return classes
 
 
 def part(text):
@@ -70,11 +84,16 @@ def wait_for_all():
 
 
 def complete(cfg):
-    """What --part implies: all but the first join the folder that the first has begun.
+    """Fill in --count, put --classes in order, and what --part implies: all but the first join the folder that it has begun.
 
     Raises:
-        InputError: real images from nowhere, or a part of something else than images.
+        InputError: real images from nowhere, a class that is not there, or a part of something else than images.
     """
+    fill_in(cfg, {"count": COUNT if cfg.task != "qat" else QAT_IMAGENET if cfg.dataset == "imagenet" else QAT_COUNT})
+    cfg.classes = cfg.classes and sorted(set().union(*cfg.classes))
+    if cfg.classes and cfg.classes[-1] >= cfg.num_classes:
+        there = f"the classes of --dataset {cfg.dataset} are 0 to {cfg.num_classes - 1}"
+        raise InputError(f"--classes names {cfg.classes[-1]}, and {there}; give some of these")
     if cfg.data_source == "real" and cfg.data_dir is None:
         raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
     if cfg.part and cfg.task != "synth":
@@ -87,15 +106,16 @@ def complete(cfg):
 
 
 def make_labels(cfg):
-    """Labels of all images (count,): balanced and shuffled, or drawn at random."""
-    source = torch.Generator().manual_seed(cfg.seed)
+    """Labels of all images (count,), of --classes: balanced and shuffled, or drawn at random."""
+    source, classes = torch.Generator().manual_seed(cfg.seed), torch.tensor(cfg.classes or range(cfg.num_classes))
     if cfg.labels == "random":
-        return torch.randint(cfg.num_classes, (cfg.count,), generator=source)
-    return (torch.arange(cfg.count) % cfg.num_classes)[torch.randperm(cfg.count, generator=source)]
+        return classes[torch.randint(len(classes), (cfg.count,), generator=source)]
+    return classes[torch.arange(cfg.count) % len(classes)][torch.randperm(cfg.count, generator=source)]
 
 
 def make_batches(make, labels, files, run):
-    """Make the batches that are not in the run's folder yet, or those of --part; each is written when it is finished.
+    """Make the batches that are not in the run's folder yet, or those of --part; each is written when it is finished, with
+    about CURVE points of its losses as they are before an iteration: {"batch": 0, "iteration": 20, "ce": 1.5, ...}.
 
     A batch depends on its number and the seed only, so any number of processes makes the same images, if each has as many
     threads (torchrun gives one, OMP_NUM_THREADS): other numbers of threads round differently, and so do the additions in no
@@ -110,12 +130,16 @@ def make_batches(make, labels, files, run):
     cfg = run.cfg
     first, every = cfg.part or (0, 1)
     own = [index for index in range(first, len(files), every) if not files[index].exists()]
+    files[0].parent.mkdir(exist_ok=True)
     with Progress(total=cfg.iterations * len(own), unit="it", position=first, disable=not own) as bar:
         for index in own:
             torch.manual_seed(seed_of_part(cfg.seed, index))
-            y = labels[index].to(run.device)
+            y, curve = labels[index].to(run.device), []
 
-            def progress(names, losses, index=index, size=len(y)):
+            def progress(names, losses, index=index, size=len(y), curve=curve):
+                step = bar.n % cfg.iterations
+                if step % max(cfg.iterations // CURVE, 1) == 0 or step + 1 == cfg.iterations:
+                    curve.append({"batch": index, "iteration": step} | losses)
                 bar.set_description(f"batch {index + 1}/{len(files)}, {names}", refresh=False)
                 bar.update()
                 if bar.n % 50 == 0 or bar.n % cfg.iterations == 0:  # reading the losses waits for the device
@@ -125,6 +149,8 @@ def make_batches(make, labels, files, run):
             images = make(y, cfg, run, progress).half()
             if not torch.isfinite(images).all():
                 raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
+            lines = [{k: v if isinstance(v, int) else float(f"{v.item():.6g}") for k, v in point.items()} for point in curve]
+            write_atomically(files[index].with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
             write_images(files[index], images, y, (cfg.mean, cfg.std))
 
 
@@ -175,8 +201,12 @@ def make_set(cfg, load, make, begin=lambda: None):
     wait_for_all()
     if joins or (cfg.part and not together()):
         return run
-    if cfg.data_source != "real":
-        images = noise(cfg.count, cfg) if cfg.data_source == "noise" else read_batches(parts, files, cfg)
+    if cfg.data_source == "noise":
+        images = noise(cfg.count, cfg)
+    elif cfg.data_source != "real":
+        images = read_batches(parts, files, cfg)
+        curves = "".join(file.with_suffix(".jsonl").read_text() for file in files)
+        write_atomically(run.folder / "metrics.jsonl", curves)
     write_images(run.folder / "images.npz", images, labels, (cfg.mean, cfg.std))
     draw_grid(images, labels, cfg, run.folder / "grid.png")
     made = {"images": cfg.count, "data_source": cfg.data_source, "zoo": [network.name for network in networks]}
@@ -199,7 +229,8 @@ def synthesize(cfg, load, make):
 
     def show(made, run):
         print(f"\n{made['images']:,} images of source {made['data_source']} in {made['seconds']:.0f} s")
-        print(f"  in {run.folder}/: images.npz, grid.png, result.json; --images {run.folder} uses them")
+        files = [name for name in ("images.npz", "grid.png", "metrics.jsonl", "result.json") if (run.folder / name).exists()]
+        print(f"  in {run.folder}/: {', '.join(files)}; --images {run.folder} uses them")
 
     if run.finished:
         return show_finished(run, show)

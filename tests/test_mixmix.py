@@ -21,18 +21,20 @@ from common.images import jitter, read_images
 from common.ops import box_mix
 from common.run import Run
 from common.synthesis import make_labels, make_set
+from common.tasks.evaluate import inception_score
 from mixmix import (
     LossWeights,
     ZooModel,
+    blur_prior,
     config,
     draw_boxes,
     image_prior,
-    inception_score,
     invert,
     load_source,
     load_zoo,
     mixed_cross_entropy,
     mixmix_loss,
+    weights_of,
 )
 
 TINY = DATA | {"batch_size": 10, "count": 25, "iterations": 6, "warmup_iterations": 2}
@@ -101,6 +103,31 @@ def test_losses_against_double_precision_formulas():
     tv, l2 = image_prior(x)
     assert tv.item() == pytest.approx(sum(math.sqrt(v) for v in squares.values()), rel=1e-5)
     assert l2.item() == pytest.approx(sum(math.sqrt(image.double().square().sum()) for image in x) / 3, rel=1e-5)
+
+
+def test_the_blur_prior_is_the_distance_from_a_gaussian_mean():
+    assert blur_prior(torch.full((2, 3, 6, 7), 3.0)).item() == pytest.approx(0, abs=1e-10)
+    torch.manual_seed(0)
+    x, expected = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True), 0.0
+    bell = {(i, j): math.exp(-(i * i + j * j) / 2) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    for plane in x.detach().flatten(0, 1):
+        for i in range(5):
+            for j in range(6):  # beyond the border it is mirrored: -1 is 1
+                near = sum(w * plane[4 - abs(4 - abs(i + di)), 5 - abs(5 - abs(j + dj))] for (di, dj), w in bell.items())
+                expected += (plane[i, j] - near / sum(bell.values())) ** 2 / x.numel()
+    torch.testing.assert_close(blur_prior(x), expected)
+    assert torch.autograd.gradcheck(blur_prior, x)
+
+
+def test_kw_has_a_divergence_and_a_blur_in_its_loss(net):
+    cfg = config(**DATA, data_source="kw", kl_weight=3.0, blur_weight=0.2, arch="tiny:net")
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 5
+    loss, losses = mixmix_loss([ZooModel("a", net, NORMAL, NORMAL)], x, y, LossWeights(weights_of(cfg)), cfg, Run(cfg).autocast)
+    stats, logits = BatchNormStatistics(net), net(x)
+    expected = {"ce": F.cross_entropy(logits, y), "bn": stats.loss("kl"), "prior": 0.2 * blur_prior(x)}
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(loss, expected["ce"] + 3 * expected["bn"] + expected["prior"])
 
 
 def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypatch):
@@ -202,6 +229,15 @@ def test_labels_are_balanced_or_random():
     assert labels.bincount().tolist() == [20] * 5 and labels.tolist() != sorted(labels.tolist())
     random = make_labels(config(**TINY | {"count": 100}, labels="random"))
     assert random.bincount(minlength=5).tolist() != [20] * 5 and not torch.equal(random, labels)
+    some = config(**TINY | {"count": 100}, classes=["4", "1-2", "2"])
+    assert make_labels(some).bincount().tolist() == [0, 34, 33, 0, 33]
+    some.labels = "random"
+    assert make_labels(some).unique().tolist() == [1, 2, 4]
+
+
+def test_the_number_of_images_goes_by_task_and_data():
+    counts = [config(task="qat", **flags).count for flags in ({"dataset": "imagenet"}, {"dataset": "cifar10"}, {"count": 5})]
+    assert counts == [100_000, 4096, 5] and config(dataset="imagenet").count == config(task="synth").count == 1024
 
 
 def test_inception_score_of_known_distributions():
@@ -233,6 +269,8 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
     for process in (whole, two, resumed):
         out, err = process.communicate()
         assert process.returncode == 0, err
+    curves = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "two", "killed")]
+    assert curves[0].count("\n") == 3 * 40 and curves[0] == curves[1] == curves[2]
     contents = [np.load(tmp_path / name / "images.npz") for name in ("whole", "two", "killed")]
     for key in ("images", "labels", "mean", "std"):
         assert all(np.array_equal(contents[0][key], other[key]) for other in contents[1:])
@@ -242,13 +280,25 @@ def test_killed_runs_and_several_processes_make_the_images_of_one(tmp_path):
     assert not np.array_equal(*batches)
 
 
+def test_the_losses_of_every_batch_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.synthesis.CURVE", 2)
+    flags = [*command_line(TINY | {"iterations": 7}), "--weights-form", "learned", "--lr-weights", "0.1"]
+    mixmix.main(["--task", "synth", *flags, "--out", str(tmp_path / "run")])
+    assert "metrics.jsonl" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["batch"], line["iteration"]) for line in lines] == [(b, i) for b in range(3) for i in (0, 3, 6)]
+    for line in lines:
+        assert set(line) == {"batch", "iteration", *(p + name for p in ("", "lambda_") for name in ("ce", "bn", "prior"))}
+    assert lines[0]["lambda_ce"] == 1 != lines[1]["lambda_ce"]  # as used in that iteration
+
+
 def test_parts_make_the_images_of_one_process(tmp_path, fails, capsys):
     flags = ["--task", "synth", *command_line(TINY)]
     mixmix.main([*flags, "--out", str(tmp_path / "whole")])
     parts = [*flags, "--out", str(tmp_path / "parts")]
     assert "start --part 0/2 first" in fails(mixmix.main, *parts, "--part", "1/2")
     assert mixmix.main([*parts, "--part", "0/2"]) is None and "--resume without --part" in capsys.readouterr().out
-    assert len(list((tmp_path / "parts" / "batches").iterdir())) == 2
+    assert len(list((tmp_path / "parts" / "batches").glob("*.npz"))) == 2
     mixmix.main([*parts, "--part", "1/2"])
     assert "holds an unfinished run" in fails(mixmix.main, *parts)
     result = mixmix.main([*parts, "--resume"])
@@ -268,7 +318,14 @@ def test_sources_and_what_networks_see_in_them(tmp_path, capsys, fails):
     fast = ["--task", "synth", *command_line(TINY | {"iterations": 2})]
     ready = ["--task", "synth", *command_line(DATA), "--count", "25", "--arch", "tiny:net"]
     plain = [*ready, "--iterations", "2", "--batch-size", "10"]
-    runs = {"mixmix": fast, "single": plain, "zeroq": plain, "noise": ready, "real": [*ready, "--data-dir", str(data)]}
+    runs = {
+        "mixmix": fast,
+        "single": plain,
+        "zeroq": plain,
+        "kw": plain,
+        "noise": ready,
+        "real": [*ready, "--data-dir", str(data)],
+    }
     for name, flags in runs.items():
         mixmix.main([*flags, "--data-source", name, "--out", str(tmp_path / name)])
         images, labels, _ = read_images(tmp_path / name, config(**TINY))
@@ -301,6 +358,8 @@ def test_distillation_with_the_mixmix_terms(net):
         run = Run(cfg)
         mixmix.compress(net, None, cfg, run)
         histories[source] = run.history
+    with_weight = config(**DATA, **KD, **GENERATOR, zoo=TINY["zoo"], zoo_sample=2, task="kd", arch="tiny:net")
+    assert mixmix.DaflTerms(net, Run(with_weight)).weigh.fixed == {"ce": 0.05, "bn": 0.1}  # DAFL's one-hot weight
     assert "bn" in histories["mixmix"][-1] and "bn" not in histories["single"][-1]
     assert all(lines[-1]["loss_q"] < lines[0]["loss_q"] for lines in histories.values())
 
@@ -374,6 +433,13 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ),
         ([*tiny, "--zoo", "tiny:absent"], "zoo model tiny:absent: --arch 'tiny:absent' cannot be imported"),
         ([*tiny, "--data-source", "single"], "--zoo has no effect with --data-source single"),
+        ([*tiny, "--blur-weight", 1], "--blur-weight has no effect with --data-source mixmix"),
+        ([*own[:-1], "kw", "--tv-weight", 1], "--tv-weight has no effect with --data-source kw"),
+        ([*own[:-1], "zeroq", "--classes", 1], "--classes has no effect with --data-source zeroq"),
+        ([*own[:-1], "kw", "--ce-weight", 0, "--kl-weight", 0, "--blur-weight", 0], "minimises nothing"),
+        ([*data, "--task", "kd", "--ce-weight", 2], "--ce-weight has no effect with --task kd and --data-source mixmix"),
+        ([*tiny, "--classes", "4-2"], "--classes is '4-2'; give class numbers and ranges of them"),
+        ([*tiny, "--classes", "0", "3-5"], "--classes names 5, and the classes of --dataset folder are 0 to 4"),
         ([*data, "--task", "synth", "--data-source", "real"], "needs training images; give --data-dir"),
         ([*tiny, "--qat-lr", 1], "--qat-lr has no effect with --task synth"),
         ([*data, "--images", "other.npz", "--iterations", 3], "--iterations has no effect with --images"),

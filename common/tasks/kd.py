@@ -47,7 +47,8 @@ def add_flags(parser):
     student = "learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs"
     add("--kd-lr", type=number(0), default=0.1, help=student)
     add("--kd-lr-g", type=number(0), default=0.02, help="learning rate of the generator (Adam)")
-    add("--one-hot-weight", type=number(0), help="weight of DAFL's one-hot loss (default: 0.05, CIFAR-100 0.5)")
+    one_hot = "weight of DAFL's one-hot loss, and of MixMix's mixed cross-entropy beside it (default: 0.05, CIFAR-100 0.5)"
+    add("--one-hot-weight", type=number(0), help=one_hot)
     add("--information-weight", type=number(0), help="weight of DAFL's information entropy (default: 5, CIFAR-100 20)")
     add("--activation-weight", type=number(0), help="weight of DAFL's activation loss (default: 0.01, CIFAR-100 0.1)")
     return (group,)

@@ -97,7 +97,7 @@ class RealImages(nn.Module):
         images, labels = training_set(run.cfg) if images is None else (images, labels)
         run.record(data_source=run.cfg.data_source, images_used=len(labels))
         count = labels.bincount(minlength=run.cfg.num_classes)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (run.cfg.mean, run.cfg.std))
+        mean, std = as_tensors((run.cfg.mean, run.cfg.std))
         tensors = {"images": images[labels.argsort(stable=True)], "first": count.cumsum(0) - count, "count": count}
         for name, tensor in (tensors | {"mean": mean, "std": std}).items():
             self.register_buffer(name, tensor, persistent=False)

@@ -477,7 +477,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--search-epochs", 0], "; give a whole number from 1 to 1e+06"),
         (["--scale", 0], "; give a number from 0.015625 to 64"),
         (["--latent-dim", 2], "--latent-dim is 2; each of three blocks gets a third of it, so give at least 3"),
-        ([*tiny, "--image-size", 12], "--image-size is 12; the generator needs a multiple of 8"),
+        ([*tiny, "--image-size", 12], "--image-size is 12 and the generator makes images of multiples of 8 pixels"),
         (
             [*tiny, *kd, "--genotype", "random", "--student-arch", "resnet2x"],
             "--student-arch 'resnet2x' is not known",

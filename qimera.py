@@ -13,7 +13,7 @@ Where the equations are:
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
     classifier                             extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
-    zaq_losses                             L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
+    zaq_losses, common/zaq.py              L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
     measure_paths, project_features        distance ratio, intrusion score; PCA               Table 5, Figure 3
 
     what                       paper                      released code               here
@@ -41,11 +41,8 @@ Where the equations are:
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
-    ZAQ: beta, gamma           not given                  in ZAQ's own: 1, 0.1        0.1, 0.05, chosen here; --zaq-beta,
-                                                                                      --zaq-gamma
-    ZAQ: feature maps          not given                  in ZAQ's own: three stages  what enters each BatchNorm2d
-    ZAQ: student's steps       not given                  in ZAQ's own: five for one  one for one, at --lr-q
-                                                          of G's, at a rate of 0.1
+    ZAQ's game (Table 3)       Eq. 11, 12, rho; nothing   not in Qimera's; ZAQ's own  --adversarial zaq as in ZAQ's own,
+                               else                       is in common/zaq.py         zaq-paper as printed
     intrusion score            sum of other logits        not released                sum of other probabilities
     Figure 3(a), real images   of the training set        not released                of the test set
     reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
@@ -78,6 +75,7 @@ from common.quant import describe, observe, quantize
 from common.report import execute, print_rows
 from common.run import Run, pick_device, write_atomically
 from common.trace import trace
+from common.zaq import FORMS, FeatureMaps, feature_distance
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
 
@@ -327,44 +325,11 @@ def student_loss(student_logits, teacher_logits, soft, cfg):
     return F.cross_entropy(student_logits, soft) + cfg.kd_weight * kd
 
 
-def keep_feature_maps(teacher, student, example):
-    """Two dicts that hooks fill in passes of the teacher and of the student: what enters each BatchNorm2d, (B, c, h, w).
-
-    Raises:
-        InputError: the teacher has no BatchNorm2d, or one that the student lacks.
-    """
-
-    def keep(maps, name, layer, args):
-        if torch.is_grad_enabled():  # an evaluation's would take its memory
-            maps[name] = args[0]
-
-    kept = {}, {}
-    for network, maps in zip((teacher, student), kept):
-        for name, layer in network.named_modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.register_forward_pre_hook(partial(keep, maps, name))
-        network(example)
-    lost = [name for name in kept[0] if name not in kept[1]]
-    if lost or not kept[0]:
-        what = f"quantized network has no BatchNorm2d '{lost[0]}'" if lost else "model has no BatchNorm2d"
-        raise InputError(f"the {what}, whose feature maps --adversarial zaq compares; leave the flag out")
-    for maps in kept:
-        maps.clear()
-    return kept
-
-
-def channel_relations(features):
-    """Cosines (B, c, c) between the channels of feature maps (B, c, h, w)."""
-    channels = F.normalize(features.float().flatten(2), dim=2)
-    return channels @ channels.transpose(1, 2)
-
-
-def zaq_losses(teacher_logits, student_logits, teacher_maps, student_maps, soft, cfg):
-    """ZAQ's L(G) and L(Q) with cross-entropy; logits and soft labels (B, C), feature maps as `keep_feature_maps` has them."""
+def zaq_losses(teacher_logits, student_logits, maps, soft, cfg):
+    """ZAQ's L(G) and L(Q) with cross-entropy; logits and soft labels (B, C), maps from `FeatureMaps.stages`."""
     l_o = -F.l1_loss(student_logits, teacher_logits)  # Eq. 2: falls as the outputs of P and Q part,
-    relations = [map(channel_relations, (maps, student_maps[name])) for name, maps in teacher_maps.items()]
-    l_f = -torch.stack([F.l1_loss(*pair) for pair in relations]).mean()  # as their feature maps do,
-    l_a = -list(teacher_maps.values())[-1].float().abs().mean()  # as the last one of P grows
+    l_f = -feature_distance(*maps, cfg.adversarial)  # as their feature maps do,
+    l_a = -maps[0][-1].abs().mean()  # as the last ones of P grow
     of_p, of_q = F.cross_entropy(teacher_logits, soft), F.cross_entropy(student_logits, soft)
     loss_g = l_o + cfg.zaq_beta * l_f + cfg.zaq_gamma * l_a + cfg.zaq_rho * of_p  # Eq. 11
     return loss_g, -l_o - cfg.zaq_beta * l_f + cfg.zaq_rho * of_q  # Eq. 12
@@ -393,8 +358,11 @@ def compress(teacher, cfg, run=None):
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
-    stats = BatchNormStatistics(teacher) if cfg.adversarial == "none" else None
-    maps = keep_feature_maps(teacher, student, example) if cfg.adversarial == "zaq" else ()
+    maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None
+    if maps:
+        teacher = maps.teacher
+    else:
+        stats = BatchNormStatistics(teacher)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
@@ -404,43 +372,48 @@ def compress(teacher, cfg, run=None):
         with run.autocast():
             return generator(single_labels(y, cfg.k, cfg.num_classes)).float()
 
-    def generator_step():
+    def draw_batch():
         labels = draw_labels(cfg, device)
         with run.autocast():
             x = generator(labels).float()
-            teacher_logits = teacher(x).float()
-            student_logits = student(x).float() if maps else None
+            return x, teacher(x).float(), labels.soft
+
+    def generator_step(x, teacher_logits, soft):
         if maps:
-            loss, _ = zaq_losses(teacher_logits, student_logits, *maps, labels.soft, cfg)
+            with run.autocast():
+                student_logits = student(x).float()
+            loss, _ = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
         else:
             bns = stats.loss(cfg.bns_form)
-            loss = generator_loss(teacher_logits, labels.soft, bns, cfg.bns_weight)
+            loss = generator_loss(teacher_logits, soft, bns, cfg.bns_weight)
             run.log(bns=bns)
         if not real:
             run.update(optim_g, loss)
             run.log(loss_g=loss)
-        return x.detach(), teacher_logits.detach(), labels.soft
 
     def student_step(x, teacher_logits, soft):
         with run.autocast():
             student_logits = student(x).float()
         if maps:
-            teacher_maps = {name: features.detach() for name, features in maps[0].items()}
-            _, loss = zaq_losses(teacher_logits, student_logits, teacher_maps, maps[1], soft, cfg)
+            _, loss = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
         else:
             loss = student_loss(student_logits, teacher_logits, soft, cfg)
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def iteration(calibrating, tuning):
-        batch = generator_step()
+        batch = draw_batch()
+        generator_step(*batch)
+        batch = [tensor.detach() for tensor in batch]
         if tuning:
             student_step(*batch)
+            for _ in range(cfg.student_steps - 1):
+                student_step(*(tensor.detach() for tensor in draw_batch()))
         elif calibrating and not maps:  # ZAQ's generator has sent its images through the student already
             with torch.no_grad(), run.autocast():
                 student(batch[0])
-        for kept in maps:
-            kept.clear()  # they would keep the graph of this iteration alive
+        if maps:
+            maps.clear()
 
     run.announce(describe(student))
     step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
@@ -453,10 +426,10 @@ def compress(teacher, cfg, run=None):
         decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
         optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
-        observe(student, calibrating)
+        observe(student.train(cfg.adversarial == "zaq"), calibrating)
         for _ in run.steps():
             step(calibrating, tuning)
-        observe(student, False)
+        observe(student.eval(), False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
     return student
@@ -615,9 +588,12 @@ def parser():
     add("--latent-dim", type=whole(1, 10**6), help=width)
     p.add_training(
         "Qimera: schedule and losses",
-        epochs=400, iters=200, warmup_epochs=(4, 50), calibrate_epochs=4, lr_g=1e-3, beta1=0.5,
-        batch_size={"paper": (64, 16), "released": (200, 16)}, lr_q={"paper": 1e-4, "released": (1e-4, 1e-6)},
-        weight_decay=1e-4, decay_epochs=[100, 200, 300], bns_weight=0.1, bns_form="gdfq",  # alpha of Eq. 1
+        epochs={"zaq": 300, "otherwise": 400}, iters={"zaq": 60, "otherwise": 200},
+        batch_size={"zaq": 256, "paper": (64, 16), "released": (200, 16)},
+        warmup_epochs={"zaq": 0, "otherwise": (4, 50)}, calibrate_epochs={"zaq": 300, "otherwise": 4},
+        lr_g=1e-3, beta1=0.5, lr_q={"zaq": 0.1, "paper": 1e-4, "released": (1e-4, 1e-6)},
+        weight_decay={"zaq": 5e-4, "otherwise": 1e-4}, decay_epochs=[100, 200, 300],
+        bns_weight=0.1, bns_form="gdfq",  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction="mean",  # delta of Eq. 3
     )  # fmt: skip
     group = p.add_argument_group("where paper and released code differ")
@@ -629,26 +605,33 @@ def parser():
     p.add_derived(group, "--noise", {"paper": "after", "released": "slot"}, noise, choices=("after", "before", "slot"))
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
-    add = p.add_argument_group("ablations and combinations").add_argument
+    group = p.add_argument_group("ablations and combinations")
+    add = group.add_argument
     add("--no-se", action="store_true", help="no superposed embeddings: every batch of single classes")
     add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
     add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     discovered = "qimera, or autorecon:GENOTYPE, one that autorecon.py --genotype takes or a search has left (Table 3)"
     add("--generator", default="qimera", help=discovered)
-    add("--adversarial", choices=("none", "zaq"), default="none", help="play ZAQ's game (Table 3, Eq. 11 and 12)")
-    add("--zaq-beta", type=number(0, 1e6), default=0.1, help="beta of Eq. 11 and 12, not given in the paper")
-    add("--zaq-gamma", type=number(0, 1e6), default=0.05, help="gamma of Eq. 11, not given in the paper")
-    add("--zaq-rho", type=number(0, 1e6), default=0.1, help="rho of Eq. 11 and 12")
+    game = "play ZAQ's game (Table 3): as in ZAQ's released code (zaq), or as Eq. 11 and 12 are printed (zaq-paper)"
+    add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py tells them apart")
+    weight = {"type": number(0, 1e6)}
+    p.add_derived(group, "--zaq-beta", {"zaq": 1.0, "zaq-paper": 0.1}, "beta of Eq. 11 and 12", **weight)
+    p.add_derived(group, "--zaq-gamma", {"zaq": 0.1, "zaq-paper": 0.05}, "gamma of Eq. 11", **weight)
+    add("--zaq-rho", **weight, default=0.1, help="rho of Eq. 11 and 12")
+    steps = "student steps per generator step, all but the first on new images"
+    p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
     add("--analyze", metavar="RUN", help="only analyse this run folder's generator: Table 5 and Figure 3")
     p.without_effect("--no-se", "--k", "--p")
-    p.without_effect("--adversarial zaq", "--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
+    for form in FORMS:
+        gdfq = ("--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
+        p.without_effect(f"--adversarial {form}", *gdfq)
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")
     p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
-    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction".split()
+    learning = "--warmup-epochs --lr-q --weight-decay --student-steps --kd-weight --temperature --kd-reduction".split()
     p.without_effect("--no-finetune", *learning)
     return p
 

@@ -16,7 +16,7 @@ from common.progress import close_all
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
-SETTINGS = ("variant", "task")  # that defaults of other flags go by
+SETTINGS = ("adversarial", "variant", "task")  # that defaults of other flags go by
 
 
 # ------------------------------------------------------------------------------------------------ what a flag may be
@@ -157,7 +157,8 @@ class Parser(argparse.ArgumentParser):
         """A flag whose default goes by others.
 
         Args:
-            default: (for images up to 64 pixels, for larger ones), or a dict by --variant or --task of values or such pairs.
+            default: (for images up to 64 pixels, for larger ones), or a dict of values or such pairs by what --variant, --task
+                or --adversarial is, of which the first that fits counts; "otherwise" always fits.
         """
         action = group.add_argument(flag, help=f"{help} (default: {_in_words(default)})", **kwargs)
         self.derived[action.dest] = default
@@ -219,7 +220,8 @@ class Parser(argparse.ArgumentParser):
             setattr(args, name, given if given is not None else expected)
         for name, default in self.derived.items():
             if isinstance(default, dict):
-                default = next(value for key, value in default.items() if key in (vars(args).get(s) for s in SETTINGS))
+                keys = ("otherwise", *(vars(args).get(setting) for setting in SETTINGS))
+                default = next((value for key, value in default.items() if key in keys), None)
             fill_in(args, {name: default[args.image_size > SMALL_IMAGE] if isinstance(default, tuple) else default})
         args.method = self.method
         if args.out is None:

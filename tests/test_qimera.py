@@ -5,15 +5,18 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, FunctionalNet
+from conftest import ROOT, FunctionalNet, trained
 from test_data import make_cifar100, make_folder
 from torch import nn
 
 import qimera
-from common import InputError
+from common import InputError, zaq
+from common.data import accuracy
+from common.export import load_quantized, save_quantized
 from common.models import build
 from common.ops import superpose, superposed_labels
-from common.quant import quantized_activations
+from common.progress import close_all
+from common.quant import observe, quantize, quantized_activations
 from common.run import Run
 from qimera import Latent, classifier, compress, config, path_metrics, single_labels, superpose_labels
 
@@ -150,44 +153,63 @@ def test_embeddings_are_extracted_from_the_last_layer_of_the_graph(net):
     assert not torch.equal(random.embedding.weight, net.fc.weight)
 
 
-def test_zaq_losses_against_double_precision_formulas():
-    cfg = config(**TINY, adversarial="zaq", zaq_beta=0.7, zaq_gamma=0.3, zaq_rho=0.1)
+@pytest.mark.parametrize("form", ["zaq", "zaq-paper"])
+def test_zaq_losses_against_double_precision_formulas(form):
+    cfg = config(**TINY, adversarial=form, zaq_beta=0.7, zaq_gamma=0.3, zaq_rho=0.1)
     t, q, soft = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5).softmax(1)
-    maps = [{name: torch.randn(6, c, 4, 4) for name, c in (("a", 3), ("b", 8))} for _ in range(2)]
-    distance = 0.0
-    for name in "ab":
-        theirs, own = (F.normalize(m[name].double().flatten(2), dim=2) for m in maps)
-        cosines = [torch.einsum("bcp,bdp->bcd", x, x) for x in (theirs, own)]
-        distance += (cosines[0] - cosines[1]).abs().mean() / 2
+    maps = [[torch.randn(6, 3, 4, 4), torch.randn(6, 8, 2, 2)] for _ in range(2)]
+    spatial, channel = [], []
+    for pair in zip(*maps):
+        pair = [one.double() for one in pair]
+        energy = [(one**2).mean(1) for one in pair]
+        lengths = [(one**2).sum((1, 2), keepdim=True).sqrt() for one in energy]
+        spatial.append(((energy[0] / lengths[0] - energy[1] / lengths[1]) ** 2).sum() / 6)
+        cosines = [F.cosine_similarity(*(one.flatten(2).unsqueeze(d) for d in (1, 2)), dim=3) for one in pair]
+        channel.append((cosines[0] - cosines[1]).abs().mean())
+    distance = sum(spatial) + sum(channel) if form == "zaq" else sum(channel) / 2
     ce = [-(soft.double() * v.double().log_softmax(1)).sum(1).mean() for v in (t, q)]
-    game = (t - q).double().abs().mean() + 0.7 * distance
-    loss_g, loss_q = qimera.zaq_losses(t, q, *maps, soft, cfg)
-    torch.testing.assert_close(
-        loss_g.double(), -game - 0.3 * maps[0]["b"].double().abs().mean() + 0.1 * ce[0], atol=1e-5, rtol=1e-4
-    )
+    game, activation = (t - q).double().abs().mean() + 0.7 * distance, maps[0][1].double().abs().mean()
+    loss_g, loss_q = qimera.zaq_losses(t, q, maps, soft, cfg)
+    torch.testing.assert_close(loss_g.double(), -game - 0.3 * activation + 0.1 * ce[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(loss_q.double(), game + 0.1 * ce[1], atol=1e-5, rtol=1e-4)
 
 
-class NormAct(nn.BatchNorm2d):
-    """With an activation in its forward, which is quantized; so the student has no such layer."""
-
-    def forward(self, x):
-        return torch.relu(super().forward(x))
-
-
-def test_zaq_needs_feature_maps(net):
-    with pytest.raises(InputError, match="the model has no BatchNorm2d, whose feature maps --adversarial zaq compares"):
-        compress(tiny.plain(), config(**TINY, adversarial="zaq"))
-    net.unused = nn.BatchNorm2d(4)
-    compress(net, config(**TINY, adversarial="zaq"))
-    net.bn2 = NormAct(8).eval()
-    compress(net, config(**TINY))
-    with pytest.raises(InputError, match="no BatchNorm2d 'bn2', whose feature maps --adversarial zaq compares"):
-        compress(net, config(**TINY, adversarial="zaq"))
+def test_a_channel_without_activation_leaves_the_attention_losses_finite():
+    maps = torch.rand(2, 3, 4, 4, requires_grad=True)
+    dead = (maps * torch.tensor([0.0, 1e-30, 1.0]).view(1, 3, 1, 1), torch.zeros(2, 2, 2, 2) * maps[:, :2, :2, :2])
+    zaq.feature_distance(dead, (torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2, 2)), "zaq").backward()
+    assert maps.grad.isfinite().all()
 
 
-def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):
-    game = {"adversarial": "zaq", "zaq_gamma": 0, "zaq_rho": 0, "epochs": 8, "iters": 8, "calibrate_epochs": 1, "bits": 2}
+def test_zaq_compares_the_outputs_of_the_stages(net):
+    """They are those of the full-precision network's and the student's own layers, at the three lowest resolutions."""
+    teacher, x = trained(build("resnet20", 5, 64), 64, steps=2).requires_grad_(False), torch.randn(4, 3, 64, 64)
+    student = quantize(teacher, 4, 4)
+    observe(student, True)
+    maps, expected = zaq.FeatureMaps(teacher, student, "relu", x[:2]), []
+    for stage in (teacher.layer1, teacher.layer2, teacher.layer3):
+        stage.register_forward_hook(lambda module, args, output: expected.append(output))
+    torch.testing.assert_close(maps.teacher(x), teacher(x))
+    student(x)
+    of_teacher, of_student = maps.stages()
+    assert [one.shape[1:] for one in of_student] == [(16, 64, 64), (32, 32, 32), (64, 16, 16)]
+    torch.testing.assert_close(of_teacher, expected)
+    assert all(len(one.unique()) <= 16 for one in of_student) and of_student[0].requires_grad
+    maps.clear()
+    with torch.no_grad():
+        student(x)
+    assert maps.kept == ({}, {})
+    for network in (tiny.branch(), tiny.plain()):  # cannot be traced; has no BatchNorm
+        compress(network, config(**TINY, adversarial="zaq", no_eei=True))
+    flat = nn.Sequential(nn.Conv2d(3, 4, 16), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5)).eval()
+    with pytest.raises(InputError, match="no feature map that --adversarial could compare; leave the flag out"):
+        compress(flat, config(**TINY, adversarial="zaq"))
+
+
+@pytest.mark.parametrize("form", ["zaq", "zaq-paper"])
+def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net, form):
+    game = {"adversarial": form, "zaq_gamma": 0, "zaq_rho": 0, "epochs": 8, "iters": 8, "calibrate_epochs": 1, "bits": 2}
+    game["student_steps"] = 1
     losses = {}
     for side, flags in (("loss_g", {"lr_q": 0, "weight_decay": 0}), ("loss_q", {"lr_g": 0, "lr_q": 0.02})):
         cfg = config(**TINY | game | flags | {"warmup_epochs": 1})
@@ -198,7 +220,51 @@ def test_zaq_lets_the_generator_part_the_networks_and_the_student_follow(net):
         assert torch.equal(student.fc.weight, net.fc.weight) == (side == "loss_g")
     assert losses["loss_g"][-1] < losses["loss_g"][0] < 0  # minus the distance
     assert losses["loss_q"][-1] < losses["loss_q"][0]
-    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+class Stopping:
+    """One batch of test images; the second evaluation is interrupted."""
+
+    def __init__(self, stops):
+        self.batch, self.left = (torch.randn(40, 3, 16, 16), torch.arange(40) % 5), 2 if stops else math.inf
+
+    def __iter__(self):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        yield self.batch
+
+
+def test_the_students_batchnorms_learn_in_zaqs_released_form(net, tmp_path):
+    """Six passes in train mode for a step of the generator; evaluated, saved and resumed with what they have learned."""
+    cfg = {"adversarial": "zaq", "warmup_epochs": 0, "lr_q": 0.01, "eval_every": 1}
+    students = []
+    for name, stops in (("whole", False), ("stopped", True), ("stopped", False)):
+        torch.manual_seed(0)
+        run = Run(config(**TINY | cfg, resume=True), tmp_path / name)
+        run.test_set = test_set = Stopping(stops)
+        if stops:
+            with pytest.raises(KeyboardInterrupt):
+                compress(net, run.cfg, run)
+            close_all()
+            continue
+        students.append(compress(net, run.cfg, run))
+    whole, resumed = (student.state_dict() for student in students)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert whole["bn1.num_batches_tracked"] - net.bn1.num_batches_tracked == 3 * 4 * (1 + 5)
+    assert not torch.equal(whole["bn1.running_mean"], net.bn1.running_mean)
+    student, images = students[0], test_set.batch[0]
+    assert not student.training and run.results["last_top1"] == round(accuracy(student, test_set), 2)
+    meta = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "wbits": 4, "abits": 4, "act_placement": "relu"}
+    save_quantized(student, tmp_path / "quantized.pt", meta)
+    assert torch.equal(load_quantized(tmp_path / "quantized.pt", net)(images), student(images))
+    fixed = compress(net, config(**TINY | cfg | {"adversarial": "zaq-paper"}))
+    assert torch.equal(fixed.bn1.running_mean, net.bn1.running_mean)
+
+
+def test_further_student_steps_take_images_of_their_own(net):
+    weights = [compress(net, config(**TINY, lr_q=0.05, lr_g=0, **flags)).conv1.weight for flags in ({}, {"student_steps": 2})]
+    assert not torch.equal(*weights)
 
 
 def test_ablations_and_differences_change_what_they_name(net):
@@ -224,6 +290,16 @@ def test_defaults_are_the_papers_and_the_run_tables():
     assert defaults("--dataset", "imagenet", "--arch", "resnet50") == (16, 1e-4, 0.7, 500, True, 100)
     assert defaults("--dataset", "imagenet", "--bits", "5", "--variant", "released") == (16, 1e-6, 0.4, 100, False, 100)
     assert defaults("--dataset", "cifar10", "--variant", "released")[:2] == (200, 1e-4)
+
+    def schedule(*argv):
+        cfg = qimera.parse_args(argv)
+        found = cfg.epochs, cfg.iters, cfg.batch_size, cfg.warmup_epochs, cfg.calibrate_epochs, cfg.lr_q, cfg.weight_decay
+        return (*found, cfg.student_steps), (cfg.zaq_beta, cfg.zaq_gamma, cfg.zaq_rho)
+
+    plain = (400, 200, 64, 4, 4, 1e-4, 1e-4, 1)
+    assert schedule() == (plain, (None, None, 0.1))
+    assert schedule("--adversarial", "zaq-paper") == (plain, (0.1, 0.05, 0.1))
+    assert schedule("--adversarial", "zaq", "--iters", "9") == ((300, 9, 256, 0, 300, 0.1, 5e-4, 5), (1, 0.1, 0.1))
 
 
 def test_path_metrics_of_known_paths():

@@ -278,7 +278,8 @@ def load_training_set(dataset, data_dir, num_classes, image_size, seed=0, channe
 
 
 class _Fit:
-    """PIL image -> uint8 tensor of the network's size, as ImageNet's test images are cut: 256 of which 224 remain."""
+    """PIL image -> uint8 tensor of the network's size, as ImageNet's test images are cut: 256 of which 224 remain, or 342 of
+    which 299. EfficientNets are evaluated so, too, where torchvision resizes bicubically and cuts the larger ones less."""
 
     def __init__(self, image_size, channels):
         self.image_size, self.channels = image_size, channels

@@ -2,10 +2,10 @@
 
 DIR holds train/ and test/, each with one folder per class, or torchvision's own files. FILE is for --weights of all scripts.
 
---recipe fast made the bundled networks. Kernels are trained by Muon (after three epochs its loss was a fifth below SGD's),
-everything else by SGD with Nesterov momentum; half an epoch of linear warm-up, then a linear decay to zero; random
-translations and alternating flips. The first `--small-epochs` epochs see crops of `--small-size` pixels, which cost half as
-much; the rest see the full image.
+--recipe fast made the bundled networks. Kernels, depthwise ones too, are trained by Muon (after three epochs its loss was a
+fifth below SGD's), everything else by SGD with Nesterov momentum; half an epoch of linear warm-up, then a linear decay to
+zero; random translations and alternating flips. The first `--small-epochs` epochs see crops of `--small-size` pixels, which
+cost half as much; the rest see the full image.
 
 --recipe sgd is the usual one: SGD with momentum 0.9 from a rate of 0.1, which falls along a cosine or is divided by 10 at
 `--decay-epochs`; weight decay 5e-4 on everything; crops of images with a black border of 4 pixels, random flips. The

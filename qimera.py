@@ -28,7 +28,7 @@ Where the equations are:
     noise, one vector          per sample, after the      per embedding, before the   --variant, --noise after, before
                                mapping by Eq. 8, before   mapping                     or slot
                                it by Sec. 4.4 and 5.1
-    noise, factor              1                          1, for small images         1, --noise-scale
+    factor on the noise        none                       1; for small images only    1, --noise-scale
     embeddings with noise      as they are                standardised per sample,    --variant, --normalise
                                                           or superposed per slot
     embeddings                 trained; frozen in         trained                     trained; --freeze-embeddings
@@ -41,8 +41,8 @@ Where the equations are:
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
-    ZAQ's game (Table 3)       Eq. 11, 12, rho; nothing   not in Qimera's; ZAQ's own  --adversarial zaq as in ZAQ's own,
-                               else                       is in common/zaq.py         zaq-paper as printed
+    ZAQ's game (Table 3)       Eq. 11, 12 and rho only    ZAQ's settings in its own   --adversarial zaq (ZAQ's code) or
+                                                          code; not Qimera's          zaq-paper: table in common/zaq.py
     intrusion score            sum of other logits        not released                sum of other probabilities
     Figure 3(a), real images   of the training set        not released                of the test set
     reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
@@ -263,24 +263,22 @@ class SuperposingGenerator(nn.Module):
 
     def forward(self, labels, z=None):
         """Images of `Labels`, by default with noise of their own."""
-        with torch.autocast(labels.soft.device.type, enabled=False):
-            latent = self.latent(labels, self.latent.draw_noise(labels.classes) if z is None else z)
-            soft = labels.soft
+        classes, soft = labels.classes, labels.soft
+        with torch.autocast(soft.device.type, enabled=False):
+            latent = self.latent(labels, self.latent.draw_noise(classes) if z is None else z)
             if self.cbn == "mean":
-                soft = torch.where(labels.superposed, soft / labels.classes.shape[1], soft)
+                soft = torch.where(labels.superposed, soft / classes.shape[1], soft)
         return self.body(latent, soft)
 
 
 def make_generator(teacher, cfg, channels, example=None):
     """The generator that `cfg` describes, for a teacher; on the CPU."""
     latent = make_latent(teacher, cfg, example)
-    sizes = cfg.num_classes, cfg.image_size, channels
+    about = (cfg.num_classes, cfg.image_size, channels)
     if cfg.generator == "qimera":
-        body = Generator(latent.out_features, *sizes)
-    else:
-        Discovered, genotype = discovered(cfg)
-        body = Discovered(genotype, *sizes, latent.out_features)
-    return SuperposingGenerator(latent, body, cfg.cbn)
+        return SuperposingGenerator(latent, Generator(latent.out_features, *about), cfg.cbn)
+    Discovered, genotype = discovered(cfg)
+    return SuperposingGenerator(latent, Discovered(genotype, *about, latent.out_features), cfg.cbn)
 
 
 class RealSamples(RealImages):
@@ -624,8 +622,7 @@ def parser():
     add("--analyze", metavar="RUN", help="only analyse this run folder's generator: Table 5 and Figure 3")
     p.without_effect("--no-se", "--k", "--p")
     for form in FORMS:
-        gdfq = ("--bns-weight", "--bns-form", "--kd-weight", "--temperature", "--kd-reduction")
-        p.without_effect(f"--adversarial {form}", *gdfq)
+        p.without_effect(f"--adversarial {form}", *"--bns-weight --bns-form --kd-weight --temperature --kd-reduction".split())
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"

@@ -486,6 +486,7 @@ def _complete(cfg):
     cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images; the task may have its own
     if task := TASKS.get("ptq" if cfg.task == "transfer" else cfg.task):
         task.complete(cfg)
+    fill_in(cfg, {"act_placement": "relu"})  # which only networks that a task quantizes ask for
     return cfg
 
 

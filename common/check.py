@@ -86,8 +86,9 @@ def in_full_precision(student, rows, cfg):
     modules = list(student.modules())
     lines = []
     if any("full precision" in row[-1] for row in rows):
-        reason = "only results of activation functions are quantized; --act-placement input quantizes what layers receive"
-        lines.append(f"inputs listed as full precision: {reason}")
+        reasons = {"blocks": "the network's input is not quantized, nor are averages of quantized values"}
+        reason = reasons.get(cfg.act_placement, "only results of activation functions are quantized")
+        lines.append(f"inputs listed as full precision: {reason}; --act-placement input quantizes what layers receive")
     for name, count in sorted(full_precision_activations(student).items()):
         lines.append(f"{count} {name}: no quantizer for it, as for the gates of squeeze-and-excitation")
     batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
@@ -127,7 +128,7 @@ def print_check(teacher, student, example, cfg):
         lines = in_full_precision(student, rows, cfg)
         print("in full precision:\n  " + "\n  ".join(lines))
         with tempfile.TemporaryDirectory() as folder:
-            save_quantized(student, Path(folder) / "quantized.pt", {"arch": cfg.arch})
+            save_quantized(student, Path(folder) / "quantized.pt", {"arch": cfg.arch, "act_placement": cfg.act_placement})
             after = (Path(folder) / "quantized.pt").stat().st_size
     print(f"file: {before / 1024:,.0f} KB -> {after / 1024:,.0f} KB ({before / after:.1f}x)", flush=True)
     return {"rows": rows, "full_precision": lines, "bytes_fp32": before, "bytes_student": after}

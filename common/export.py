@@ -2,14 +2,17 @@
 
 import copy
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import InputError, replacing
+from common.activations import kind_of
 from common.models import build
 from common.quant import (
+    QuantAct,
     channel_parameters,
     decode_,
     encode,
@@ -44,6 +47,18 @@ def unpack(packed, bits, count):
     return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0])
 
 
+def place_names(network):
+    """Names for the values of a traced network, quantized or not, that are the same however it was traced: a dict of node ->
+    the module or function that computes it, and which of its calls it is."""
+    modules, calls, names = dict(network.named_modules()), Counter(), {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], QuantAct):
+            what = node.target if node.op == "call_module" else kind_of(node, modules)
+            calls[what] += 1
+            names[node] = f"{what} {calls[what]}"
+    return names
+
+
 def save_quantized(student, path, meta):
     """Write a quantized network.
 
@@ -51,7 +66,8 @@ def save_quantized(student, path, meta):
         student: from `common.quant.quantize`, with frozen activation ranges.
         path: file to write; replaced in one step.
         meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, design, wbits, abits and
-            act_placement (and folded, if its BatchNorms are), `--eval` also method, dataset, mean and std.
+            act_placement (and folded, if its BatchNorms are), `--eval` also method, dataset, mean and std. With another
+            act_placement than "relu" and "input", each activation is stored with its place.
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student):
@@ -71,6 +87,11 @@ def save_quantized(student, path, meta):
         ranges = {key: getattr(act, key) for key in ("low", "high", "scale", "zero_point")}
         activations[name] = {"bits": act.bits, **ranges}
         weights |= {f"{name}.{buffer}" for buffer in (*ranges, "seen")}
+    if meta.get("act_placement", "relu") not in ("relu", "input"):
+        names = place_names(student)
+        for node in student.graph.nodes:
+            if node.op == "call_module" and node.target in activations:
+                activations[node.target]["place"] = names[node.args[0]]
     tensors = {
         key: value
         for key, value in student.state_dict().items()
@@ -147,7 +168,13 @@ def load_quantized(path, model=None):
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
     model = copy.deepcopy(model).float()
     model = fold_batchnorm(model, example) if meta.get("folded") else model
-    student = quantize(model, meta["wbits"], meta["abits"], meta["act_placement"], example=example)
+    places = {stored["place"] for stored in content["activations"].values() if "place" in stored}
+
+    def stored_places(traced):
+        return {node for node, name in place_names(traced).items() if name in places}
+
+    placement = stored_places if places else meta["act_placement"]
+    student = quantize(model, meta["wbits"], meta["abits"], placement, example=example)
     layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
     shapes = {name: value.shape for name, value in student.state_dict().items()}
     state = dict(content["tensors"])

@@ -331,7 +331,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         model: the teacher; left as it is.
         wbits, abits: bits of weights and activations, 2 to 8.
         act_placement: "relu" quantizes what every activation function returns (the papers); "input" quantizes what
-            every convolution and linear layer receives, the network's own input with 8 bits (integer inference).
+            every convolution and linear layer receives, the network's own input with 8 bits (integer inference). Or a
+            function of the traced network that returns the nodes of its graph whose values are quantized.
         clipped: no gradient for activations outside their range.
         example: a batch that the network takes. Without it shapes are unknown while the network is traced, and one that
             cannot be traced is refused.
@@ -345,7 +346,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     for flag, bits in (("--wbits", wbits), ("--abits", abits)):
         if not 2 <= bits <= 8:
             raise InputError(f"{flag} is {bits}; give a number of bits from 2 to 8")
-    if act_placement not in ("relu", "input"):
+    if act_placement not in ("relu", "input") and not callable(act_placement):
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
     model = baked_copy(model).eval().requires_grad_(True)
     check_layers(model)
@@ -401,7 +402,9 @@ def _quantize_graph(traced, abits, act_placement, clipped):
             user.replace_input_with(node, quantized)
 
     weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
-    activations = {node for node in graph.nodes if is_activation(node, modules)}
+    placed = act_placement(traced) if callable(act_placement) else ()
+    if act_placement == "relu":
+        placed = {node for node in graph.nodes if is_activation(node, modules)}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
             raise InputError(
@@ -414,7 +417,7 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                 f"graph node '{node.name}' ({kind_of(node, modules)}) takes a weight of the model, where it cannot be "
                 "quantized; write it as nn.Linear"
             )
-        if act_placement == "relu" and node in activations:
+        if node in placed:
             if not node.users:
                 raise InputError(
                     f"activation '{node.name}' works in place and its result is not used in the model's forward, so its output "
@@ -467,6 +470,8 @@ def _quantize_input(module, args):
 def _quantize_modules(model, abits, act_placement, clipped, example, trace_error):
     """Attach a QuantAct to every module that `act_placement` names; for networks that cannot be traced."""
     reason = f"the model cannot be traced ({first_line(trace_error)})"
+    if callable(act_placement):
+        raise InputError(f"{reason}, and where its activations are quantized is looked up in its graph")
     if example is None:
         raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
     with torch.no_grad(), _FunctionFinder(model) as finder:

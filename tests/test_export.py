@@ -1,11 +1,19 @@
+from functools import partial
+
 import pytest
+import strangers
+import tiny
 import torch
 from conftest import FunctionalNet, trained
 
+import gdfq
 from common import InputError
 from common.export import load_quantized, pack, read_quantized, save_quantized, unpack
 from common.models import build, design_of
 from common.quant import observe, quantize, quantized_layers
+from common.run import Run
+from common.tasks.blocks import brecq_places
+from common.trace import fold_batchnorm
 
 META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "design": None, "act_placement": "relu"}
 
@@ -47,6 +55,22 @@ def test_a_loaded_network_has_the_same_outputs_to_the_bit(tmp_path, bits, placem
         assert layer.weight.stride() == original.weight.stride()  # convolutions round by layout
     save_quantized(loaded, tmp_path / "again.pt", meta)
     assert torch.equal(load_quantized(tmp_path / "again.pt", FunctionalNet())(x), student(x))
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("name", ["inverted", "ViewAndFeatureFlags", "DeadActivation", "ShortcutOfZeros"])
+def test_places_of_a_methods_own_are_those_of_the_file(tmp_path, name, folds):
+    """The network that is saved has the forward of its graph where its own cannot be computed in channels-last."""
+    make = tiny.inverted if name == "inverted" else partial(strangers.make, name)
+    run, path = Run(gdfq.config(dataset="folder", num_classes=5, image_size=16, device="cpu")), tmp_path / "quantized.pt"
+    teacher, example = run.adopt(make())
+    student = calibrated(fold_batchnorm(teacher, example) if folds else teacher, 4, partial(brecq_places, teacher=teacher))
+    meta = META | {"act_placement": "blocks", "folded": folds, "wbits": 4, "abits": 4}
+    save_quantized(student, path, meta)
+    loaded, x = load_quantized(path, make()), torch.randn(5, 3, 16, 16)
+    assert torch.equal(loaded(x), student(x.contiguous(memory_format=run.layout)))
+    with pytest.raises(InputError, match="another architecture"):
+        load_quantized(path, FunctionalNet())
 
 
 def test_resnet20_file_is_small_and_complete(tmp_path):

@@ -141,6 +141,15 @@ def test_input_placement_covers_every_layer_once(net):
     assert len(seen) == 4 and all(count <= 256 for count in seen) and all(count <= 16 for count in seen[1:])
 
 
+def test_a_function_may_say_what_is_quantized(net):
+    student = quantize(net, 4, 3, lambda traced: [node for node in traced.graph.nodes if node.name in ("bn2", "mean")])
+    found = [node for node in student.graph.nodes if str(node.target).startswith("act_quant_")]
+    assert [node.args[0].name for node in found] == ["bn2", "mean"]
+    assert all(set(node.args[0].users) == {node} for node in found)  # nothing sees the full-precision value any more
+    with pytest.raises(InputError, match="cannot be traced .* where its activations are quantized"):
+        quantize(trained(ModuleNet()), 4, 4, lambda traced: [], example=torch.randn(4, 3, 16, 16))
+
+
 @pytest.mark.parametrize("arch, weights, acts", [("resnet20", 22, 19), ("mobilenet_v2", 53, 35), ("densenet121", 121, 121)])
 def test_known_networks_are_covered(arch, weights, acts):
     student = quantize(build(arch, 10, 32), 4, 4)

@@ -16,11 +16,12 @@ from torchvision.utils import save_image
 
 import mixmix
 from common import InputError
+from common.check import layer_rows
 from common.cli import Parser
 from common.export import load_quantized
 from common.images import read_images
 from common.models import build
-from common.quant import QuantConv2d, fake_quantize, observe, quantize, quantized_activations, quantized_layers
+from common.quant import QuantConv2d, describe, fake_quantize, observe, quantize, quantized_activations, quantized_layers
 from common.report import arithmetic
 from common.run import Run
 from common.tasks import TASKS, kd, ptq, qat
@@ -201,6 +202,73 @@ def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
     assert all(p.requires_grad for p in net.parameters())
 
 
+# what is quantized of tiny.Inverted, from the image to the last layer's input, and to how many bits
+BRECQ = {"stem.2": 8, "down.0.2": 4, "down.1.2": 4, "down.2": 4, "same.0.2": 4, "same.1.2": 4, "add": 4, "head.2": 8}
+LSQ = {"x": 8, "stem.2": 4, "down.0.2": 4, "down.1.2": 4, "down.3": 4, "same.0.2": 4, "same.1.2": 4, "add": 4, "mean": 8}
+RELU = {"stem.2": 4, "down.0.2": 4, "down.1.2": 4, "same.0.2": 4, "same.1.2": 4, "head.2": 8}
+
+
+def places(student):
+    """What is quantized: a dict of module or node -> bits."""
+    quantizers = [n for n in student.graph.nodes if str(n.target).startswith("act_quant_")]
+    sources = [quantizer.args[0] for quantizer in quantizers]
+    names = [source.target if source.op == "call_module" else source.name for source in sources]
+    return {name: student.get_submodule(quantizer.target).bits for name, quantizer in zip(names, quantizers)}
+
+
+@pytest.mark.parametrize("task, flags, expected", [
+    ("ptq", {}, BRECQ), ("qat", {}, LSQ),
+    ("ptq", {"ends_bits": 2}, dict.fromkeys(BRECQ, 4)), ("qat", {"ends_bits": 2}, dict.fromkeys(LSQ, 4) | {"x": 8}),
+    ("ptq", {"act_placement": "relu"}, RELU | {"stem.2": 8}), ("qat", {"act_placement": "relu"}, RELU),
+    ("ptq", {"act_placement": "input"}, {"down.2" if k == "down.3" else k: v for k, v in LSQ.items()} | {"stem.2": 8}),
+])  # fmt: skip
+def test_activations_are_quantized_where_the_tasks_papers_do(task, flags, expected):
+    """Linear bottlenecks and residual sums, too; at the ends as each paper has it."""
+    net, cfg = tiny.inverted(), config(task, **flags)
+    student = TASKS[task].plan(net, cfg, Run(cfg))
+    assert places(student) == expected
+    ends = {name: 4 if "ends_bits" in flags else 8 for name in ("stem.0", "fc")}
+    assert {name: layer.bits for name, layer in quantized_layers(student) if layer.bits != 4} == {
+        name: bits for name, bits in ends.items() if bits != 4
+    }
+
+
+def test_the_input_of_the_last_layer_stays_at_n_bits_behind_a_residual_sum(net):
+    for task, expected in {"ptq": {"relu": 8, "relu_1": 4, "relu_2": 4}, "qat": {"x": 8, "relu": 4, "mean": 8}}.items():
+        cfg = config(task)
+        assert places(TASKS[task].plan(net, cfg, Run(cfg))) == expected
+
+
+@pytest.mark.parametrize("arch, left", [
+    ("mobilenet_v2", ["features.0.0", "classifier.1"]), ("shufflenet_v2_x0_5", ["conv1.0", "fc"]),
+    ("tests.strangers:SqueezeAndExcitation", ["conv1", "squeeze", "fc"]),
+])  # fmt: skip
+def test_no_layer_has_a_full_precision_input_but_what_the_papers_leave(arch, left):
+    """BRECQ: the image, and averages of quantized values."""
+    net = strangers.make(arch.split(":")[1]) if ":" in arch else trained(build(arch, 5, 16), steps=1)
+    for task, expected in (("ptq", left), ("qat", [])):
+        cfg = config(task)
+        rows = layer_rows(TASKS[task].plan(net, cfg, Run(cfg)), torch.zeros(1, 3, 16, 16))
+        assert [row[0] for row in rows if "full precision" in row[-1]] == expected and len(rows) > 4
+
+
+@pytest.mark.parametrize("placement", [None, "relu", "input", "blocks"])
+@pytest.mark.parametrize("task", ["ptq", "qat"])
+def test_a_file_knows_where_its_activations_are_quantized(tmp_path, capsys, task, placement):
+    fast = {"ptq": {"weight_iterations": 2, "step_iterations": 2}, "qat": {"qat_steps": 2, "qat_batch_size": 8}}[task]
+    flags = command_line(fast | {"task": task, "count": 64} | ({"act_placement": placement} if placement else {}))
+    run, default = tmp_path / "run", {"ptq": "blocks", "qat": "input"}[task]
+    result = mixmix.main([*command_line(DATA), "--data-source", "noise", "--arch", "tiny:inverted", *flags, "--out", str(run)])
+    loaded = load_quantized(run / "quantized.pt", tiny.inverted())
+    assert result["arguments"]["act_placement"] == (placement or default)
+    cfg = config(task, act_placement=placement)
+    planned = TASKS[task].plan(tiny.inverted(), cfg, Run(cfg))
+    assert places(loaded) == places(planned) and describe(planned) in capsys.readouterr().out
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    again = mixmix.main(["--eval", str(run / "quantized.pt"), "--arch", "tiny:inverted", "--data-dir", str(data)])
+    assert again["images"] == 20
+
+
 NOISE = command_line(DATA) + ["--data-source", "noise", "--arch", "tiny:net"]
 
 
@@ -274,7 +342,7 @@ def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
     assert losses[1] < 0.5 * losses[0] and run.iterations == 600 and {"kd", "features"} < set(run.history[-1])
     layers = quantized_layers(student)
     assert [layer.bits for _, layer in layers] == [8, 3, 3, 8]
-    assert [activation.bits for _, activation in quantized_activations(student)] == [8, 4, 4]
+    assert [activation.bits for _, activation in quantized_activations(student)] == [8, 4, 8]
     assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
     assert type(layers[1][1]) is QuantConv2d and not net.training
     assert torch.equal(student.bn1.running_mean, net.bn1.running_mean)

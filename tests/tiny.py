@@ -28,6 +28,32 @@ def other(num_classes=5):
     return trained(FunctionalNet(num_classes))
 
 
+class Inverted(nn.Module):
+    """Inverted residuals with linear bottlenecks, one of stride 2, one with a residual sum."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.stem, self.down, self.same, self.head = self.conv(3, 8, 3, 2), self.block(2), self.block(1), self.conv(8, 12)
+        self.fc = nn.Linear(12, num_classes)
+
+    @staticmethod
+    def conv(inputs, outputs, kernel=1, stride=1, groups=1):
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+    def block(self, stride):
+        return nn.Sequential(self.conv(8, 16), self.conv(16, 16, 3, stride, 16), *self.conv(16, 8)[:2])
+
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        return self.fc(self.head(x + self.same(x)).mean((2, 3)))
+
+
+def inverted(num_classes=5):
+    torch.manual_seed(1)
+    return trained(Inverted(num_classes))
+
+
 def seven():
     return trained(FunctionalNet(7))
 

@@ -1,15 +1,21 @@
-"""Blocks of a traced network, which ptq.py reconstructs and qat.py compares, and the bits of its first and last layer."""
+"""Blocks of a traced network, which ptq.py reconstructs and qat.py compares; where its activations are quantized, and the bits
+of its first and last layer."""
 
-import itertools
+import functools
 import operator
 import os
 from typing import NamedTuple
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.cli import whole
+from common.activations import is_activation, kind_of
+from common.cli import one_of, whole
 from common.quant import QuantAct
-from common.trace import evaluate
+from common.trace import METADATA, evaluate
+
+LAYERS = (nn.Conv2d, nn.Linear)
+ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul"}
 
 
 class Block(NamedTuple):
@@ -28,23 +34,28 @@ class Block(NamedTuple):
         return env[self.nodes[-1]]
 
 
-def find_blocks(student, teacher):
+def is_a(node, modules, kind):
+    """Whether a node of a graph calls a module of this class."""
+    return node.op == "call_module" and isinstance(modules[node.target], kind)
+
+
+def find_blocks(network, teacher):
     """The blocks that are reconstructed together (BRECQ): what a residual connection spans, all layers of a module of the
     same class that has none (an inverted residual of stride 2); single layers otherwise.
 
     Args:
-        student: from `quantize`, of a traced network.
+        network: a traced network, quantized or not.
         teacher: the network it was made of, whose classes tell which modules are alike.
 
     Returns:
         A list of `Block`, in order; run one after the other they are the network.
     """
-    graph, modules = list(student.graph.nodes), dict(student.named_modules())
+    graph, modules = list(network.graph.nodes), dict(network.named_modules())
     nodes, entry = [n for n in graph if n.op not in ("placeholder", "output")], graph[0]
     place = {node: index for index, node in enumerate(nodes)}
 
     def layers(group):
-        return [n.target for n in group if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
+        return [n.target for n in group if is_a(n, modules, LAYERS)]
 
     def last_use(node):
         return max((place.get(user, len(nodes)) for user in node.users), default=-1)
@@ -55,7 +66,7 @@ def find_blocks(student, teacher):
             groups.append(group[:latest])
             group, latest = group[latest:], 0
         group.append(node)
-        is_tuple = any(user.target is operator.getitem for user in node.users)
+        is_tuple = any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
         if reach <= index and layers(group) and not is_tuple:  # a cut: nothing before this node is used behind it
             latest = len(group)
         reach = max(reach, last_use(node))
@@ -83,22 +94,77 @@ def find_blocks(student, teacher):
     return blocks
 
 
-def ends_group(parser):
-    """The group of flags that ptq.py and qat.py share: --ends-bits."""
+def computes(node, modules):
+    """Whether a node is a layer, a BatchNorm, a sum or a product (or the network's input), and so has values of its own, which
+    activation functions, pooling, reshaping and the like hand on."""
+    several = len(node.all_input_nodes) > 1 and kind_of(node, modules) in ARITHMETIC and not is_activation(node, modules)
+    return several or node.op == "placeholder" or is_a(node, modules, (*LAYERS, _BatchNorm))
+
+
+def nearest(node, found):
+    """The nodes for which `found` is true that the value of `node` is made of: itself, or the nearest before it."""
+    if found(node) or node.target is getattr or node.target in METADATA:  # a size is no value
+        return [node] if found(node) else []
+    return [n for source in node.all_input_nodes for n in nearest(source, found)]
+
+
+def brecq_places(network, teacher):
+    """Where BRECQ quantizes activations: the outputs of activation functions and of blocks, residual sums and linear
+    bottlenecks included, but not the network's input and output. Also what else a layer receives of another without an
+    activation function between (ShuffleNetV2), and products with gates (squeeze and excitation), which BRECQ does not have.
+
+    Args:
+        network: traced, not quantized.
+        teacher: as for `find_blocks`.
+
+    Returns:
+        A set of nodes.
+    """
+    modules, nodes = dict(network.named_modules()), list(network.graph.nodes)
+    layers = [node for node in nodes if is_a(node, modules, LAYERS)]
+    found = {node for node in nodes[: nodes.index(layers[-1])] if is_activation(node, modules)}
+    for node in [block.nodes[-1] for block in find_blocks(network, teacher)[:-1]] + [layer.args[0] for layer in layers[1:]]:
+        found.update(nearest(node, lambda n: is_activation(n, modules) or computes(n, modules)))
+    return found - {nodes[0]}
+
+
+def placement(cfg, teacher):
+    """--act-placement as `quantize` takes it."""
+    return functools.partial(brecq_places, teacher=teacher) if cfg.act_placement == "blocks" else cfg.act_placement
+
+
+def shared_group(parser):
+    """The group of flags that ptq.py and qat.py share, --ends-bits; --act-placement has a third value with them."""
     title = "both quantizations"
-    about = "at least this many bits for the weights of the first and the last layer, and for the first activation"
     group = next((group for group in parser._action_groups if group.title == title), None)
     if group is None:
         group = parser.add_argument_group(title)
+        about = "at least this many bits for the weights of the first and the last layer, and for activations beside them: "
+        about += "the first layer's output (ptq) or input (qat), and the last layer's input"
         group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
+        flag = parser._option_string_actions["--act-placement"]
+        flag.default, flag.type = None, one_of("relu", "input", "blocks")
+        flag.help = "quantize outputs of activation functions (relu), these and outputs of blocks (blocks, as BRECQ), or "
+        flag.help += "inputs of all layers (input, as LSQ) (default: ptq blocks, qat input)"
     return group
 
 
-def raise_ends(student, bits):
-    """Give the first and the last layer of a traced network, and the activation behind the first, at least `bits` bits."""
-    modules = dict(student.named_modules())
-    called = [modules[n.target] for n in student.graph.nodes if n.op == "call_module"]
-    layers = [module for module in called if isinstance(module, (nn.Conv2d, nn.Linear))]
-    behind = (module for module in called[called.index(layers[0]) :] if isinstance(module, QuantAct))
-    for module in (layers[0], layers[-1], *itertools.islice(behind, 1)):
-        module.bits = max(module.bits, bits)
+def raise_ends(student, bits, paper):
+    """Give the first and the last layer of a traced network at least `bits` bits for their weights, and for the activations
+    beside them that `paper` has: "lsq" the inputs of both; "brecq" the first one's output, and the last one's input where
+    that is a layer's own output, and no residual sum."""
+    modules, nodes = dict(student.named_modules()), list(student.graph.nodes)
+    layers, acts = ([node for node in nodes if is_a(node, modules, kind)] for kind in (LAYERS, QuantAct))
+
+    def inputs(layer):
+        return [node for node in nearest(layer.args[0], {*layers, *acts}.__contains__) if node in acts]
+
+    raised = inputs(layers[-1])
+    if paper == "lsq":
+        raised += inputs(layers[0])
+    else:
+        own = functools.partial(nearest, found=lambda node: computes(node, modules))
+        raised = [act for act in raised if set(layers).issuperset(own(act.args[0]))]
+        raised += [act for act in acts if nodes.index(act) > nodes.index(layers[0])][:1]
+    for node in (layers[0], layers[-1], *raised):
+        modules[node.target].bits = max(modules[node.target].bits, bits)

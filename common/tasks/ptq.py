@@ -7,6 +7,7 @@ full-precision one does; then the step sizes of its activations are learned on f
     learned.AdaRound       W(V), the softly rounded weights, and f_reg                      AdaRound's Eq. 22 to 24
     reconstruct_steps      min_s |z - z_q(s)|^2.4 by the gradient of LSQ                     BRECQ, LSQ's Eq. 3
     blocks.find_blocks     what is reconstructed together
+    blocks.brecq_places    what is quantized of the activations
 
 What the papers leave open, or have otherwise, and what stands here:
 
@@ -17,8 +18,12 @@ What the papers leave open, or have otherwise, and what stands here:
     lambda, sharpness      not given                   0.01; 20 to 2, linear,      the same (--rounding-weight)
                                                        after a fifth of the steps
     first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits
+    activations            not given                   outputs of activation       the same, and products with
+                                                       functions and of blocks     gates (--act-placement blocks)
+    image, logits          not given                   full precision              full precision
     last layer, first act. 8 bits                      8 bits                      --ends-bits
-    input of last layer    not given                   depends on the network      as all activations
+    input of last layer    not given                   8 bits; after a residual    the same: --ends-bits, but in a
+                                                       block as all others         ResNet --abits
 """
 
 import functools
@@ -28,11 +33,11 @@ import torch
 from torch import nn
 
 from common import replacing
-from common.cli import number, whole
+from common.cli import fill_in, number, whole
 from common.progress import Progress
-from common.quant import QuantAct, quantize
+from common.quant import QuantAct, describe, quantize
 from common.run import Run, seed_of_part
-from common.tasks.blocks import ends_group, find_blocks, raise_ends
+from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.tasks.learned import AdaRound, LearnedStep, begin_steps
 from common.trace import fold_batchnorm
 
@@ -49,11 +54,12 @@ def add_flags(parser):
     add("--lr-rounding", type=number(0), default=1e-3, help="learning rate of the rounding (Adam)")
     add("--lr-step", type=number(0), default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
     add("--rounding-weight", type=number(0), default=0.01, help="weight of the regulariser that decides the rounding")
-    return group, ends_group(parser)
+    return group, shared_group(parser)
 
 
 def complete(cfg):
     """Settings that follow from others: the reconstruction runs step by step in fp32."""
+    fill_in(cfg, {"act_placement": "blocks"})
     cfg.capture, cfg.precision = "none", "fp32"
 
 
@@ -65,8 +71,8 @@ def _begin(model, cfg, run):
     """The teacher, the same with its BatchNorms folded, and the quantized network, with --ends-bits at its ends."""
     teacher, example = run.adopt(model)
     folded = fold_batchnorm(teacher, example)
-    student = quantize(folded, cfg.wbits, cfg.abits, cfg.act_placement, example=example).requires_grad_(False)
-    raise_ends(student, cfg.ends_bits)
+    student = quantize(folded, cfg.wbits, cfg.abits, placement(cfg, teacher), example=example).requires_grad_(False)
+    raise_ends(student, cfg.ends_bits, "brecq")
     return teacher, run.place(folded), run.place(student)
 
 
@@ -143,6 +149,7 @@ def compress(model, images, cfg, run=None):
     images = images.to(run.device, torch.float32)
     run.folded = True
     run.start()
+    run.announce(describe(student))
     total = len(blocks) * (cfg.weight_iterations + cfg.step_iterations)
     bar = Progress(total=total, unit="it", disable=run.folder is None)
 

@@ -17,7 +17,8 @@ What MixMix leaves open, and what stands here:
     feature loss          blocks' outputs, squared difference over the      Haroush et al. do not say
                           variance of the teacher's, mean over blocks
     labels                none                                              the teacher answers
-    first and last layer  --ends-bits, as the activation behind the first   as LSQ has it
+    activations           inputs of all layers (--act-placement input)      as LSQ has it
+    first and last layer  weights and inputs: --ends-bits                   as LSQ has it
 """
 
 import math
@@ -29,9 +30,9 @@ from torch import fx
 from common import InputError
 from common.cli import fill_in, number, whole
 from common.images import sampler
-from common.quant import QuantAct, quantize, quantized_activations, quantized_layers
+from common.quant import QuantAct, describe, quantize, quantized_activations, quantized_layers
 from common.run import Run
-from common.tasks.blocks import ends_group, find_blocks, raise_ends
+from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.tasks.learned import LearnedStep, LearnedWeight, begin_steps
 from common.trace import trace
 
@@ -49,13 +50,13 @@ def add_flags(parser):
     add("--qat-weight-decay", type=number(0), help=decay)
     add("--temperature", type=number(1e-3, 1e6), default=3.0, help="tau of the distillation loss")
     add("--feature-weight", type=number(0), default=1.0, help="weight of the intermediate feature loss")
-    return group, ends_group(parser)
+    return group, shared_group(parser)
 
 
 def complete(cfg):
-    """Fill in the defaults that depend on the network."""
+    """Fill in the defaults that depend on the network, and LSQ's placement."""
     mobile = cfg.arch.startswith("mobilenet_v2")
-    fill_in(cfg, {"qat_lr": 1e-4 if mobile else 1e-3, "qat_weight_decay": 0.0 if mobile else 1e-4})
+    fill_in(cfg, {"act_placement": "input", "qat_lr": 1e-4 if mobile else 1e-3, "qat_weight_decay": 0.0 if mobile else 1e-4})
 
 
 def plan(model, cfg, run):
@@ -65,10 +66,10 @@ def plan(model, cfg, run):
 def _begin(model, cfg, run):
     """The teacher, a batch that it takes, and the quantized network before its steps are learned, --ends-bits at its ends."""
     teacher, example = run.adopt(model)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example)
+    student = quantize(teacher, cfg.wbits, cfg.abits, placement(cfg, teacher), example=example)
     if not isinstance(student, fx.GraphModule):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
-    raise_ends(student, cfg.ends_bits)
+    raise_ends(student, cfg.ends_bits, "lsq")
     return teacher, example, student
 
 
@@ -117,6 +118,7 @@ def compress(model, images, cfg, run=None):
     run = run or Run(cfg)
     torch.manual_seed(cfg.seed)
     teacher, example, student = _begin(model, cfg, run)
+    run.announce(describe(student))
     blocks, steps = find_blocks(student, teacher), learn_steps(student)
     full, modules = dict(trace(teacher, example).named_modules()), dict(student.named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)

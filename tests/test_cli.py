@@ -23,7 +23,7 @@ from common import InputError
 from common.cli import friendly_errors
 from common.export import load_quantized
 from common.models import build
-from common.progress import Progress
+from common.progress import SECONDS_BETWEEN_LINES, Progress
 from common.report import SyntheticSet
 from common.run import Run
 
@@ -268,10 +268,12 @@ def test_help_shows_defaults_of_zero():
 
 def test_progress_in_a_log_is_a_few_lines_and_an_error_has_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
+    began = time.monotonic()
     gdfq.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "30", "--iters", "10"])
+    most = 2 + (time.monotonic() - began) / SECONDS_BETWEEN_LINES
     lines = capsys.readouterr().err.splitlines()
     assert (
-        1 <= len(lines) <= 5
+        1 <= len(lines) <= most
         and "100%" in lines[-1]
         and "loss_q=" in lines[-1]
         and all(len(line) <= 100 and "\r" not in line for line in lines)

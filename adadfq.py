@@ -17,6 +17,7 @@ Where the equations are:
     student_loss            the student's side                                      Eq. 13
     game_figures            H', and the shares of the samples that are defined      Definitions 1, 2
     disagreement            what an epoch of either side does to it: measure_gains  Figure 3(a)
+    similarity, analyze     L1 norms between p_ds; H' of samples, losses, images    Figures 1, 3(b), 4(b), 5, 6
 
     what                  paper                        released code                           here
     student's loss        1 - H' (Eq. 13)              -T^2 H(z_p - z_q; T), T = 20, on        --variant, --student-loss,
@@ -38,6 +39,8 @@ Where the equations are:
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
     Figure 3(a)           H_info, by iteration         not released                            1 - H_info / ln C, by epoch,
                                                                                                of 256 fixed noise vectors
+    Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
+      training loss                                                                            labels, mean over an epoch
     reported accuracy     not said                     best epoch on test images               last epoch (best beside it)
 
 The released code does not run as it was uploaded; its published figures cannot be traced to either column. `--variant
@@ -60,6 +63,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
+from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
@@ -67,7 +71,7 @@ from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
 from common.quant import describe, observe, quantize
-from common.report import draw, execute
+from common.report import draw, execute, print_rows
 from common.run import Run
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
@@ -141,6 +145,17 @@ class ImageNetGenerator(nn.Module):
         x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, y), self.conv1), y), 0.2)
         x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), y), 0.2)
         return self.bn3(torch.tanh(self.conv3(x)))
+
+
+def make_generator(teacher, cfg, channels, example=None):
+    """The generator that `cfg` describes, on the CPU; it does not depend on the teacher."""
+    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
+    return Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
+
+
+def sample(generator, y, cfg):
+    """Images of labels y (B,), with fresh noise."""
+    return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
 
 
 def entropy(z_p, z_q, temperature=1.0):
@@ -224,15 +239,15 @@ def student_loss(z_p, z_q, y, cfg):
 
 @torch.no_grad()
 def game_figures(z_p, z_q, y):
-    """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), and
-    the shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2 (both say
-    y). Logits (B, C), labels (B,); scalar tensors by name."""
+    """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), the
+    shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2 (both say y),
+    and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar tensors by name."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     known = p == y
     ordered = h.sort().values
     low, middle, high = (ordered[round(share * (len(h) - 1))] for share in (0.1, 0.5, 0.9))
     shares = {"ds_samples": (known & (p != q)).float().mean(), "as_samples": (known & (p == q)).float().mean()}
-    return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares}
+    return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares, "train_loss": F.cross_entropy(z_q, y)}
 
 
 @torch.no_grad()
@@ -274,17 +289,15 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
-    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
-    sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
-    generator = RealImages(run) if real else run.place(Net(*sizes))
+    generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
     def synthesize(y):
         with run.autocast():
-            return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
+            return sample(generator, y, cfg).float()
 
     def logits(network, x):
         with run.autocast():
@@ -340,6 +353,47 @@ def compress(teacher, cfg, run=None):
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
     return student
+
+
+def similarity(z_p, z_q):
+    """Figure 5(c): L1 norms (N, N) of the differences between the samples' p_ds, 0 (alike) to 2. Logits (N, C)."""
+    p_ds = (z_p - z_q).softmax(1)  # Eq. 1
+    return torch.cdist(p_ds, p_ds, p=1)
+
+
+@torch.no_grad()
+@full_precision()
+def analyze(cfg, samples=3200, batch=16, each=10):
+    """Figures 1, 3(b), 4(b), 5 and 6 of a finished run; returns what analysis/adadfq.json holds.
+
+    H' is that of `samples` images in batches of `batch`, whatever batches the run had; similarity and pictures are those of
+    `each` images of each of `each` classes drawn at random.
+    """
+    run = TrainedRun(cfg)
+    y = torch.randint(run.cfg.num_classes, (samples,))
+    batches = list(zip(*(values.split(batch) for values in (*run.logits(run.images(y)), y))))
+    h = torch.cat([normalised_entropy(z_p, z_q) for z_p, z_q, _ in batches])
+    figures = [game_figures(*part) for part in batches]
+    result = {name: torch.stack([f[name] for f in figures]).mean().item() for name in figures[0]}
+    result["h_histogram"] = h.histc(20, 0, 1).int().tolist()
+
+    classes = torch.randperm(run.cfg.num_classes)[:each].sort().values
+    y = classes.repeat_interleave(each)
+    images = list(run.images(y))
+    l1, same = similarity(*run.logits(images)), y[:, None] == y
+    result["classes"], result["l1_between_classes"] = classes.tolist(), l1[~same].mean().item()
+    result["l1_within_classes"] = (l1[same].sum() / (same.sum() - len(y))).item()  # but for the diagonal
+    losses = run.losses()
+    rows = [(name, (f"{value:.3f}",)) for name, value in result.items() if isinstance(value, float)]
+    print_rows(f"of {samples:,} samples", ("mean",), rows)
+    run.save_beside_real("adadfq-images", torch.cat(images).unflatten(0, (-1, each)).cpu(), classes)
+    panels = {"cross-entropy of the student": lambda panel: plot_losses(panel, losses)} if losses else {}
+    panels |= {
+        f"H' of {samples:,} samples": lambda panel: panel.hist(h.numpy(), 20, range=(0, 1)),
+        "L1 norm between p_ds, the darker the more alike": lambda panel: panel.imshow(l1, cmap="gray", vmin=0, vmax=2),
+    }
+    run.write("adadfq", result, losses | {"h": h, "l1": l1, "labels": y}, panels)
+    return result
 
 
 # (network, bits up to this) -> warm-up, rate of the student, decay epochs, alpha_ds, lambda_l, in the released code
@@ -399,6 +453,7 @@ def parser():
     p.without_effect("--data-source real", "--generator-loss", *terms)
     p.without_effect("--student-loss eq13", "--temperature")
     p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
+    p.add_analysis("Figures 1, 3(b), 4(b), 5 and 6")
     return p
 
 
@@ -443,7 +498,8 @@ def config(**settings):
 
 def main(argv=None):
     with friendly_errors("adadfq.py"):
-        return execute(parse_args(argv), compress)
+        given = parser().parse(argv)
+        return execute(_complete(given), compress) if given.analyze is None else analyze(given)
 
 
 if __name__ == "__main__":

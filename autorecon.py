@@ -245,12 +245,23 @@ class HumanDesigned(nn.Module):
 CONTROLS = ("acgan", "gdfq")  # human-designed: with the label in conditional BatchNorms, and as GDFQ has it
 
 
-def make_generator(genotype, cfg, channels):
+def build_generator(genotype, cfg, channels):
     """The generator of a genotype (None for the super net) or of a control, of the sizes that `cfg` says."""
     sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
     if genotype in CONTROLS:
         return HumanDesigned(genotype == "acgan" or cfg.image_size > SMALL_IMAGE, *sizes, 2 * round(64 * cfg.scale))
     return Generator(genotype, *sizes, round(64 * cfg.scale))
+
+
+def make_generator(teacher, cfg, channels, example=None):
+    """The generator of a run, whose folder has its genotype; on the CPU."""
+    genotype = cfg.genotype if cfg.genotype in CONTROLS else read_genotype(cfg.out)
+    return build_generator(genotype, cfg, channels)
+
+
+def sample(generator, y, cfg):
+    """Images of labels y (B,), with fresh noise."""
+    return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
 
 
 # ------------------------------------------------------------------------------------------------- stage 1: the search
@@ -333,7 +344,7 @@ def search(teacher, cfg, folder=None):
     capture = "cudagraph" if cfg.capture == "cudagraph" and not hard else "none"  # hard mode's path is decided on the host
     run = Run(argparse.Namespace(**vars(cfg) | schedule | {"capture": capture}), folder)
     teacher, _ = run.adopt(teacher)
-    supernet = run.place(make_generator(None, cfg, input_channels(teacher)))
+    supernet = run.place(build_generator(None, cfg, input_channels(teacher)))
     architecture = Architecture(cfg.gumbel, hard).to(run.device)
     stats = BatchNormStatistics(teacher)
     optim_w = torch.optim.Adam(supernet.parameters(), cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -436,14 +447,14 @@ def compress(teacher, cfg, run=None):
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
     without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
     stats = BatchNormStatistics(teacher)
-    generator = RealImages(run) if real else run.place(make_generator(genotype, cfg, input_channels(teacher)))
+    generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": not distilling, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
 
     def synthesize(y):
         with run.autocast():
-            return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
+            return sample(generator, y, cfg).float()
 
     def generator_step():
         x, logits, y, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
@@ -566,7 +577,7 @@ def read_genotype(name, seed=0, flag="--genotype"):
 def generator_cost(genotype, cfg, channels):
     """Parameters, and FLOPs per image of the convolutions and matrix products as the architecture states them."""
     with torch.device("meta"), torch.no_grad(), plain_forms():
-        generator = make_generator(genotype, cfg, channels)
+        generator = build_generator(genotype, cfg, channels)
         flops = count_flops(lambda: generator(torch.zeros(2, cfg.latent_dim), torch.zeros(2, dtype=torch.int64)))
     return sum(p.numel() for p in generator.parameters()), flops // 2
 

@@ -124,6 +124,17 @@ class ImageNetGenerator(nn.Module):
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
+def make_generator(teacher, cfg, channels, example=None):
+    """The generator that `cfg` describes, on the CPU; it does not depend on the teacher."""
+    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
+    return Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
+
+
+def sample(generator, y, cfg):
+    """Images of labels y (B,), with fresh noise."""
+    return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
+
+
 def generator_loss(teacher_logits, y, bns, bns_weight, use_ce=True, use_bns=True):
     """L(G) = L_CE + alpha * L_BNS, Eq. 1: images of class y with the statistics the teacher knows.
 
@@ -238,10 +249,8 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     stats = BatchNormStatistics(teacher)
-    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
-    sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
-    generator = RealImages(run) if real else run.place(Net(*sizes))
+    generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
@@ -250,7 +259,7 @@ def compress(teacher, cfg, run=None):
 
     def synthesize(y):
         with run.autocast():
-            return generator(torch.randn(len(y), cfg.latent_dim, device=device), y).float()
+            return sample(generator, y, cfg).float()
 
     def generator_step():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
@@ -276,7 +285,7 @@ def compress(teacher, cfg, run=None):
             logits = student(x).float()
         loss = student_loss(logits, teacher_logits, y, cfg)
         run.update(optim_q, loss)
-        run.log(loss_q=loss)
+        run.log(loss_q=loss, train_loss=F.cross_entropy(logits.detach(), y))
 
     def iteration(calibrating, tuning):
         batch = generator_step()

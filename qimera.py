@@ -11,10 +11,10 @@ Where the equations are:
     Latent                                 S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
     superpose_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
-    classifier                             extracted embedding initialization                 Sec. 4.4
+    make_latent                            extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
     zaq_losses, common/zaq.py              L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
-    measure_paths, project_features        distance ratio, intrusion score; PCA               Table 5, Figure 3
+    measure_paths, gather_features         distance ratio, intrusion score; PCA               Table 5, Figure 3, 5
 
     what                       paper                      released code               here
     teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
@@ -52,10 +52,8 @@ headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take
 """
 
 import argparse
-import json
-import os
+from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,18 +61,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, first_line
+from common import InputError
+from common.analysis import TrainedRun, principal_axes, scatter
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
-from common.data import full_precision, load_test_set
+from common.data import full_precision
 from common.images import RealImages
-from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
+from common.models import SMALL_IMAGE, input_channels
 from common.ops import superpose, superposed_labels, upsample_conv
 from common.progress import Progress
 from common.quant import describe, observe, quantize
 from common.report import execute, print_rows
-from common.run import Run, pick_device, write_atomically
-from common.trace import trace
+from common.run import Run
+from common.trace import last_layer
 from common.zaq import FORMS, FeatureMaps, feature_distance
 
 BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
@@ -207,37 +206,13 @@ def standardise(x, dims):
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 
-def classifier(model, example=None):
-    """Name and weight (C, D) of the last layer of a network, linear or a 1x1 convolution (Sec. 4.4).
-
-    `example` is a batch that the network takes. Raises InputError where the output does not come from such a layer.
-    """
-    advice = "embeddings cannot be extracted (--no-eei does without), nor its features analysed"
-    try:
-        graph = trace(model, example)
-    except Exception:  # whatever the model's own forward raises when it is traced
-        raise InputError(f"the last layer of the model cannot be found, since it cannot be traced; {advice}") from None
-    modules, shaping = dict(graph.named_modules()), (torch.reshape, "reshape", torch.flatten, "flatten", "view")
-    node = next(node for node in graph.graph.nodes if node.op == "output")
-    while node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        layer = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1):
-            return node.target, layer.weight.detach().flatten(1)
-        mixes = len(node.all_input_nodes) > 1 and node.target not in shaping
-        if mixes or (layer is not None and any(True for _ in layer.parameters())):
-            break
-    what = f"is '{node.target}' ({type(layer).__name__})" if layer is not None else f"is computed by '{node.name}'"
-    raise InputError(f"the last layer of the model {what}, expected a linear layer or a 1x1 convolution; {advice}")
-
-
 def make_latent(teacher, cfg, example=None):
     """The latent that `cfg` describes; its embeddings start as the rows of the teacher's last layer, or random."""
     try:
-        rows = None if cfg.latent_dim else classifier(teacher, example)[1]
-    except InputError:
+        rows = None if cfg.latent_dim else last_layer(teacher, example)[1]
+    except InputError as error:
         if cfg.eei:
-            raise
+            raise InputError(f"{error}; give --no-eei, which starts from random embeddings") from None
         rows = None
     width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # Sec. 5.1
     mapped = cfg.mapped_dim if cfg.dm else None
@@ -286,6 +261,11 @@ class RealSamples(RealImages):
 
     def forward(self, labels):
         return super().forward(None, labels.classes[:, 0])
+
+
+def sample(generator, y, cfg):
+    """Images of labels y (B,), of one class each, with fresh noise."""
+    return generator(single_labels(y, cfg.k, cfg.num_classes))
 
 
 def discovered(cfg):
@@ -368,7 +348,7 @@ def compress(teacher, cfg, run=None):
 
     def synthesize(y):
         with run.autocast():
-            return generator(single_labels(y, cfg.k, cfg.num_classes)).float()
+            return sample(generator, y, cfg).float()
 
     def draw_batch():
         labels = draw_labels(cfg, device)
@@ -444,123 +424,92 @@ def path_metrics(features, logits, pair):
     return length / (features[-1] - features[0]).norm(), others.mean()
 
 
-def measure_paths(generator, look, num_classes, device, points=101, most_pairs=450, shared=4):
-    """Table 5, means over all pairs of classes or `most_pairs` drawn ones.
+def measure_paths(run, project, points=101, most_pairs=450, draws=4):
+    """Table 5, means over all pairs of classes or `most_pairs` drawn ones, and Figure 5: the paths' features as `project` sees
+    them, arrays (paths, points, 2) by name.
 
-    The paper leaves open where the noise comes from: the figures are given for z = 0 ("zero") and for one z per path
-    ("shared", mean over `shared` of them). "mixup" mixes the pixels of the path's ends.
+    The paper leaves open where the noise comes from: superposed paths, which only Qimera's generators have, are measured for
+    z = 0 ("zero") and for one z per path ("shared", `draws` of them a pair). "mixup" mixes the pixels of two images of single
+    classes, which have noise of their own (`draws` times a pair).
     """
-    pairs = torch.combinations(torch.arange(num_classes))
+    pairs = torch.combinations(torch.arange(run.cfg.num_classes))
     if len(pairs) > most_pairs:
         pairs = pairs[torch.randperm(len(pairs))[:most_pairs]]
-    share = torch.linspace(1, 0, points, device=device)  # lambda of Eq. 6
-    of_pixels = share.view(-1, 1, 1, 1)
-    found = {"zero": [], "shared": [], "mixup": []}
+    share = torch.linspace(1, 0, points, device=run.device)  # lambda of Eq. 6
+    found, paths = defaultdict(list), defaultdict(list)
+
+    def note(name, images):
+        features, logits = run.look(images)
+        found[name].append(path_metrics(features, logits, pair))
+        paths[name].append(project(features))
+
     for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
-        classes = torch.tensor(pair, device=device).expand(points, 2)
-        labels = superpose_labels(classes, torch.stack([share, 1 - share], 1), num_classes)
-        images = generator(labels, torch.zeros((), device=device))
-        found["zero"].append(path_metrics(*look(images), pair))
-        found["mixup"].append(path_metrics(*look(of_pixels * images[0] + (1 - of_pixels) * images[-1]), pair))
-        for _ in range(shared):
-            z = generator.latent.draw_noise(classes[:1])
-            found["shared"].append(path_metrics(*look(generator(labels, z)), pair))
-    result = {"pairs": len(pairs), "points": points, "shared_noise_vectors": shared}
+        y = torch.tensor(pair, device=run.device)
+        if run.cfg.method == "qimera":
+            shares = torch.stack([share, 1 - share], 1)
+            labels = superpose_labels(y.expand(points, 2), shares, run.cfg.num_classes)
+            note("zero", run.generator(labels, torch.zeros((), device=run.device)))
+            for _ in range(draws):
+                note("shared", run.generator(labels, run.generator.latent.draw_noise(labels.classes[:1])))
+        for _ in range(draws):
+            ends = run.sample(y)
+            note("mixup", torch.lerp(ends[1], ends[0], share.view(-1, 1, 1, 1)))
+    result = {"pairs": len(pairs), "points": points, "draws": draws}
     for name, values in found.items():
         ratio, intrusion = torch.tensor(values).mean(0).tolist()
         result[name] = {"distance_ratio": round(ratio, 4), "intrusion": round(intrusion, 6)}
-    return result
+    return result, {name: np.stack(values) for name, values in paths.items()}
 
 
-def project_features(generator, look, num_classes, device, test_set, samples=2000):
-    """Figure 3: arrays by name, features (N, 2) on the principal axes of "single", and labels (N,) of "single" and "real"."""
-
-    def features(labels):
-        parts = zip(*(part.to(device).split(250) for part in labels[:3]))
-        return torch.cat([look(generator(Labels(*part, labels.superposed.to(device))))[0] for part in parts]).numpy()
-
-    y = torch.arange(samples) % num_classes
-    clouds = {"single": features(single_labels(y, 2, num_classes)), "labels": y.numpy()}
-    classes = torch.rand(samples // 4, num_classes).topk(2).indices  # pairs of different classes
-    clouds["superposed"] = features(superpose_labels(classes, torch.randn(len(classes), 2).softmax(1), num_classes))
-    if test_set:
-        parts = [(look(images)[0], labels.cpu()) for images, labels in test_set]
-        clouds["real"], clouds["real_labels"] = (torch.cat(part).numpy() for part in zip(*parts))
-    centre = clouds["single"].mean(0)
-    axes = np.linalg.svd(clouds["single"] - centre, full_matrices=False)[2][:2].T
-    return {name: values if "labels" in name else (values - centre) @ axes for name, values in clouds.items()}
-
-
-def draw_clouds(projected, path):
-    """Figure 3 as a picture, if matplotlib is installed; whether it is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("  no picture: matplotlib is not installed; pip install matplotlib, then repeat")
-        return False
-    names = [name for name in ("real", "single") if name in projected]
-    figure = Figure((6 * len(names), 5.5), layout="tight")
-    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names):
-        labels = projected["real_labels" if name == "real" else "labels"]
-        panel.scatter(*projected[name].T, c=labels, cmap="tab10" if labels.max() < 10 else "hsv", s=4)
-        panel.set_title("test images" if name == "real" else "synthetic: single classes, superposed in black")
-    panels[-1].scatter(*projected["superposed"].T, c="black", s=4)
-    figure.savefig(path, dpi=120)
-    return True
-
-
-def load_generator(folder, arch):
-    """The teacher, a batch that it takes, the trained generator of a run folder, in eval mode, and the run's arguments."""
-    try:
-        saved = argparse.Namespace(**json.loads((folder / "config.json").read_text())["arguments"])
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["stateful"]["generator"]
-        method, own = saved.method, ":" in saved.arch
-    except Exception:  # whatever damaged bytes raise
-        raise InputError(f"--analyze {folder} is not a run folder with config.json and checkpoint.pt; give one") from None
-    if method != "qimera":
-        raise InputError(f"--analyze {folder} holds a run of {method}.py; give one of qimera.py")
-    if own and saved.arch != arch:
-        raise InputError(f"--analyze {folder} is of an own architecture; give --arch {saved.arch}, if you trust that code")
-    teacher = load_teacher(saved.arch, saved.dataset, saved.num_classes, saved.image_size, saved.weights)[0].eval()
-    example = probe(teacher, saved.num_classes, saved.image_size)
-    try:
-        generator = make_generator(teacher, saved, input_channels(teacher), example)
-        generator.load_state_dict(state)
-    except (AttributeError, RuntimeError) as error:
-        raise InputError(f"--analyze {folder} is a run of another version ({first_line(error)}); make it again") from None
-    return teacher, example, generator.eval(), saved
+def gather_features(run, samples=2000):
+    """Figure 3: the teacher's features (N, F) by name: of images of single classes and of superpositions of two (where the
+    generator is Qimera's), of test images, and the labels (N,) of "single" and "real"."""
+    count = run.cfg.num_classes
+    y = torch.arange(samples) % count
+    clouds = {"single": torch.cat([run.look(images)[0] for images in run.images(y)]), "single_labels": y}
+    if run.cfg.method == "qimera":
+        classes = torch.rand(samples // 4, count).topk(2).indices.to(run.device)  # pairs of different classes
+        shares = torch.randn(len(classes), 2).softmax(1).to(run.device)
+        parts = [superpose_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
+        clouds["superposed"] = torch.cat([run.look(run.generator(labels))[0] for labels in parts])
+    if run.test_set:
+        parts = [(run.look(images)[0], labels.cpu()) for images, labels in run.test_set]
+        clouds["real"], clouds["real_labels"] = map(torch.cat, zip(*parts))
+    return clouds
 
 
 @torch.no_grad()
 @full_precision()
 def analyze(cfg):
-    """Table 5 and Figure 3 of a finished run, with K = 2; writes and returns what analysis.json holds."""
-    folder, device = Path(cfg.analyze), pick_device(cfg.device)
-    teacher, example, generator, saved = load_generator(folder, cfg.arch)
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--analyze {folder} cannot be written, and the analysis goes there; give a copy")
-    what = (saved.dataset, cfg.data_dir or saved.data_dir, saved.num_classes, saved.image_size, (saved.mean, saved.std))
-    test_set = load_test_set(*what, device, channels=input_channels(teacher))
-    seen, layer = {}, teacher.get_submodule(classifier(teacher, example)[0])
-    layer.register_forward_pre_hook(lambda _, args: seen.update(features=args[0].flatten(1)))
-    teacher.to(device)
-
-    def look(images):
-        """What enters the teacher's last layer, (N, F), and its logits (N, C)."""
-        logits = teacher(images)
-        return seen["features"].cpu(), logits.cpu()
-
-    torch.manual_seed(saved.seed)
-    about = generator.to(device), look, saved.num_classes, device
-    result, projected = measure_paths(*about), project_features(*about, test_set)
-    np.savez_compressed(folder / "projection.npz", **projected)
-    write_atomically(folder / "analysis.json", json.dumps(result, indent=1))
-    paths = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels mixed, z = 0"}
-    rows = [(text, (f"{result[n]['distance_ratio']:.2f}", f"{result[n]['intrusion']:.5f}")) for n, text in paths.items()]
+    """Table 5, Figure 3 and Figure 5 of a finished run, with K = 2; returns what analysis/qimera.json holds."""
+    run = TrainedRun(cfg)
+    clouds = gather_features(run)
+    project = principal_axes(clouds["single"])
+    result, paths = measure_paths(run, project)
+    points = {name: values.numpy() if "labels" in name else project(values) for name, values in clouds.items()}
+    names = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels of two images mixed"}
+    shown = {name: text for name, text in names.items() if name in paths}
+    rows = [(text, (f"{result[n]['distance_ratio']:.2f}", f"{result[n]['intrusion']:.5f}")) for n, text in shown.items()]
     print_rows(f"{result['pairs']} paths between classes", ("distance ratio", "intrusion"), rows)
-    drawn = draw_clouds(projected, folder / "analysis.png")
-    print(f"  in {folder}/: analysis.json, projection.npz" + (", analysis.png" if drawn else ""))
+
+    def classes(panel, name, **style):
+        scatter(panel, points[name], points[f"{name}_labels"], **style)
+
+    def synthetic(panel):
+        classes(panel, "single")
+        if "superposed" in points:
+            panel.scatter(*points["superposed"].T, c="black", s=4)
+
+    def between(panel, name=next(iter(shown))):
+        classes(panel, "single", alpha=0.2)
+        one_of_each = paths[name][:: len(paths[name]) // result["pairs"]]
+        panel.plot(*one_of_each[:45].transpose(2, 1, 0), c="black", lw=0.5)  # CIFAR-10's pairs, or as many
+
+    panels = {"test images": lambda panel: classes(panel, "real")} if "real" in points else {}
+    panels["synthetic: single classes" + (", superposed in black" if "superposed" in points else "")] = synthetic
+    panels[f"paths: {next(iter(shown.values()))}"] = between
+    arrays = points | {f"path_{name}": values for name, values in paths.items()}
+    run.write("qimera", result, arrays, panels, sharex=True, sharey=True)
     return result
 
 
@@ -619,17 +568,15 @@ def parser():
     add("--zaq-rho", **weight, default=0.1, help="rho of Eq. 11 and 12")
     steps = "student steps per generator step, all but the first on new images"
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
-    add("--analyze", metavar="RUN", help="only analyse this run folder's generator: Table 5 and Figure 3")
     p.without_effect("--no-se", "--k", "--p")
     for form in FORMS:
         p.without_effect(f"--adversarial {form}", *"--bns-weight --bns-form --kd-weight --temperature --kd-reduction".split())
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
-    of_analysis = ("-h", "--help", "--analyze", "--arch", "--data-dir", "--device")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")
-    p.without_effect("--analyze", *(flag for flag in p._option_string_actions if flag not in of_analysis))
     learning = "--warmup-epochs --lr-q --weight-decay --student-steps --kd-weight --temperature --kd-reduction".split()
     p.without_effect("--no-finetune", *learning)
+    p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p
 
 

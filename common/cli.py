@@ -187,6 +187,13 @@ class Parser(argparse.ArgumentParser):
         idle = {"lr_g", "beta1", "latent_dim", "bns_weight", "bns_form", "warmup_epochs"} & set(defaults)
         self.without_effect("--data-source real", *("--" + name.replace("_", "-") for name in sorted(idle)))
 
+    def add_analysis(self, what):
+        """--analyze RUN, the last flag of a script: `what` the analysis finds out. Only few other flags go with it."""
+        others = set(self._option_string_actions) - {"-h", "--help", "--arch", "--data-dir", "--device"}
+        add = self.add_argument_group("analysis").add_argument
+        add("--analyze", metavar="RUN", help=f"only analyse this run folder, of any script with a generator: {what}")
+        self.without_effect("--analyze", *sorted(others))
+
     def without_effect(self, setting, *flags):
         """Declare that `flags` do nothing with a setting, so that both together are refused.
 

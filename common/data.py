@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
@@ -372,23 +373,24 @@ def full_precision():
 
 def accuracy(model, test_set):
     """Top-1 accuracy of `model` over a re-iterable of (images, labels), in percent to two decimals."""
-    return accuracies(model, test_set)[0]
+    return evaluate(model, test_set)[0]
 
 
 @torch.no_grad()
 @full_precision()
-def accuracies(model, test_set):
-    """Top-1 and top-5 accuracy of `model` over a re-iterable of (images, labels), in percent to two decimals; top-5 is None
-    where there are ten classes or fewer. Read from the device once."""
-    top1, top5, count = 0, 0, 0
+def evaluate(model, test_set):
+    """Top-1 and top-5 accuracy of `model` over a re-iterable of (images, labels), in percent to two decimals, and its
+    cross-entropy; top-5 is None where there are ten classes or fewer. Read from the device once."""
+    top1, top5, loss, count = 0, 0, 0, 0
     for images, labels in test_set:
         logits = model(images)
         top1 += (logits.argmax(1) == labels).sum()
         if logits.shape[1] > 10:
             top5 += (logits.topk(5).indices == labels[:, None]).sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
         count += len(labels)
     percent = [round(100 * float(correct) / count, 2) for correct in (top1, top5)]
-    return percent[0], percent[1] if logits.shape[1] > 10 else None
+    return percent[0], percent[1] if logits.shape[1] > 10 else None, float(loss) / count
 
 
 @torch.no_grad()

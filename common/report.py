@@ -11,7 +11,7 @@ import torch
 from common import InputError, replacing
 from common.check import print_check
 from common.cli import resumable
-from common.data import accuracies, agreement, find_test_set
+from common.data import agreement, evaluate, find_test_set
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
@@ -57,7 +57,7 @@ def prepare(cfg, **about):
         print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
     else:
         print(f"test set  {test_set.count:,} images from {test_set.name}")
-        run.fp_top1, run.fp_top5 = accuracies(teacher, test_set)
+        run.fp_top1, run.fp_top5, _ = evaluate(teacher, test_set)
         papers = PAPER_TOP1.get((cfg.dataset, cfg.arch))
         known = f" (in GDFQ, Qimera and AdaDFQ {papers:.2f} %)" if papers else ""
         print(f"          full precision {run.fp_top1:.2f} %{known}{top5_text(run.fp_top5)}", flush=True)
@@ -267,7 +267,7 @@ def evaluate_file(cfg):
     test_set = find_test_set(argparse.Namespace(**vars(cfg) | meta), device, meta["channels"])
     if test_set is None:
         raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
-    top1, top5 = accuracies(student, test_set)
+    top1, top5, _ = evaluate(student, test_set)
     size = Path(cfg.eval).stat().st_size / 1024
     print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
     print(f"top-1 accuracy {top1:.2f} %{top5_text(top5)} of {test_set.count:,} test images from {test_set.name}")

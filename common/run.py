@@ -15,12 +15,12 @@ import torchvision
 
 from common import InputError, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
-from common.data import FROM_TRAINING_SET, accuracies
+from common.data import FROM_TRAINING_SET, evaluate
 from common.models import probe
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 
-FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt".split()  # of any run, but for config.json
+FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt analysis".split()  # beside config.json
 DEVICES = ("cpu", "cuda")
 NOT_COMPARED = ("out", "resume", "overwrite", "eval", "check", "threads", "data_dir", "eval_every")  # they change no student
 
@@ -209,7 +209,7 @@ class Run:
             self._check_weights(student)
             due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
             if self.test_set and due and epoch >= evaluate_from:
-                line["top1"] = self.measure("last_top1", student)
+                line |= self.measure("last_top1", student)
                 self.results["best_top1"] = max(self.results.get("best_top1", 0.0), line["top1"])
             self.history.append(line)
             self.bar.show({k: v for k, v in line.items() if not isinstance(v, dict) and k not in ("epoch", "seconds")})
@@ -245,12 +245,12 @@ class Run:
             say(f"{self.cfg.method:<10}{line}")
 
     def measure(self, name, student):
-        """Record the student's accuracy on the test set under `name`, top-5 beside it; None where there is no test set."""
+        """Record the student's accuracy on the test set under `name`, top-5 beside it; returns what metrics.jsonl says."""
         if self.test_set is None:
-            return None
-        top1, top5 = accuracies(student, self.test_set)
+            return {}
+        top1, top5, loss = evaluate(student, self.test_set)
         self.results |= {name: top1} | ({} if top5 is None else {name.replace("top1", "top5"): top5})
-        return top1
+        return {"top1": top1, "test_loss": round(loss, 6)}
 
     def _mean_losses(self):
         means, bad = {}, []

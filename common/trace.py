@@ -428,3 +428,26 @@ def _layers_from_functions(traced):
     for node in reversed(traced.graph.nodes):
         if not node.users and node.op != "output" and constant_value(traced, node) is not None:
             traced.graph.erase_node(node)
+
+
+def last_layer(model, example=None):
+    """Name and weight (C, F) of the layer whose outputs are the logits, linear or a 1x1 convolution.
+
+    `example` is a batch that the network takes. Raises InputError where the logits do not come from such a layer.
+    """
+    try:
+        graph = trace(model, example)
+    except Exception:  # whatever the model's own forward raises when it is traced
+        raise InputError("the last layer of the model cannot be found, since it cannot be traced") from None
+    modules, shaping = dict(graph.named_modules()), (torch.reshape, "reshape", torch.flatten, "flatten", "view")
+    node = next(node for node in graph.graph.nodes if node.op == "output")
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1):
+            return node.target, layer.weight.detach().flatten(1)
+        mixes = len(node.all_input_nodes) > 1 and node.target not in shaping
+        if mixes or (layer is not None and any(True for _ in layer.parameters())):
+            break
+    what = f"is '{node.target}' ({type(layer).__name__})" if layer is not None else f"is computed by '{node.name}'"
+    raise InputError(f"the last layer of the model {what}, expected a linear layer or a 1x1 convolution")

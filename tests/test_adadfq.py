@@ -17,6 +17,7 @@ from adadfq import (
     loss_ds,
     margin_loss,
     normalised_entropy,
+    similarity,
 )
 from adadfq import student_loss as side_of_the_student
 from common import capture
@@ -116,6 +117,17 @@ def test_game_figures_of_logits_made_by_hand():
     h = normalised_entropy(z_p, z_q).sort().values
     names = ("h_q10", "h_q50", "h_q90", "h_mean")
     assert [figures[name] for name in names] == [h[0], h[2], h[4], h.mean()] and h[5] == pytest.approx(1)
+    assert figures["train_loss"] == pytest.approx(plain_cross_entropy(z_q.double().tolist(), [0, 1, 2, 3, 0, 0]), rel=1e-5)
+
+
+def test_similarity_is_the_l1_norm_between_disagreements(logits):
+    p, q, _ = logits
+    rows = []
+    for v in (p - q).double().tolist():
+        weights = [math.exp(x) for x in v]
+        rows.append([w / sum(weights) for w in weights])
+    l1 = [[sum(abs(a - b) for a, b in zip(one, other)) for other in rows] for one in rows]
+    torch.testing.assert_close(similarity(p, q), torch.tensor(l1), atol=1e-5, rtol=1e-4)
 
 
 class Keeping(Run):
@@ -217,7 +229,7 @@ def test_every_epoch_tells_how_the_game_stands(net):
     run = Run(cfg)
     compress(net, cfg, run)
     first, _, last = run.history
-    assert first.keys() == {"epoch", "seconds", "loss_g", "bns", "ds_samples", "as_samples"} | {
+    assert first.keys() == {"epoch", "seconds", "loss_g", "bns", "train_loss", "ds_samples", "as_samples"} | {
         f"h_{name}" for name in ("mean", "q10", "q50", "q90")
     }
     assert {"gain_g", "gain_q", "disagreement", "loss_q"} <= last.keys()

@@ -18,10 +18,10 @@ from common.cli import check_image_size
 from common.data import (
     NORMALISATION,
     _class_folder,
-    accuracies,
     accuracy,
     agreement,
     download,
+    evaluate,
     load_test_set,
     load_training_set,
     read_folder,
@@ -133,13 +133,16 @@ def test_accuracy_and_agreement_count_images():
     assert agreement(lambda x: x, lambda x: x + torch.tensor([2.5, 0, 0]), batches) == 75.0
 
 
-def test_top5_against_ranks():
+def test_top5_against_ranks_and_cross_entropy_against_probabilities():
     torch.manual_seed(0)
     logits, labels = torch.randn(300, 12), torch.randint(12, (300,))
     rank = (logits > logits.gather(1, labels[:, None])).sum(1)  # how many classes are before the right one
     expected = [round(100 * (rank < k).double().mean().item(), 2) for k in (1, 5)]
-    assert list(accuracies(lambda x: x, list(zip(logits.split(70), labels.split(70))))) == expected
-    assert accuracies(lambda x: x, [(logits[:, :10], labels % 10)])[1] is None
+    *found, loss = evaluate(lambda x: x, list(zip(logits.split(70), labels.split(70))))
+    assert found == expected
+    p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    assert loss == pytest.approx(-p[torch.arange(300), labels].log().mean().item(), rel=1e-5)
+    assert evaluate(lambda x: x, [(logits[:, :10], labels % 10)])[1] is None
 
 
 @pytest.mark.parametrize("arch, side", [("inception_v3", 299), ("resnet18", 224), ("efficientnet_b1", 240)])

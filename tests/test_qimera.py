@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,7 +19,8 @@ from common.ops import superpose, superposed_labels
 from common.progress import close_all
 from common.quant import observe, quantize, quantized_activations
 from common.run import Run
-from qimera import Latent, classifier, compress, config, path_metrics, single_labels, superpose_labels
+from common.trace import last_layer
+from qimera import Latent, compress, config, path_metrics, single_labels, superpose_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -141,11 +143,11 @@ def test_conditional_batchnorm_sums_or_averages_the_superposed_rows():
 
 
 def test_embeddings_are_extracted_from_the_last_layer_of_the_graph(net):
-    name, weight = classifier(net)
+    name, weight = last_layer(net)
     assert name == "fc" and torch.equal(weight, net.fc.weight)
     wide = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.Conv2d(6, 5, 1))
     wide.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
-    assert classifier(wide)[0] == "4" and torch.equal(classifier(wide)[1], wide[4].weight[:, :, 0, 0])
+    assert last_layer(wide)[0] == "4" and torch.equal(last_layer(wide)[1], wide[4].weight[:, :, 0, 0])
     generator = qimera.make_generator(net, config(**TINY), 3)
     assert torch.equal(generator.latent.embedding.weight, net.fc.weight) and generator.latent.out_features == 64
     random = qimera.make_generator(net, config(**TINY, no_eei=True, no_dm=True), 3).latent
@@ -313,31 +315,32 @@ def test_path_metrics_of_known_paths():
     assert path_metrics(half_circle, logits, (0, 1))[0].item() == pytest.approx(math.pi / 2, rel=1e-3)
 
 
-def test_the_pairs_of_figure_3_are_of_different_classes():
-    seen = []
-
-    def generator(labels):
-        seen.append(labels)
-        return labels.soft
-
-    clouds = qimera.project_features(generator, lambda soft: (soft, soft), 3, "cpu", None, samples=400)
-    pairs = torch.cat([labels.classes for labels in seen if labels.superposed])
-    assert len(pairs) == 100 == len(clouds["superposed"]) and (pairs[:, 0] != pairs[:, 1]).all()
-    assert {tuple(pair) for pair in pairs.tolist()} == {(a, b) for a in range(3) for b in range(3) if a != b}
-
-
 def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
     data, run = make_folder(tmp_path / "data", 5, images=4, size=16), tmp_path / "run"
     tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     qimera.main([*tiny, "--arch", "tiny:net", "--out", str(run), "--data-dir", str(data)])
+    drawn = []
+
+    def noted(classes, *rest, **of_single):
+        drawn.extend([] if of_single else [classes])
+        return superpose_labels(classes, *rest, **of_single)
+
+    monkeypatch.setattr(qimera, "superpose_labels", noted)
     result = qimera.main(["--analyze", str(run), "--arch", "tiny:net"])
-    assert json.loads((run / "analysis.json").read_text()) == result and result["pairs"] == 10
+    assert json.loads((run / "analysis" / "qimera.json").read_text()) == result and result["pairs"] == 10
     assert all(result[name]["distance_ratio"] >= 0.999 for name in ("zero", "shared", "mixup"))
-    clouds = qimera.np.load(run / "projection.npz")
-    assert clouds["single"].shape == (2000, 2) and clouds["superposed"].shape == (500, 2) and clouds["real"].shape == (20, 2)
+    arrays = np.load(run / "analysis" / "qimera.npz")
+    assert arrays["single"].shape == (2000, 2) and arrays["superposed"].shape == (500, 2) and arrays["real"].shape == (20, 2)
+    zero, mixup = arrays["path_zero"], arrays["path_mixup"]  # pairs in the order (0, 1), (0, 2), ..., (3, 4)
+    assert zero.shape == (10, 101, 2) and mixup.shape == (40, 101, 2) == arrays["path_shared"].shape
+    np.testing.assert_allclose(zero[0, 0], zero[1, 0], atol=1e-5)  # without noise, a class is one point
+    np.testing.assert_allclose(zero[0, -1], zero[4, 0], atol=1e-5)
+    assert not np.allclose(mixup[0, 0], mixup[1, 0], atol=1e-3)
+    pairs = torch.cat(drawn[:5])  # the superposed points of Figure 3 are of different classes
+    assert len(pairs) == 500 and {tuple(p) for p in pairs.tolist()} == {(a, b) for a in range(5) for b in range(5) if a != b}
     printed = capsys.readouterr().out
-    assert "10 paths between classes" in printed and "analysis.json, projection.npz" in printed
+    assert "10 paths between classes" in printed and "analysis/: qimera.json, qimera.npz" in printed
     assert "give --arch tiny:net, if you trust that code" in fails(qimera.main, "--analyze", run)
     assert "--check has no effect with --analyze" in fails(qimera.main, "--analyze", run, "--check")
     assert "--dm has no effect with --analyze" in fails(qimera.main, "--analyze", run, "--no-dm")
@@ -372,7 +375,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net
         assert words in fails(qimera.main, *arguments)
     assert not list(tmp_path.iterdir())
     net.fc = nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5))
-    with pytest.raises(qimera.InputError, match=r"last layer of the model is 'fc.1' \(BatchNorm1d\).*--no-eei does without"):
+    with pytest.raises(qimera.InputError, match=r"last layer of the model is 'fc.1' \(BatchNorm1d\).*give --no-eei"):
         compress(net.eval(), config(**TINY))
     compress(net, config(**TINY, no_eei=True))
     net.fc = nn.Linear(8, 1)

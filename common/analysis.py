@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common import InputError, first_line, replacing
-from common.data import load_test_set
+from common.data import find_test_set
 from common.export import load_quantized
 from common.images import save_grid
 from common.models import input_channels, load_teacher, probe
@@ -69,8 +69,8 @@ class TrainedRun:
         except (AttributeError, RuntimeError, TypeError) as error:
             self._refuse(f"is a run of another version ({first_line(error)}); make it again")
         self.generator = generator.to(self.device).eval()
-        what = (cfg.dataset, given.data_dir or cfg.data_dir, cfg.num_classes, cfg.image_size, (cfg.mean, cfg.std))
-        self.test_set = load_test_set(*what, self.device, channels=channels)
+        cfg.data_dir = given.data_dir or cfg.data_dir
+        self.test_set = find_test_set(cfg, self.device, channels)
         torch.manual_seed(cfg.seed)
 
     def _refuse(self, why):

@@ -648,7 +648,7 @@ def parser():
     gumbel = "what the noise is added to: the probabilities (p, Eq. 7) or their logarithms (logits, an extension)"
     add("--gumbel", choices=("p", "logits"), default="p", help=gumbel)
     add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature of the search in its first epoch")
-    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that it would reach after the last epoch")
+    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that the search would reach after its last epoch")
     add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
     add("--scale", type=number(1 / 64, 64), default=1.0, help="factor s of the generator's (or super net's) channels (Table 3)")
     group = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ")

@@ -14,14 +14,14 @@ Qimera gives the game in two lines (Eq. 11, 12), so there are two forms of it:
     student, steps             five for one of the generator        one for one
     epochs, iterations, batch  300, 60, 256                         Qimera's
     warm-up                    none, chosen here                    Qimera's
-    activation ranges          follow the images to the end,        fixed after the first epochs, as in Qimera
-                               chosen here: the rate moves them far
+    activation ranges          follow the images for 300 epochs     fixed after the first epochs, as in Qimera
+                               (chosen here: the rate is high)
 
-Chosen here for both, since ZAQ's own text is not at hand:
+Chosen here for both, since ZAQ's paper was not at hand:
 
 - The rest is Qimera's: the generator's rate, decay of both rates by 10 after 100 and 200 epochs, momentum.
-- Stages are told by resolution, in any network: the output of a stage is the last map that the student quantizes at each of
-  the three lowest resolutions above one pixel. In a ResNet it is what the last ReLU of a stage returns. L_a takes the last one.
+- Stages are told apart by resolution, in any network: the output of a stage is the last map that the student quantizes at each
+  of the three lowest resolutions above one pixel. In a ResNet it is what the last ReLU of a stage returns. L_a takes the last.
 - Spatial attention is the mean over the channels of the squared map, of length 1 (Zagoruyko and Komodakis, ICLR 2017),
   compared by squared distance; channel attention is the cosines between channels, compared by absolute difference.
 - The student's first step takes the generator's batch, its further steps take new images.

@@ -308,10 +308,12 @@ def compress(teacher, cfg, run=None):
         x = synthesize(y)
         z_p, z_q = logits(teacher, x), logits(student, x)
         bns = stats.loss(cfg.bns_form)
-        loss = generator_loss(z_p, z_q, y, bns, cfg)
-        if loss.requires_grad and not real:
-            run.update(optim_g, loss, keep_graph)
-        run.log(loss_g=loss, bns=bns, **game_figures(z_p.detach(), z_q.detach(), y))
+        if not real:
+            loss = generator_loss(z_p, z_q, y, bns, cfg)
+            if loss.requires_grad:
+                run.update(optim_g, loss, keep_graph)
+            run.log(loss_g=loss, bns=bns)
+        run.log(**game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), z_q, y
 
     def student_step(z_p, z_q, y):
@@ -446,12 +448,12 @@ def parser():
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     p.without_effect("--no-ds", "--alpha-ds")
     p.without_effect("--no-as", "--alpha-as")
+    p.without_effect("--no-ds and --no-as", "--beta")
     p.without_effect("--no-margin", "--lambda-l", "--lambda-u")
     p.without_effect("--no-bns", "--gamma", "--bns-form")
     terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns".split()
     p.without_effect("--generator-loss gdfq", *terms)
     p.without_effect("--data-source real", "--generator-loss", *terms)
-    p.without_effect("--student-loss eq13", "--temperature")
     p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
     p.add_analysis("Figures 1, 3(b), 4(b), 5 and 6")
     return p

@@ -41,8 +41,8 @@ Where the equations are:
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
-    ZAQ's game (Table 3)       Eq. 11, 12 and rho only    ZAQ's settings in its own   --adversarial zaq (ZAQ's code) or
-                                                          code; not Qimera's          zaq-paper: table in common/zaq.py
+    ZAQ's game (Table 3)       Eq. 11, 12 and rho only    not released; ZAQ's own is  --adversarial zaq (ZAQ's code) or
+                                                                                      zaq-paper: table in common/zaq.py
     intrusion score            sum of other logits        not released                sum of other probabilities
     Figure 3(a), real images   of the training set        not released                of the test set
     reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
@@ -350,10 +350,11 @@ def compress(teacher, cfg, run=None):
         with run.autocast():
             return sample(generator, y, cfg).float()
 
-    def draw_batch():
+    def draw_batch(for_generator=True):
         labels = draw_labels(cfg, device)
         with run.autocast():
-            x = generator(labels).float()
+            with torch.set_grad_enabled(for_generator):
+                x = generator(labels).float()
             return x, teacher(x).float(), labels.soft
 
     def generator_step(x, teacher_logits, soft):
@@ -363,11 +364,12 @@ def compress(teacher, cfg, run=None):
             loss, _ = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
         else:
             bns = stats.loss(cfg.bns_form)
+            if real:
+                return
             loss = generator_loss(teacher_logits, soft, bns, cfg.bns_weight)
             run.log(bns=bns)
-        if not real:
-            run.update(optim_g, loss)
-            run.log(loss_g=loss)
+        run.update(optim_g, loss)
+        run.log(loss_g=loss)
 
     def student_step(x, teacher_logits, soft):
         with run.autocast():
@@ -386,7 +388,7 @@ def compress(teacher, cfg, run=None):
         if tuning:
             student_step(*batch)
             for _ in range(cfg.student_steps - 1):
-                student_step(*(tensor.detach() for tensor in draw_batch()))
+                student_step(*draw_batch(for_generator=False))
         elif calibrating and not maps:  # ZAQ's generator has sent its images through the student already
             with torch.no_grad(), run.autocast():
                 student(batch[0])

@@ -289,14 +289,14 @@ def fill_in(cfg, defaults):
 
 
 def checked_schedule(cfg):
-    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned; without a generator, fine-tuning begins
-    after them.
+    """`cfg`, with its epochs cut to the calibrating ones where nothing is fine-tuned. Without a generator there is no warm-up:
+    a quantized network is fine-tuned once it is calibrated, another one (whose warm-up is 0) from the first epoch.
 
     Raises:
         InputError: the run would end before any fine-tuning.
     """
     real = cfg.data_source == "real"
-    cfg.warmup_epochs = min(cfg.warmup_epochs, cfg.calibrate_epochs) if real else cfg.warmup_epochs
+    cfg.warmup_epochs = cfg.calibrate_epochs if real and cfg.warmup_epochs else cfg.warmup_epochs
     if cfg.no_finetune:
         cfg.epochs = min(cfg.epochs, cfg.calibrate_epochs)
     elif cfg.epochs <= cfg.warmup_epochs:

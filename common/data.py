@@ -268,7 +268,8 @@ def load_training_set(dataset, data_dir, num_classes, image_size, seed=0, channe
     """
     root = Path(data_dir or "data")
     if data_dir is None and not (dataset in KINDS and (root / KINDS[dataset].base_folder).is_dir()):
-        raise InputError("--data-source: there are no training images at hand; give --data-dir with train/ in it")
+        fetch = " or --download" if dataset in KINDS else ""
+        raise InputError(f"--data-source: there are no training images at hand; give --data-dir with train/ in it{fetch}")
     if dataset in KINDS:
         return read_cifar(dataset, root, train=True)
     folder = _class_folder(root, num_classes, image_size, channels, ("train",))

@@ -216,14 +216,16 @@ def test_the_student_learns_from_real_images(method, tmp_path, monkeypatch, fail
     pixels = ((draw(runs[0], y, 0) * std + mean) * 255).round().long()
     assert (pixels == pixels[:, :1, :1, :1]).all() and torch.equal(pixels[:, 0, 0, 0] // 20, y)
     assert len(pixels.unique()) == 30
-    state = torch.load(out / "checkpoint.pt", weights_only=True)["stateful"]
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert all(line.keys().isdisjoint(("loss_g", "bns")) for line in checkpoint["history"])  # nothing is trained on them
+    state = checkpoint["stateful"]
     assert not state["generator"] and not state["optim_g"]["state"] and state["optim_q"]["state"]
     moved = make_folder(tmp_path / "other", 5, size=16)
     assert "data_dir" in fails(method.main, *arguments, "--data-dir", moved)
     assert "no training images at hand; give --data-dir" in fails(method.main, *arguments, "--overwrite")
     assert "has no train/" in fails(method.main, *arguments, "--overwrite", "--data-dir", moved)
     assert "--lr-g has no effect with --data-source real" in fails(method.main, *arguments, "--lr-g", 0.1)
-    assert "within the 2 calibrating epochs" in fails(method.main, *arguments, "--calibrate-epochs", 2)
+    assert "within the 6 calibrating epochs" in fails(method.main, *arguments, "--epochs", 5, "--calibrate-epochs", 6)
 
 
 def test_images_of_low_and_high_confidence(net, tmp_path):

@@ -28,8 +28,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
       Qimera and AdaDFQ      ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
       report it                                                                     for CIFAR-100, torchvision's for ImageNet
-    Qimera's Table 1: real   not said                   not released                half of each of the student's
-      samples are combined                                                            batches, once the ranges are frozen
+    real samples in          not said                   not released                half of each batch from which the
+      Qimera's Table 1                                                              student learns
     reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
@@ -340,15 +340,18 @@ def parser():
     add("--no-student-ce", action="store_true", help="train the student without the cross-entropy loss")
     add("--no-kd", action="store_true", help="train the student without the distillation loss")
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
-    p.without_effect("--data-source confusing", "--no-finetune")
-    p.without_effect("--data-source unconfusing", "--no-finetune")
+    for source in HALF_REAL:
+        p.without_effect(f"--data-source {source}", "--no-finetune")
+        p.without_effect(f"--data-source {source} and --no-kd", "--no-student-ce")
     for source in ("generator", "real"):
         p.without_effect(f"--data-source {source}", "--real-per-class", "--confusing-below")
     p.without_effect("--data-source real", "--no-ce", "--no-bns")
     p.without_effect("--no-bns", "--bns-weight", "--bns-form")
     p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix".split()
-    p.without_effect("--no-finetune", *learning)
+    p.without_effect("--no-finetune", *learning, "--no-kd", "--no-student-ce")
+    p.without_effect("--no-kd and --no-student-ce", *learning)
+    p.without_effect("--no-ce and --no-bns", "--lr-g", "--beta1")
     return p
 
 

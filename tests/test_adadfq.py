@@ -273,10 +273,11 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--lambda-l", -0.1], "--lambda-l is -0.1"),
         (["--batch-size", 1], "--batch-size is 1; H' is relative to the batch's smallest entropy, so give at least 2"),
         (["--epochs", 3], "before any fine-tuning"),
-        (["--student-loss", "eq13", "--temperature", 5], "--temperature has no effect with --student-loss eq13"),
+        (["--student-loss", "eq13", "--temperature", 5], "--temperature is 5.0 and --student-loss eq13 has none"),
         (["--variant", "paper", "--temperature", 5], "--temperature is 5.0 and --student-loss eq13 has none"),
         (["--generator-loss", "gdfq", "--no-bns"], "--no-bns has no effect with --generator-loss gdfq; leave one of them out"),
         (["--no-as", "--alpha-as", 0.1], "--alpha-as has no effect with --no-as; leave one of them out"),
+        (["--no-ds", "--no-as", "--beta", 2], "--beta has no effect with --no-ds and --no-as"),
         (["--no-margin", "--lambda-u", 0.8], "--lambda-u has no effect with --no-margin"),
         (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give a whole number of"),
     ]:

@@ -166,6 +166,8 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--device", "cuda:7"], "CUDA devices here"),
         (["--device", "tpu"], "give auto, cpu"),
         (["--no-kd", "--temperature", 4], "--temperature has no effect with --no-kd; leave one of them out"),
+        (["--no-kd", "--no-student-ce", "--lr-q", 1], "--lr-q has no effect with --no-kd and --no-student-ce"),
+        (["--no-kd", "--no-student-ce", "--data-source", "confusing"], "--no-student-ce has no effect with --data-source"),
         (["--no-bns", "--bns-weight", 0.1], "--bns-weight has no effect with --no-bns"),  # also where it is the default
         ([*TINY, "--no-finetune"], "--warmup-epochs has no effect with --no-finetune"),
         ([*TINY, "--batch-size", 1, "--image-size", 4, "--arch", "tiny:grey"], "--batch-size is 1 with --image-size 4"),

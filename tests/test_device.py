@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT, FunctionalNet, ModuleNet, trained
 from elsewhere import second_device
 from test_capture import STEPS, TINY
+from test_data import make_folder
 from test_mixmix import NORMAL
 from test_mixmix import TINY as SYNTH
 from test_tasks import DATA, KD, QAT
@@ -70,6 +71,14 @@ def test_a_run_stays_on_its_device_and_its_graphs_compute_the_same(monkeypatch, 
 
     assert_same(*on_second_device(monkeypatch, make))
     assert histories[0] == histories[1] and "loss_q" in histories[0][-1]
+
+
+def test_real_images_on_the_device(net, monkeypatch, tmp_path):
+    """Half of each of the student's batches."""
+    data = make_folder(tmp_path, 5, 3, 16, "train")
+    cfg = TINY | {"iters": COUNT, "device": "meta", "mean": [0.5] * 3, "std": [0.2] * 3, "data_dir": str(data)}
+    cfg |= {"data_source": "unconfusing", "confusing_below": 0, "real_per_class": 2}
+    assert_same(*on_second_device(monkeypatch, lambda: gdfq.compress(net, gdfq.config(**cfg)).state_dict()))
 
 
 def test_a_search_on_the_device(net, monkeypatch):

@@ -163,6 +163,8 @@ def main(argv=None):
 def train(args):
     """Train, report the accuracy on the test images once, and write the weights."""
     device, fast = pick_device("auto"), args.recipe == "fast"
+    if Path(args.out).exists():
+        raise InputError(f"--out {args.out} is there already; give another file, or remove it to train again")
     torch.manual_seed(args.seed)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION[args.dataset])
     if args.download and not (Path(args.data_dir) / KINDS[args.dataset].base_folder).is_dir():
@@ -177,7 +179,7 @@ def train(args):
     optimizers, rate = (fast_optimizers if fast else usual_optimizers)(model, args, steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     stateful = [model, *optimizers, *schedules]
-    checkpoint, start = Path(args.out).with_suffix(".checkpoint"), 0
+    checkpoint, start = Path(f"{args.out}.checkpoint"), 0
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)

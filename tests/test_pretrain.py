@@ -79,7 +79,7 @@ def test_training_goes_on_where_it_stopped_and_its_file_loads(recipe, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain, "Progress", stops_in_the_second_epoch)
         train(arguments("resumed.pt"))
-    assert (tmp_path / "resumed.checkpoint").exists() and not (tmp_path / "resumed.pt").exists()
+    assert (tmp_path / "resumed.pt.checkpoint").exists() and not (tmp_path / "resumed.pt").exists()
     train(arguments("resumed.pt"))
     whole, resumed = (load_teacher(arch, "cifar10", 10, 32, str(tmp_path / n))[0] for n in ("whole.pt", "resumed.pt"))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
@@ -145,5 +145,6 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(tmp_path, fails):
         (f"--data-dir {data} --batch-size 5 --epochs 1 --lr 1e30", "the loss became"),
     ]:
         assert words in fails(pretrain.main, *flags.split(), "--out", tmp_path / "w"), flags
+    assert f"--out {data} is there already" in fails(pretrain.main, "--data-dir", data, "--out", data)
     (data / "train").rename(data / "val")
     assert "has no train/" in fails(pretrain.main, "--data-dir", data, "--out", tmp_path / "w")

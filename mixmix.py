@@ -51,9 +51,8 @@ No code of it was published; this is the first. What the paper leaves open or ha
 CIFAR: with DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as their class after 200 iterations,
 at rates of 0.05 to 0.25; with 1, and the paper's rate of 0.25, all of them, at the same distance of the BatchNorm statistics.
 No test image was looked at for it.
-KW: ResNet-20 recognised all of 64 images after 200 iterations, whichever of four pairs of weights lambda_2, lambda_3 made
-them. With 100, 10 they came nearest to its BatchNorm statistics: L_BN (Eq. 2) was 15; with 1, 1 104, with 10, 1 25, with 10,
-10 28.
+KW: ResNet-20 recognised all of 64 images after 200 iterations with each of four pairs of weights (lambda_2, lambda_3). L_BN
+(Eq. 2) was 104 with (1, 1), 25 with (10, 1), 28 with (10, 10) and 15 with (100, 10), which is the default.
 
 Baselines (--data-source): "single" inverts the network itself (DeepInversion), "kw" too, with the losses of The Knowledge
 Within (Sec. 3.1), "zeroq" matches its BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws
@@ -414,7 +413,7 @@ def parser():
     add("--zoo", nargs="+", help=zoo)
     judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())
     add("--held-out", nargs="*", help=f"networks that only judge (default: {judges})")
-    add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3; single and zeroq 1)")
+    add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3)")
     add("--no-dmix", action="store_true", help="no data mixing (Table 8)")
     add("--kd-bn-weight", type=number(0), default=0.1, help="weight of L_BN beside DAFL's losses (--task kd; Sec. 5.4)")
     synthesis.add_flags(p)
@@ -436,14 +435,17 @@ def parser():
 
 def refuse_idle(p):
     """Declare which flags have no effect with which source of images."""
-    zoo, labels, kw = ["--zoo", "--zoo-sample", "--no-dmix"], ["--labels", "--classes"], ["--kl-weight", "--blur-weight"]
+    zoo, labels, kw = ["--zoo-sample", "--no-dmix"], ["--labels", "--classes"], ["--kl-weight", "--blur-weight"]
+    networks = ["--zoo", "--held-out"]  # which --task evaluate and transfer take with any images
     recipe = [flag for flag in RECIPE if flag != "--batch-size"]
     recipe += "--low-iterations --warmup-iterations --weights-form --lr-weights".split()
     dafl = [*kd.GENERATOR_FLAGS, "--kd-bn-weight"]
     idle = {f"--task {task}": ["--bits", "--wbits", "--abits", "--act-placement"] for task in p.unquantized}
     idle["--task synth"] += ["--images"]
-    idle["--images"] = ["--data-source", "--count", *labels, *recipe, *zoo[1:], *dafl]
-    idle["--data-source real"] = ["--part", *recipe, *zoo, *dafl]
+    idle["--images"] = ["--data-source", "--count", *labels, *recipe, *zoo, *dafl]
+    idle |= {f"--images and --task {task}": ["--batch-size", *networks] for task in TASKS}
+    zoo = networks + zoo
+    idle["--data-source real"] = ["--part", "--batch-size", *recipe, *zoo, *dafl]
     idle["--data-source noise"] = [*idle["--data-source real"], *labels]
     idle["--data-source single"] = ["--kd-bn-weight", *zoo, *kw]
     idle["--data-source zeroq"] = [*"--ce-weight --tv-weight --l2-weight --jitter --flip".split(), *labels, *zoo, *dafl, *kw]
@@ -516,7 +518,7 @@ def check_networks(cfg):
 def main(argv=None):
     with friendly_errors("mixmix.py"):
         cfg = parse_args(argv)
-        if cfg.eval is not None or cfg.task in TASKS:
+        if cfg.task in TASKS:
             return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"))
         make_set = functools.partial(synthesis.synthesize, load=load_source, make=invert)
         judge = functools.partial(evaluate.evaluate, load=load_zoo)

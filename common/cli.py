@@ -145,8 +145,8 @@ class Parser(argparse.ArgumentParser):
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
         self.without_effect("--overwrite", "--resume")
-        of_training = "--bits --wbits --abits --act-placement --clipped-ste --resume --overwrite --check".split()
-        self.without_effect("--eval", *of_training)
+        of_training = "--weights --mean --std --bits --wbits --abits --act-placement --clipped-ste --seed --precision --capture"
+        self.without_effect("--eval", *of_training.split(), *"--out --resume --overwrite --eval-every --check".split())
         self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):
@@ -210,6 +210,8 @@ class Parser(argparse.ArgumentParser):
             InputError: unusable arguments; the message names the flag.
         """
         args = self.parse_args(argv)
+        own = set(vars(args)) - self.shared
+        self.without_effect("--eval", *(flag for flag, action in self._option_string_actions.items() if action.dest in own))
         self._refuse_idle(args, argv)
         changed = self._changed(args)
         args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")

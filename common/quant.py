@@ -471,7 +471,7 @@ def _quantize_modules(model, abits, act_placement, clipped, example, trace_error
     """Attach a QuantAct to every module that `act_placement` names; for networks that cannot be traced."""
     reason = f"the model cannot be traced ({first_line(trace_error)})"
     if callable(act_placement):
-        raise InputError(f"{reason}, and where its activations are quantized is looked up in its graph")
+        raise InputError(f"{reason}, and its graph tells where activations are quantized; give one that does not branch")
     if example is None:
         raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
     with torch.no_grad(), _FunctionFinder(model) as finder:

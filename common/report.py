@@ -113,7 +113,7 @@ def save_samples(run, path, columns=8, most_rows=100):
 def finish(run, teacher, student):
     """Write the student and samples.png; returns the contents of result.json.
 
-    A quantized student goes to quantized.pt, and what is evaluated is that file; another one to student.pt.
+    A quantized student goes to quantized.pt, and the agreement is that file's; another one goes to student.pt.
 
     Args:
         run, teacher, student: as `execute` has them.

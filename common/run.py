@@ -303,7 +303,8 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError):
             what = "has a config.json that is damaged or does not belong to a run"
             raise InputError(f"--out {self.folder} {what}; give another folder") from None
-        differ = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in now | before if before.get(k) != now.get(k)]
+        changed = [k for k in now | before if before.get(k) != now.get(k)]
+        differ = [f"{k} {before.get(k, 'unknown')} there, {now.get(k, 'unknown')} here" for k in changed]
         if differ:
             advice = "give another --out, or --overwrite to replace it"
             raise InputError(f"--out {self.folder} holds a run with other arguments ({'; '.join(differ)}); {advice}")

@@ -87,13 +87,16 @@ def complete(cfg):
     """Fill in --count, put --classes in order, and what --part implies: all but the first join the folder that it has begun.
 
     Raises:
-        InputError: real images from nowhere, a class that is not there, or a part of something else than images.
+        InputError: real images from nowhere, a class that is not there or gets no image, or a part of something else than
+            images.
     """
     fill_in(cfg, {"count": COUNT if cfg.task != "qat" else QAT_IMAGENET if cfg.dataset == "imagenet" else QAT_COUNT})
     cfg.classes = cfg.classes and sorted(set().union(*cfg.classes))
     if cfg.classes and cfg.classes[-1] >= cfg.num_classes:
         there = f"the classes of --dataset {cfg.dataset} are 0 to {cfg.num_classes - 1}"
         raise InputError(f"--classes names {cfg.classes[-1]}, and {there}; give some of these")
+    if cfg.classes and cfg.labels == "balanced" and cfg.count < len(cfg.classes):
+        raise InputError(f"--classes names {len(cfg.classes)} classes and --count is {cfg.count}; raise it or name fewer")
     if cfg.data_source == "real" and cfg.data_dir is None:
         raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
     if cfg.part and cfg.task != "synth":

@@ -174,6 +174,8 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--check", *TINY, "--arch", "tiny:plain"], "no BatchNorm2d"),
         (["--iters", 0], "--iters is 0"),
         (["--eval", "absent.pt"], "is not a file"),
+        (["--eval", "absent.pt", "--epochs", 3], "--epochs has no effect with --eval; leave one of them out"),
+        (["--eval", "absent.pt", "--weights", "hundred.pt"], "--weights has no effect with --eval"),
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
         ([*TINY, "--mean", "nan"], "--mean is nan"),
         ([*TINY, "--std", 0], "--std is 0.0"),
@@ -221,6 +223,10 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
         assert first[first.index("\ngdfq  w4a4") :].strip() in printed  # the same table
     assert written == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert "(epochs 3 there, 4 here); give another --out, or --overwrite" in fails(gdfq.main, *arguments[:-1], 4, "--resume")
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"bns_form"', '"older"'))  # of a version with other flags
+    assert "bns_form unknown there, gdfq here; older gdfq there, unknown here" in fails(gdfq.main, *arguments)
+    (run / "config.json").write_text(config)
     (run / "result.json").unlink()
     assert "holds an unfinished run; give --resume to continue it, or --overwrite" in fails(gdfq.main, *arguments)
     assert (run / "quantized.pt").exists()
@@ -297,13 +303,14 @@ def test_only_what_can_be_resumed_speaks_of_it(tmp_path, monkeypatch, capsys):
     def printed(place, *arguments):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
             patch.setattr(place, interrupted)
-            gdfq.main([*TINY, "--out", str(tmp_path / "run"), *arguments])
+            gdfq.main(arguments)
         assert stop.value.code == 130
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert printed("gdfq.generator_loss").endswith("stopped; the same command with --resume continues it")
-    for place, *arguments in (("common.report.load_teacher", "--check"), ("common.report.read_quantized", "--eval", "file.pt")):
-        assert printed(place, *arguments) == "gdfq.py: stopped"
+    run = [*TINY, "--out", str(tmp_path / "run")]
+    assert printed("gdfq.generator_loss", *run).endswith("stopped; the same command with --resume continues it")
+    assert printed("common.report.load_teacher", *run, "--check") == "gdfq.py: stopped"
+    assert printed("common.report.read_quantized", "--eval", "file.pt") == "gdfq.py: stopped"
 
 
 def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from common.ops import box_mix
 from common.run import Run
 from common.synthesis import make_labels, make_set
 from common.tasks.evaluate import inception_score
+from common.tasks.transfer import load_targets
 from mixmix import (
     LossWeights,
     ZooModel,
@@ -379,6 +380,8 @@ def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
     assert set(result) == {"full precision", str(tmp_path / "noise")}
     assert all(set(row) == {"tiny:net", "tiny:other"} for row in result.values())
     assert result == json.loads((tmp_path / "transfer" / "transfer.json").read_text())
+    own = mixmix.parse_args([*table, "--arch", "tiny:net", "--mean", "0.3"])  # the network's that is named, as in the zoo
+    assert [cfg.mean for *_, cfg in load_targets(own)] == [[0.3] * 3, [0.485, 0.456, 0.406]]
     (tmp_path / "noise" / "images.npz").unlink()
     assert mixmix.main(table) == result and "--overwrite runs it again" in capsys.readouterr().out
 
@@ -442,7 +445,11 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--classes", "0", "3-5"], "--classes names 5, and the classes of --dataset folder are 0 to 4"),
         ([*data, "--task", "synth", "--data-source", "real"], "needs training images; give --data-dir"),
         ([*tiny, "--qat-lr", 1], "--qat-lr has no effect with --task synth"),
+        ([*tiny, "--count", 2, "--classes", "0-2"], "--classes names 3 classes and --count is 2; raise it or name fewer"),
         ([*data, "--images", "other.npz", "--iterations", 3], "--iterations has no effect with --images"),
+        ([*data, "--images", "other.npz", "--zoo", "tiny:net"], "--zoo has no effect with --images and --task ptq"),
+        ([*own, "--batch-size", 3], "--batch-size has no effect with --data-source noise"),
+        ([*own[:-1], "single", "--held-out", "tiny:net"], "--held-out has no effect with --data-source single"),
         ([*own, "--task", "prune", "--no-refit", "--ridge", 1], "--ridge has no effect with --no-refit"),
         ([*own, "--part", "0/2"], "--part has no effect with --task ptq"),
         ([*tiny, "--part", "2/2"], "--part is '2/2'; give I/N"),

@@ -62,7 +62,7 @@ def complete(cfg):
     """
     weights = (0.5, 20.0, 0.1) if cfg.dataset == "cifar100" else (0.05, 5.0, 0.01)
     fill_in(cfg, dict(zip(("one_hot_weight", "information_weight", "activation_weight"), weights)))
-    if cfg.student_arch is None and cfg.eval is None:
+    if cfg.student_arch is None:
         raise InputError("--task kd needs --student-arch; give the architecture to distil into")
 
 

@@ -33,7 +33,8 @@ def load_targets(cfg):
     targets = []
     for name in cfg.targets:
         arch, _, weights = name.partition("=")
-        own = argparse.Namespace(**vars(cfg) | {"arch": arch, "weights": weights or None, "mean": None, "std": None})
+        normalisation = {} if (arch, weights or None) == (cfg.arch, cfg.weights) else {"mean": None, "std": None}  # as the zoo
+        own = argparse.Namespace(**vars(cfg) | {"arch": arch, "weights": weights or None} | normalisation)
         try:
             model, _ = load(own)
             run = Run(own)

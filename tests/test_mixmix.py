@@ -466,6 +466,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         *(([*own, "--arch", "tiny:branch", "--task", task], "the model cannot be traced") for task in ("ptq", "qat", "prune")),
         ([*own, "--arch", "tiny:net", "--task", "kd", "--student-arch", "resnet2x"], "--student-arch 'resnet2x' is not known"),
         ([*data, "--task", "transfer"], "--task transfer needs --images"),
+        ([*data, "--task", "transfer", "--batch-size", 5], "--batch-size has no effect with --task transfer"),
         (
             [*data, "--task", "transfer", "--targets", "tiny:branch", "--images", "other.npz"],
             "--targets tiny:branch: the model",

@@ -57,6 +57,7 @@ which costs more than a second forward, so it makes the second one once the rang
 
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,35 +79,11 @@ BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every pu
 GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
-class Generator(nn.Module):
-    """Generator for small images; the label enters as an embedding that multiplies the noise.
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm in the place of a conditional one."""
 
-    Args:
-        num_classes: number of labels.
-        image_size: side of the images, a multiple of 4.
-        channels: of the images.
-        latent_dim: length of the noise vector.
-    """
-
-    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
-        super().__init__()
-        self.side = image_size // 4
-        self.embedding = nn.Embedding(num_classes, latent_dim)
-        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = nn.BatchNorm2d(128)
-        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(128, eps=BN_EPS)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(64, eps=BN_EPS)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, z, y):
-        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
-        x = self.linear(self.embedding(y) * z).view(-1, 128, self.side, self.side)
-        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
-        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(x)))
+    def forward(self, x, y):
+        return super().forward(x)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -124,23 +101,35 @@ class ConditionalBatchNorm(nn.Module):
         return self.gamma(y)[:, :, None, None] * self.bn(x) + self.beta(y)[:, :, None, None]
 
 
-class ImageNetGenerator(nn.Module):
-    """Generator for large images; the label enters through conditional BatchNorm only. Arguments as `Generator`."""
+class Generator(nn.Module):
+    """G(z | y). For small images the label enters as an embedding that multiplies the noise, for large ones through conditional
+    BatchNorms.
 
-    def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
+    Args:
+        num_classes: number of labels.
+        image_size: side of the images, a multiple of 4.
+        channels: of the images.
+        latent_dim: length of the noise vector.
+    """
+
+    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
         super().__init__()
+        small = image_size <= SMALL_IMAGE
+        norm = BatchNorm if small else partial(ConditionalBatchNorm, num_classes)
         self.side = image_size // 4
+        self.embedding = nn.Embedding(num_classes, latent_dim) if small else None
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = ConditionalBatchNorm(num_classes, 128)
+        self.bn0 = norm(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = ConditionalBatchNorm(num_classes, 128, BN_EPS)
+        self.bn1 = norm(128, eps=BN_EPS)
         self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = ConditionalBatchNorm(num_classes, 64, BN_EPS)
+        self.bn2 = norm(64, eps=BN_EPS)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, y):
-        """As `Generator.forward`."""
+        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
+        z = z if self.embedding is None else self.embedding(y) * z
         x = self.linear(z).view(-1, 128, self.side, self.side)
         x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, y), self.conv1), y), 0.2)
         x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), y), 0.2)
@@ -149,8 +138,7 @@ class ImageNetGenerator(nn.Module):
 
 def make_generator(teacher, cfg, channels, example=None):
     """The generator that `cfg` describes, on the CPU; it does not depend on the teacher."""
-    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
-    return Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
+    return Generator(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
 
 
 def sample(generator, y, cfg):
@@ -377,6 +365,7 @@ def analyze(cfg, samples=3200, batch=16, each=10):
     h = torch.cat([normalised_entropy(z_p, z_q) for z_p, z_q, _ in batches])
     figures = [game_figures(*part) for part in batches]
     result = {name: torch.stack([f[name] for f in figures]).mean().item() for name in figures[0]}
+    result["cross_entropy"] = result.pop("train_loss")  # that of training is in `losses`
     result["h_histogram"] = h.histc(20, 0, 1).int().tolist()
 
     classes = torch.randperm(run.cfg.num_classes)[:each].sort().values

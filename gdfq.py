@@ -7,7 +7,7 @@ network (the student) is calibrated and then fine-tuned on these images, with la
     python gdfq.py --arch resnet20 --dataset cifar100 --bits 4
 
 Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 11 of AdaDFQ):
-    Generator, ImageNetGenerator    G(z | y)
+    Generator                       G(z | y)
     generator_loss                  L(G) = L_CE + alpha * L_BNS                          Eq. 1
     BatchNormStatistics.loss        L_BNS                                               Eq. 11 of AdaDFQ
     student_loss                    L(Q) = L_CE + delta * L_KD                          Eq. 3
@@ -36,6 +36,8 @@ The published figures were made with the released code, so `--variant released` 
 the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,35 +57,11 @@ BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every pu
 HALF_REAL = ("confusing", "unconfusing")  # values of --data-source
 
 
-class Generator(nn.Module):
-    """Generator for small images; the label enters as an embedding that multiplies the noise.
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm in the place of a conditional one."""
 
-    Args:
-        num_classes: number of labels.
-        image_size: side of the images, a multiple of 4.
-        channels: of the images.
-        latent_dim: length of the noise vector.
-    """
-
-    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
-        super().__init__()
-        self.side = image_size // 4
-        self.embedding = nn.Embedding(num_classes, latent_dim)
-        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = nn.BatchNorm2d(128)
-        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(128, eps=BN_EPS)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(64, eps=BN_EPS)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, z, y):
-        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
-        x = self.linear(self.embedding(y) * z).view(-1, 128, self.side, self.side)
-        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
-        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(x)))
+    def forward(self, x, y):
+        return super().forward(x)
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -101,23 +79,35 @@ class ConditionalBatchNorm(nn.Module):
         return self.gamma(y)[:, :, None, None] * self.bn(x) + self.beta(y)[:, :, None, None]
 
 
-class ImageNetGenerator(nn.Module):
-    """Generator for large images; the label enters through conditional BatchNorm only. Arguments as `Generator`."""
+class Generator(nn.Module):
+    """G(z | y). For small images the label enters as an embedding that multiplies the noise, for large ones through conditional
+    BatchNorms.
 
-    def __init__(self, num_classes, image_size=224, channels=3, latent_dim=100):
+    Args:
+        num_classes: number of labels.
+        image_size: side of the images, a multiple of 4.
+        channels: of the images.
+        latent_dim: length of the noise vector.
+    """
+
+    def __init__(self, num_classes, image_size=32, channels=3, latent_dim=100):
         super().__init__()
+        small = image_size <= SMALL_IMAGE
+        norm = BatchNorm if small else partial(ConditionalBatchNorm, num_classes)
         self.side = image_size // 4
+        self.embedding = nn.Embedding(num_classes, latent_dim) if small else None
         self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = ConditionalBatchNorm(num_classes, 128)
+        self.bn0 = norm(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = ConditionalBatchNorm(num_classes, 128, BN_EPS)
+        self.bn1 = norm(128, eps=BN_EPS)
         self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = ConditionalBatchNorm(num_classes, 64, BN_EPS)
+        self.bn2 = norm(64, eps=BN_EPS)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, y):
-        """As `Generator.forward`."""
+        """Images (B, channels, size, size), standardised, for noise z (B, latent_dim) and labels y (B,) int64."""
+        z = z if self.embedding is None else self.embedding(y) * z
         x = self.linear(z).view(-1, 128, self.side, self.side)
         x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x, y), self.conv1), y), 0.2)
         x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), y), 0.2)
@@ -126,8 +116,7 @@ class ImageNetGenerator(nn.Module):
 
 def make_generator(teacher, cfg, channels, example=None):
     """The generator that `cfg` describes, on the CPU; it does not depend on the teacher."""
-    Net = Generator if cfg.image_size <= SMALL_IMAGE else ImageNetGenerator
-    return Net(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
+    return Generator(cfg.num_classes, cfg.image_size, channels, cfg.latent_dim)
 
 
 def sample(generator, y, cfg):
@@ -203,11 +192,11 @@ def mix_images(x, y, num_classes, how):
 @torch.no_grad()
 @full_precision()
 def select_real(teacher, cfg, device):
-    """--real-per-class training images of each class, drawn at random from those of which the teacher's highest confidence is
+    """--real-per-class training images of each class, drawn at random from those for which the teacher's highest confidence is
     below --confusing-below (confusing) or from the others (unconfusing), and their labels (Table 1 of Qimera).
 
     Raises:
-        InputError: a class has not as many.
+        InputError: a class has fewer.
     """
     images, labels = training_set(cfg)
     size = evaluation_batch(device, cfg.image_size)
@@ -248,10 +237,10 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     stats = BatchNormStatistics(teacher)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
-    added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
     optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)

@@ -7,7 +7,7 @@ import gdfq
 from common import InputError
 from common.models import input_channels
 from common.quant import quantized_activations, quantized_layers
-from gdfq import Generator, ImageNetGenerator, compress, config, generator_loss, kd_loss, mix_images, student_loss
+from gdfq import Generator, compress, config, generator_loss, kd_loss, mix_images, student_loss
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -28,10 +28,10 @@ def test_generators_have_the_papers_sizes():
 
 
 def test_large_generator_knows_the_label_by_conditional_batchnorm_only():
-    large, z = ImageNetGenerator(3, 32), torch.randn(4, 100)
+    large, z = Generator(3, 68), torch.randn(4, 100)
     with_one, without_one = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 2, 2])
     before = large(z, with_one)
-    assert before.shape == (4, 3, 32, 32) and torch.equal(before, large(z, without_one))
+    assert before.shape == (4, 3, 68, 68) and torch.equal(before, large(z, without_one))
     with torch.no_grad():
         large.bn1.gamma.weight[1] *= 2
     assert torch.equal(before, large(z, without_one)) and not torch.equal(before, large(z, with_one))

@@ -56,7 +56,7 @@ class TrainedRun:
         if own and cfg.arch != given.arch:
             self._refuse(f"is of an own architecture; give --arch {cfg.arch}, if you trust that code")
         if not os.access(self.folder, os.W_OK):
-            self._refuse("cannot be written, and the analysis goes there; give a copy")
+            self._refuse("cannot be written, and the analysis is written there; give a copy")
         try:
             self.script = importlib.import_module(method)
         except ImportError:

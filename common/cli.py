@@ -188,7 +188,7 @@ class Parser(argparse.ArgumentParser):
         self.without_effect("--data-source real", *("--" + name.replace("_", "-") for name in sorted(idle)))
 
     def add_analysis(self, what):
-        """--analyze RUN, the last flag of a script: `what` the analysis finds out. Only few other flags go with it."""
+        """--analyze RUN, a script's last flag; `what` is what it finds out. --arch, --data-dir and --device go with it."""
         others = set(self._option_string_actions) - {"-h", "--help", "--arch", "--data-dir", "--device"}
         add = self.add_argument_group("analysis").add_argument
         add("--analyze", metavar="RUN", help=f"only analyse this run folder, of any script with a generator: {what}")

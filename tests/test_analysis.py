@@ -74,6 +74,7 @@ def test_a_run_of_gdfq_analysed_by_the_other_papers(make_run, monkeypatch, fails
     assert json.loads((run / "analysis" / "adadfq.json").read_text()) == result
     arrays = np.load(run / "analysis" / "adadfq.npz")
     h, l1 = arrays["h"].reshape(200, 16), arrays["l1"]
+    assert result["cross_entropy"] > 0 and "train_loss" not in result  # that of training is the run's own
     assert (h.min(1) == 0).all() and sum(result["h_histogram"]) == 3200  # Eq. 3: relative to the least of a batch of 16
     assert result["h_mean"] == pytest.approx(h.mean(), rel=1e-4) and result["h_histogram"][0] == (h < 0.05).sum()
     same = np.kron(np.eye(5), np.ones((10, 10))).astype(bool)

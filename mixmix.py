@@ -25,8 +25,8 @@ No code of it was published; this is the first. What the paper leaves open or ha
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
     5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
-    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0
-                         default (--weights-form)
+    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
+                         default (--weights-form)                                      fixed ones measured as good
     lambda_3             of the whole prior; --tv-weight and --l2-weight are its       the form is not said
                          parts at the start and keep their ratio
     labels               balanced; --labels random as in the paper                     the tasks see every class

@@ -244,7 +244,7 @@ def test_defaults_are_the_papers_or_the_released_ones():
         return cfg.batch_size, cfg.warmup_epochs, cfg.lr_q, cfg.decay_epochs, cfg.alpha_ds, cfg.lambda_l, cfg.temperature
 
     assert defaults("--dataset", "cifar100") == (16, 4, 1e-4, [100, 200, 300], 0.2, 0.1, 20)
-    table = {  # METHODS.md, D2: three, four and five bits
+    table = {  # as released: three, four and five bits
         "resnet18": [(50, 1e-5, [350, 400], a, low) for a, low in ((0.2, 0.1), (0.2, 0.3), (0.3, 0.3))],
         "mobilenet_v2": [(50, 1e-5, [350, 400], a, 0.1) for a in (0.2, 0.3, 0.2)],
         "resnet50": [
@@ -258,7 +258,7 @@ def test_defaults_are_the_papers_or_the_released_ones():
     for variant, expected in {"released": ("entropy-t", "gdfq", 0.5), "paper": ("eq13", "sum", 0.9)}.items():
         cfg = adadfq.parse_args(["--variant", variant])
         assert (cfg.student_loss, cfg.bns_form, cfg.beta1) == expected
-    sg = adadfq.parse_args("--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3".split())  # AdaSG as its code has it, METHODS.md D2
+    sg = adadfq.parse_args("--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3".split())  # AdaSG as its code has it
     assert (sg.alpha_ds, sg.alpha_as, sg.beta, sg.gamma, sg.lambda_l, sg.lambda_u) == (0.1, 0.1, 1, 1, 0.3, 0.8)
     assert "`--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`" in adadfq.__doc__
     cell = adadfq.parse_args(["--lambda-l", "0.5", "--lambda-u", "0.5"])  # of Figure 4(a)

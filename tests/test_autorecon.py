@@ -64,7 +64,7 @@ def test_the_search_space_is_the_papers():
 
 
 def test_the_published_genotypes_read_as_in_their_table():
-    """METHODS.md, B2: up edges N1->N2, N1->N3 by block; c0 ... c4; cross edges N2, N3, N4 -> N4, then -> N5."""
+    """As published: up edges N1->N2, N1->N3 by block; c0 ... c4; cross edges N2, N3, N4 -> N4, then -> N5."""
     cifar = from_short(PUBLISHED["resnet20-cifar10"])
     expected = {
         "B2-N1 -> B2-N3": "nearest", "B3-N1 -> B3-N2": "bilinear", "B3-N1 -> B3-N3": "nearest",

@@ -18,7 +18,7 @@ from gdfq import config
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 4, "iters": 4, "lr_q": 0.01}
 TINY |= {"warmup_epochs": 2, "calibrate_epochs": 1, "precision": "fp32", "decay_epochs": [3]}
-STEPS = [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq"}), (adadfq, {})]
+STEPS = [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq", "student_steps": 2}), (adadfq, {})]
 STEPS.append((autorecon, {"genotype": "published:resnet20-cifar10", "scale": 0.125}))
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -277,7 +277,7 @@ def test_help_shows_defaults_of_zero():
 def test_progress_in_a_log_is_a_few_lines_and_an_error_has_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
     began = time.monotonic()
-    gdfq.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "30", "--iters", "10"])
+    gdfq.main([*TINY, "--out", str(tmp_path / "run"), "--epochs", "6", "--iters", "10"])
     most = 2 + (time.monotonic() - began) / SECONDS_BETWEEN_LINES
     lines = capsys.readouterr().err.splitlines()
     assert (

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from common import InputError, replacing
 from common.cli import friendly_errors, number, whole
-from common.data import KINDS, NORMALISATION, NUM_CLASSES, TestSet, accuracy, fetch_cifar, read_cifar
+from common.data import KINDS, NORMALISATION, NUM_CLASSES, TestSet, accuracy, as_tensors, fetch_cifar, read_cifar
 from common.models import build, input_channels, probe
 from common.progress import Progress
 from common.run import pick_device
@@ -166,7 +166,7 @@ def train(args):
     if Path(args.out).exists():
         raise InputError(f"--out {args.out} is there already; give another file, or remove it to train again")
     torch.manual_seed(args.seed)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION[args.dataset])
+    mean, std = as_tensors(NORMALISATION[args.dataset])
     if args.download and not (Path(args.data_dir) / KINDS[args.dataset].base_folder).is_dir():
         fetch_cifar(KINDS[args.dataset], Path(args.data_dir))
     (images, labels), test_split = (read_cifar(args.dataset, args.data_dir, train) for train in (True, False))

@@ -21,7 +21,7 @@ from common.activations import (
     is_activation,
     kind_of,
 )
-from common.trace import baked_copy, constant_value, is_plain, replace_module, trace
+from common.trace import baked_copy, constant_value, is_plain, trace
 
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -358,7 +358,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         student = _quantize_graph(traced, abits, act_placement, clipped)
     for name, module in list(student.named_modules(remove_duplicate=False)):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            replace_module(student, name, _quantized_class(type(module)).from_float(module, wbits))
+            student.set_submodule(name, _quantized_class(type(module)).from_float(module, wbits))
     if not quantized_activations(student):
         raise InputError("the model computes no activation that could be quantized; use --act-placement input")
     all_weights = _AllWeights([layer for _, layer in quantized_layers(student)])

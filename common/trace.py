@@ -351,21 +351,15 @@ def fold_batchnorm(model, example=None):
         before = node.args[0] if node.op == "call_module" and node.args else None
         if type(modules.get(node.target)) is nn.BatchNorm2d and type(modules.get(before.target)) is nn.Conv2d:
             if len(before.users) == 1 and modules[node.target].track_running_stats:
-                replace_module(traced, before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+                traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
                 node.replace_all_uses_with(before)
                 traced.graph.erase_node(node)
                 rest = nn.Module()
                 rest._modules |= modules[node.target]._modules
-                replace_module(traced, node.target, rest)
+                traced.set_submodule(node.target, rest)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced.requires_grad_(False)
-
-
-def replace_module(model, name, module):
-    """Put `module` in the place of the submodule of that name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def constant_value(traced, node):
@@ -421,7 +415,7 @@ def _layers_from_functions(traced):
             continue
         old = traced.get_submodule(path)
         args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), constants.__getitem__)
-        replace_module(traced, path, _with_rest(PLAIN[node.target](*args, **kwargs).eval(), old))
+        traced.set_submodule(path, _with_rest(PLAIN[node.target](*args, **kwargs).eval(), old))
         with traced.graph.inserting_before(node):
             node.replace_all_uses_with(traced.graph.call_module(path, (node.args[0],)))
         traced.graph.erase_node(node)

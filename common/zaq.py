@@ -33,7 +33,6 @@ from torch import nn
 
 from common import InputError
 from common.quant import quantize, quantized_activations, quantized_layers
-from common.trace import replace_module
 
 FORMS = ("zaq", "zaq-paper")  # values of --adversarial
 STAGES = 3
@@ -59,7 +58,7 @@ class FeatureMaps:
             layer.packed = True  # its weights are used as they are
         self.kept = {}, {}
         for name, quantizer in quantized_activations(student):
-            replace_module(self.teacher, name, identity := nn.Identity())
+            self.teacher.set_submodule(name, identity := nn.Identity())
             for module, maps in zip((identity, quantizer), self.kept):
                 module.register_forward_hook(self._keep_in(maps))
         self.teacher(example)

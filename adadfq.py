@@ -68,6 +68,7 @@ from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
+from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
@@ -275,13 +276,12 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
     stats = BatchNormStatistics(teacher)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
-    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
+    optim_q = student_optimizer(student, cfg, run.fused, nesterov=True)
 
     def synthesize(y):
         with run.autocast():
@@ -329,8 +329,7 @@ def compress(teacher, cfg, run=None):
     # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
     # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
-        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        set_rates(cfg, epoch, optim_g, optim_q)
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         if tuning and not calibrating:
             before = *disagreement(run, teacher, (student,), probe_labels), copy.deepcopy(student)
@@ -342,7 +341,7 @@ def compress(teacher, cfg, run=None):
             measure_gains(*before)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
-    return student
+    return keep_ranges(student)
 
 
 def similarity(z_p, z_q):
@@ -402,6 +401,17 @@ RELEASED = {
 }
 
 
+SHORT = {  # --schedule short
+    "epochs": 24,
+    "iters": 100,
+    "batch_size": 16,
+    "act_ranges": "learned",
+    "optimizer": "adam",
+    "lr_q": 3e-4,
+    "decay": "cosine",
+}
+
+
 def parser():
     p = Parser("adadfq", __doc__.split("\n\n")[0])
     group = p.add_argument_group("AdaDFQ")
@@ -444,6 +454,7 @@ def parser():
     p.without_effect("--generator-loss gdfq", *terms)
     p.without_effect("--data-source real", "--generator-loss", *terms)
     p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
+    add_flags(p, SHORT)
     p.add_analysis("Figures 1, 3(b), 4(b), 5 and 6")
     return p
 
@@ -490,7 +501,7 @@ def config(**settings):
 def main(argv=None):
     with friendly_errors("adadfq.py"):
         given = parser().parse(argv)
-        return execute(_complete(given), compress) if given.analyze is None else analyze(given)
+        return execute(_complete(given), compress, short=SHORT) if given.analyze is None else analyze(given)
 
 
 if __name__ == "__main__":

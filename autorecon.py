@@ -75,6 +75,7 @@ from torch import nn
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
+from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, plain_forms, superpose, upsample_conv, weighted_operation
@@ -441,7 +442,7 @@ def compress(teacher, cfg, run=None):
         student = run.place(student)
         run.record(student="distilled")
     else:
-        student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+        student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
@@ -449,8 +450,7 @@ def compress(teacher, cfg, run=None):
     stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    sgd = {"momentum": 0.9, "nesterov": not distilling, "weight_decay": cfg.weight_decay, "fused": run.fused}
-    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
+    optim_q = student_optimizer(student, cfg, run.fused, nesterov=not distilling)
 
     def synthesize(y):
         with run.autocast():
@@ -494,8 +494,7 @@ def compress(teacher, cfg, run=None):
     # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
     # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
-        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        set_rates(cfg, epoch, optim_g, optim_q)
         calibrating, tuning = not distilling and epoch < cfg.calibrate_epochs, epoch >= tuned_from
         observe(student, calibrating)
         student.train(distilling)  # a quantized network keeps the BatchNorm statistics it has
@@ -505,7 +504,7 @@ def compress(teacher, cfg, run=None):
         observe(student, False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
-    return student
+    return keep_ranges(student)
 
 
 # ---------------------------------------------------------------------------------------------------------- genotypes
@@ -634,6 +633,19 @@ def draw_genotype(genotype):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+SHORT = {  # --schedule short
+    "epochs": 24,
+    "iters": 100,
+    "batch_size": 16,
+    "act_ranges": "learned",
+    "optimizer": "adam",
+    "lr_q": 3e-4,
+    "decay": "cosine",
+    "kd_reduction": "batchmean",
+    "genotype": "published:resnet20-cifar10",
+}
+
+
 def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
@@ -679,6 +691,7 @@ def parser():
     p.without_effect("--search-only", *stage2.split())
     p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune".split())
     p.without_effect("--no-finetune", *learning.split())
+    add_flags(p, SHORT)
     return p
 
 
@@ -718,7 +731,7 @@ def main(argv=None):
         cfg = parse_args(argv)
         if cfg.search_only:
             return execute(cfg, find_genotype, finish_search, show_search, files=FILES)
-        return execute(cfg, compress, files=FILES)
+        return execute(cfg, compress, files=FILES, short=SHORT)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.data import TestSet, evaluation_batch, full_precision
+from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import upsample_conv
@@ -236,14 +237,13 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     stats = BatchNormStatistics(teacher)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
-    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
+    optim_q = student_optimizer(student, cfg, run.fused, nesterov=True)
     train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):
@@ -292,8 +292,7 @@ def compress(teacher, cfg, run=None):
     # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
     # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
-        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        set_rates(cfg, epoch, optim_g, optim_q)
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         observe(student, calibrating)
         for _ in run.steps():
@@ -301,7 +300,19 @@ def compress(teacher, cfg, run=None):
         observe(student, False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
-    return student
+    return keep_ranges(student)
+
+
+SHORT = {  # --schedule short
+    "epochs": 24,
+    "iters": 100,
+    "batch_size": 16,
+    "act_ranges": "learned",
+    "optimizer": "adam",
+    "lr_q": 3e-4,
+    "decay": "cosine",
+    "kd_reduction": "batchmean",
+}
 
 
 def parser():
@@ -341,6 +352,7 @@ def parser():
     p.without_effect("--no-finetune", *learning, "--no-kd", "--no-student-ce")
     p.without_effect("--no-kd and --no-student-ce", *learning)
     p.without_effect("--no-ce and --no-bns", "--lr-g", "--beta1")
+    add_flags(p, SHORT)
     return p
 
 
@@ -360,7 +372,7 @@ def config(**settings):
 
 def main(argv=None):
     with friendly_errors("gdfq.py"):
-        return execute(parse_args(argv), compress)
+        return execute(parse_args(argv), compress, short=SHORT)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ from common.analysis import TrainedRun, principal_axes, scatter
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision
+from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import superpose, superposed_labels, upsample_conv
@@ -333,7 +334,7 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None
@@ -343,8 +344,7 @@ def compress(teacher, cfg, run=None):
         stats = BatchNormStatistics(teacher)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": cfg.weight_decay, "fused": run.fused}
-    optim_q = torch.optim.SGD(student.parameters(), cfg.lr_q, **sgd)
+    optim_q = student_optimizer(student, cfg, run.fused, nesterov=True)
 
     def synthesize(y):
         with run.autocast():
@@ -403,8 +403,7 @@ def compress(teacher, cfg, run=None):
     # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
     # --warmup-epochs; then both learn.
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        decay = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
-        optim_g.param_groups[0]["lr"], optim_q.param_groups[0]["lr"] = cfg.lr_g * decay, cfg.lr_q * decay
+        set_rates(cfg, epoch, optim_g, optim_q)
         calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
         observe(student.train(cfg.adversarial == "zaq"), calibrating)
         for _ in run.steps():
@@ -412,7 +411,7 @@ def compress(teacher, cfg, run=None):
         observe(student.eval(), False)
         if epoch + 1 == calibrated_at:
             run.measure("calibrated_top1", student)
-    return student
+    return keep_ranges(student)
 
 
 def path_metrics(features, logits, pair):
@@ -524,6 +523,18 @@ RELEASED = {  # p, K at up to four bits and from five on, and whether the releas
 }
 
 
+SHORT = {  # --schedule short
+    "epochs": 24,
+    "iters": 100,
+    "batch_size": 16,
+    "act_ranges": "learned",
+    "optimizer": "adam",
+    "lr_q": 3e-4,
+    "decay": "cosine",
+    "kd_reduction": "batchmean",
+}
+
+
 def parser():
     p = Parser("qimera", __doc__.split("\n\n")[0])
     add = p.add_argument_group("Qimera").add_argument
@@ -578,6 +589,7 @@ def parser():
     p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")
     learning = "--warmup-epochs --lr-q --weight-decay --student-steps --kd-weight --temperature --kd-reduction".split()
     p.without_effect("--no-finetune", *learning)
+    add_flags(p, SHORT)
     p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p
 
@@ -622,7 +634,7 @@ def config(**settings):
 def main(argv=None):
     with friendly_errors("qimera.py"):
         given = parser().parse(argv)
-        return execute(_complete(given), compress) if given.analyze is None else analyze(given)
+        return execute(_complete(given), compress, short=SHORT) if given.analyze is None else analyze(given)
 
 
 if __name__ == "__main__":

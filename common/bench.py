@@ -12,6 +12,9 @@ import ctypes
 import gc
 import importlib
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -28,6 +31,7 @@ from common.cli import friendly_errors
 from common.models import load_teacher
 from common.ops import box_mix, channel_statistics, count_flops, plain_forms, superpose, superposed_labels
 from common.progress import Progress
+from common.published import paper_drop
 from common.run import Run, peak_memory, pick_device, synchronise, write_atomically
 
 METHODS = {  # and what a method needs to be told to have a step at once
@@ -123,7 +127,7 @@ def compare(name, batch_size, args):
     method = importlib.import_module(name)
 
     def settings(**kw):
-        common = {"arch": args.arch, "dataset": args.dataset, "weights": args.weights, "bits": args.bits}
+        common = {"arch": args.arch, "dataset": args.dataset, "weights": args.weights, "bits": args.bits[0]}
         epochs = {"epochs": 2, "warmup_epochs": 1, "calibrate_epochs": 1, "iters": 1, "batch_size": batch_size}
         return method.config(**common, **epochs, **METHODS[name], device=args.device, **kw)
 
@@ -222,6 +226,72 @@ def batchnorm_statistics(device, batch=256, channels=16, size=32, repeats=15):
 OPERATIONS = {"superposition": superposition, "box-mixing": box_mixing, "bn-statistics": batchnorm_statistics}
 
 
+def print_milliseconds(args):
+    """Print the rows of `compare` for all methods and batch sizes; returns them."""
+    rows = []
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    heads = ("plain ms", "fast ms", "speedup", "images/s", "floor ms", "peak MB")
+    print(f"{'method':<10}{'batch':>6}" + "".join(f"{head:>10}" for head in heads))
+    for name in args.method:
+        for batch_size in args.batch_size:
+            row = compare(name, batch_size, args)
+            rows.append(row)
+            print(
+                f"{name:<10}{batch_size:>6}{row['plain_ms']:>10.1f}{row['fast_ms']:>10.1f}{row['speedup']:>9.2f}x"
+                f"{1000 * batch_size / row['fast_ms']:>10.0f}{row['floor_ms']:>10.1f}{row['peak_mb']:>10.0f}",
+                flush=True,
+            )
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- time to accuracy
+
+
+def time_to_accuracy(name, bits, args):
+    """Whole runs of a script, a seed each, from the start of their processes to their last epoch's accuracy.
+
+    Returns:
+        A row for the table: medians over the seeds of `seconds` and of the `drop` from full precision, its `worst`, and what
+        the method's own paper and the best published lose (None where there is no figure).
+    """
+    seconds, drops, calibrated = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            out = Path(folder) / str(seed)
+            settings = {"schedule": "short", "arch": args.arch, "bits": bits, "seed": seed, "eval-every": 10**6, "out": out}
+            settings |= {"precision": args.precision, "data-dir": args.data_dir, "device": args.device}
+            flags = [text for flag, value in settings.items() if value is not None for text in (f"--{flag}", str(value))]
+            extra = [text for flag, value in METHODS[name].items() for text in (f"--{flag}", value)]
+            script, began = Path(__file__).parent.parent / f"{name}.py", time.time()
+            done = subprocess.run([sys.executable, script, *flags, *extra, *args.more], capture_output=True, text=True)
+            if done.returncode:
+                raise InputError(f"{name}.py failed: {done.stderr.strip().splitlines()[-1]}")
+            result = json.loads((out / "result.json").read_text())
+            seconds.append((out / "checkpoint.pt").stat().st_mtime - began)  # the last epoch and its evaluation are over
+            drops.append(result["fp_top1"] - result["last_top1"])
+            calibrated.append(result["fp_top1"] - result["calibrated_top1"])
+    steps = result["arguments"]["epochs"] * result["arguments"]["iters"]
+    row = {"method": name, "bits": bits, "steps": steps, "batch_size": result["arguments"]["batch_size"]}
+    row |= {"seconds": round(median(seconds)), "drop": round(median(drops), 2), "worst": round(max(drops), 2)}
+    row |= {"calibrated": round(median(calibrated), 2), "paper": paper_drop(name, bits), "best": paper_drop("best", bits)}
+    return row | {"images": result["images"], "precision": result["arguments"]["precision"]}
+
+
+def print_time_to_accuracy(args):
+    """Print the rows of `time_to_accuracy` for all methods and numbers of bits; returns them."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.seeds} seeds; points of top-1 accuracy lost")
+    heads = ("steps", "batch", "seconds", "calibrated", "drop", "worst", "paper", "best")
+    print(f"{'method':<10}{'bits':>5}" + "".join(f"{head:>11}" for head in heads))
+    rows = []
+    for name in args.method:
+        for bits in args.bits:
+            row = time_to_accuracy(name, bits, args)
+            rows.append(row)
+            names = ("steps", "batch_size", "seconds", "calibrated", "drop", "worst", "paper", "best")
+            print(f"{name:<10}{bits:>5}" + "".join(f"{'-' if row[n] is None else row[n]:>11}" for n in names), flush=True)
+    return rows
+
+
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m common.bench", description=__doc__, formatter_class=formatter)
@@ -230,7 +300,7 @@ def main(argv=None):
     add("--arch", default="resnet20", help="architecture of the network (default: resnet20)")
     add("--dataset", default="cifar10", help="data set (default: cifar10)")
     add("--weights", help="weights of the network (default: by data set)")
-    add("--bits", type=int, default=4, help="number of bits of weights and activations (default: 4)")
+    add("--bits", type=int, nargs="+", default=[4], help="numbers of bits of weights and activations (default: 4)")
     add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast path (default: auto)")
@@ -239,29 +309,27 @@ def main(argv=None):
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
     add("--operation", choices=OPERATIONS, help="time only this operation, as it is here and as its formula is written")
+    whole_runs = "run the scripts with --schedule short, and tell how long they take and what accuracy they lose"
+    add("--time-to-accuracy", action="store_true", help=f"{whole_runs}; flags of the scripts may follow --")
+    add("--seeds", type=int, default=3, help="runs of each script for --time-to-accuracy (default: 3)")
+    add("--data-dir", help="folder with the test images for --time-to-accuracy (default: the bundled ones)")
     add("--json", metavar="FILE", help="write the rows to this file")
+    add("more", nargs="*", metavar="-- FLAGS", help="flags of the scripts, for --time-to-accuracy")
     args = parser.parse_args(argv)
     with friendly_errors("common.bench"):
         if args.repeats < 5:
             raise InputError(f"--repeats is {args.repeats}; medians need at least 5")
+        if len(args.bits) > 1 and not args.time_to_accuracy:
+            raise InputError(f"--bits is {' '.join(map(str, args.bits))}; give one number of bits to time steps")
         if args.operation:
             figures = OPERATIONS[args.operation](pick_device(args.device))
             for form, figure in figures.items():
                 print(f"{form:<10}{figure['ms']:>8.2f} ms{figure['mb']:>8.1f} MB")
             return figures
-        rows = []
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        heads = ("plain ms", "fast ms", "speedup", "images/s", "floor ms", "peak MB")
-        print(f"{'method':<10}{'batch':>6}" + "".join(f"{head:>10}" for head in heads))
-        for name in args.method:
-            for batch_size in args.batch_size:
-                row = compare(name, batch_size, args)
-                rows.append(row)
-                print(
-                    f"{name:<10}{batch_size:>6}{row['plain_ms']:>10.1f}{row['fast_ms']:>10.1f}{row['speedup']:>9.2f}x"
-                    f"{1000 * batch_size / row['fast_ms']:>10.0f}{row['floor_ms']:>10.1f}{row['peak_mb']:>10.0f}",
-                    flush=True,
-                )
+        if args.time_to_accuracy:
+            rows = print_time_to_accuracy(args)
+        else:
+            rows = print_milliseconds(args)
         if args.json:
             write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
     return rows

@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, method, description, unquantized=()):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
-        self.method, self.derived, self.idle, self.unquantized = method, {}, [], unquantized
+        self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
         add("--arch", help=f"architecture: {names} (default: resnet20, for ImageNet resnet18)")
@@ -187,6 +187,12 @@ class Parser(argparse.ArgumentParser):
         idle = {"lr_g", "beta1", "latent_dim", "bns_weight", "bns_form", "warmup_epochs"} & set(defaults)
         self.without_effect("--data-source real", *("--" + name.replace("_", "-") for name in sorted(idle)))
 
+    def add_schedule(self, group, short):
+        """--schedule, in a group; `short` is a dict of what --schedule short gives other flags, by their names in Python."""
+        self.schedules["short"] = short
+        about = f"the paper's settings, or those with which minutes are enough (short: {as_flags(short)})"
+        group.add_argument("--schedule", choices=tuple(self.schedules), default="paper", help=f"{about} (default: paper)")
+
     def add_analysis(self, what):
         """--analyze RUN, a script's last flag; `what` is what it finds out. --arch, --data-dir and --device go with it."""
         others = set(self._option_string_actions) - {"-h", "--help", "--arch", "--data-dir", "--device"}
@@ -210,10 +216,12 @@ class Parser(argparse.ArgumentParser):
             InputError: unusable arguments; the message names the flag.
         """
         args = self.parse_args(argv)
+        scheduled = as_flags(self.schedules[getattr(args, "schedule", "paper")]).split()
+        args = self.parse_args([*scheduled, *(sys.argv[1:] if argv is None else argv)])  # the command line wins
         own = set(vars(args)) - self.shared
         self.without_effect("--eval", *(flag for flag, action in self._option_string_actions.items() if action.dest in own))
         self._refuse_idle(args, argv)
-        changed = self._changed(args)
+        changed = self._changed(args, vars(self.parse_args(scheduled)))
         args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
         args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
         sizes = IMAGE_SIZE | {"imagenet": native_size(args.arch)}
@@ -260,9 +268,10 @@ class Parser(argparse.ArgumentParser):
                     if given[self._option_string_actions[idle].dest] is not unset:
                         raise InputError(f"{idle} has no effect with {setting}; leave one of them out")
 
-    def _changed(self, args):
-        """The method's own flags that were given, for the folder's name, so that ablations do not share a folder."""
-        defaults, parts = vars(self.parse_args([])), []
+    def _changed(self, args, defaults):
+        """The method's own flags that are not as in `defaults`, for the folder's name, so that ablations do not share a folder;
+        --schedule stands for what it sets."""
+        defaults, parts = defaults | {"schedule": "paper"}, []
         for name, value in vars(args).items():
             if name not in self.shared and value != defaults[name]:
                 text = "" if value is True else re.sub(r"[^\w.]+", "_", str(value))[-60:]
@@ -281,6 +290,12 @@ class Parser(argparse.ArgumentParser):
             elif value is not None and value is not False:
                 argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
         return self.parse(argv)
+
+
+def as_flags(settings):
+    """A dict of settings by their names in Python, as a command line has them."""
+    texts = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in settings.items())
+    return " ".join(texts)
 
 
 def fill_in(cfg, defaults):

@@ -22,6 +22,7 @@ from common.trace import baked_copy, memory_layout
 
 FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt analysis".split()  # beside config.json
 DEVICES = ("cpu", "cuda")
+PACE = 5, 25  # steps of a phase of the run between which its pace is measured
 NOT_COMPARED = ("out", "resume", "overwrite", "eval", "check", "threads", "data_dir", "eval_every")  # they change no student
 
 
@@ -79,6 +80,7 @@ class Run:
         folder: where the run leaves its files, or None.
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
+        short: what `--schedule short` sets, by name, for methods that have it.
         free: names of arguments of the method in which a resumed run may differ.
 
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
@@ -92,8 +94,8 @@ class Run:
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
     folded = False  # whether the student's BatchNorms are folded
 
-    def __init__(self, cfg, folder=None, files=(), result="result.json", free=()):
-        self.cfg, self.folder, self.test_set = cfg, folder and Path(folder), None
+    def __init__(self, cfg, folder=None, files=(), result="result.json", short=None, free=()):
+        self.cfg, self.folder, self.test_set, self.short = cfg, folder and Path(folder), None, short
         self.files, self.result_file = (*FILES, *files, result), result
         self.may_differ = {*NOT_COMPARED, *free}
         if getattr(cfg, "data_source", None) in FROM_TRAINING_SET:
@@ -198,11 +200,12 @@ class Run:
         if self.cfg.check:
             return
         start = self._begin(stateful)
-        self.iters = iters or self.cfg.iters
+        self.iters, self.total = iters or self.cfg.iters, count * (iters or self.cfg.iters)
+        phases = {start: "at the pace of the first steps", max(start, evaluate_from): "now that the student learns"}
         self.bar = Progress(total=count * self.iters, initial=start * self.iters, disable=self.folder is None, unit="it")
         for epoch in range(start, count):
             self.epoch, self.losses, self.noted = epoch, {}, {}
-            before = self.seconds
+            before, self.phase = self.seconds, phases.get(epoch)
             self.bar.set_description(f"epoch {epoch + 1}/{count}", refresh=False)
             yield epoch
             line = {"epoch": epoch, **self._mean_losses(), **self.noted, "seconds": round(self.seconds - before, 2)}
@@ -226,9 +229,24 @@ class Run:
                 self.losses.setdefault(name, []).append(loss)
             self.latest.clear()
             self.bar.update()
+            if self.phase and step + 1 in PACE and self.iters >= PACE[1]:
+                self._tell_time(step + 1)
         synchronise(self.device)
         self.seconds += time.time() - began
         self.iterations += self.iters
+
+    def _tell_time(self, step):
+        """Say how long the run will take, and what --schedule short would take, from the time between two steps."""
+        synchronise(self.device)
+        if step == PACE[0]:
+            self.pace_began = time.time()
+            return
+        pace = (time.time() - self.pace_began) / (step - PACE[0])
+        line = f"about {duration(pace * (self.total - self.epoch * self.iters - step))} left on this machine, {self.phase}"
+        if self.short and self.cfg.schedule == "paper" and self.total > (steps := self.short["epochs"] * self.short["iters"]):
+            images = self.short["batch_size"] / self.cfg.batch_size
+            line += f"; --schedule short takes about {duration(pace * steps * images)}"
+        self.announce(line)
 
     def log(self, **losses):
         """Note one step's losses (scalar tensors); they are read from the device once an epoch."""
@@ -387,6 +405,14 @@ def write_atomically(path, text):
     """Write a text file in one step, so that a killed run never leaves half of it."""
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def duration(seconds):
+    """A time in words: 40 s, 12 min, 2 h 20 min."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def peak_memory(device):

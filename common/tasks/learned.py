@@ -11,9 +11,9 @@ from torch import nn
 from common.quant import affine_parameters, fake_quantize
 
 
-def search_parameters(rows, bits, steps=80, power=2.4):
-    """Scale and zero point per row that lose least: of `steps` ranges, shrunk from the full one in hundredths, the one whose
-    errors have the smallest mean to the `power` (BRECQ).
+def search_parameters(rows, bits, steps=80, power=2.4, by=0.01):
+    """Scale and zero point per row that lose least: of `steps` ranges, each `by` of the full one narrower than the one before,
+    the one whose errors have the smallest mean to the `power` (BRECQ).
 
     Args:
         rows: (R, N) float32.
@@ -26,7 +26,7 @@ def search_parameters(rows, bits, steps=80, power=2.4):
     best = torch.full_like(low, torch.inf)
     scale, zero_point = affine_parameters(low, high, bits)
     for step in range(steps):
-        candidate = affine_parameters(low * (1 - 0.01 * step), high * (1 - 0.01 * step), bits)
+        candidate = affine_parameters(low * (1 - by * step), high * (1 - by * step), bits)
         loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(power).mean(1, keepdim=True)
         better, best = loss < best, torch.minimum(loss, best)
         scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
@@ -69,23 +69,39 @@ class AdaRound(nn.Module):
         return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
 
 
+class _LearnedStep(torch.autograd.Function):
+    """The passes of `learned_step`."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, bits, inside):
+        v, ends = x / scale, (-zero_point, 2**bits - 1 - zero_point)
+        ctx.save_for_backward(v, *ends)
+        ctx.lsq, ctx.shape = inside == "lsq", scale.shape
+        return torch.round(v).clamp_(*ends).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, low, high = ctx.saved_tensors
+        nearest = torch.round(v)
+        steps = nearest.clamp(low, high)
+        within = (v > low) & (v < high) if ctx.lsq else steps == nearest
+        of_scale = steps.sub_(v * within).mul_(grad).sum_to_size(ctx.shape)
+        return grad * within, of_scale, None, None, None
+
+
 def learned_step(x, scale, zero_point, bits, inside):
     """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
     the range, the end's code outside. Values outside have no gradient.
 
     Args:
-        x: float tensor.
+        x: float32 tensor.
         scale: scalar, learned.
         zero_point: integer-valued scalar.
         bits: codes 0 ... 2^bits - 1.
         inside: which values are: "lsq", whose x / s is, before it is rounded; "brecq", also the half step beyond, which is
             rounded to the ends.
     """
-    v, low, high = x / scale, -zero_point, 2**bits - 1 - zero_point
-    nearest = torch.round(v.detach())
-    steps = nearest.clamp(low, high)
-    within = (v > low) & (v < high) if inside == "lsq" else steps == nearest
-    return torch.where(within, v + (steps - v).detach(), steps) * scale
+    return _LearnedStep.apply(x, scale, zero_point, bits, inside)
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -99,6 +115,9 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.factor, None, None
+
+
+scaled_gradient = _ScaledGradient.apply
 
 
 class LearnedStep(nn.Module):
@@ -130,7 +149,7 @@ class LearnedStep(nn.Module):
     def forward(self, x):
         if not self.lsq:
             return learned_step(x.float(), self.scale, self.zero_point, self.bits, "brecq")
-        scale = _ScaledGradient.apply(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
+        scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
         return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 
@@ -149,7 +168,7 @@ class LearnedWeight(nn.Module):
         self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
 
     def forward(self, weight):
-        scale = _ScaledGradient.apply(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
+        scale = scaled_gradient(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
         return learned_step(weight, scale, self.zero_point, self.bits, "lsq")
 
 

@@ -1,0 +1,106 @@
+"""Fine-tuning beyond the papers: what reaches their accuracy in minutes. All of it is off unless a flag turns it on, and
+`--schedule short` is a set of such flags.
+
+    flag                     instead of what the papers have                        source
+    --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
+    --act-ranges learned     such a range whose step is then learned                LSQ (Esser et al., ICLR 2020)
+    --optimizer adam         SGD                                                    as usual
+    --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from common.cli import one_of
+from common.quant import QuantAct, affine_parameters, quantized_activations
+from common.tasks.learned import learned_step, scaled_gradient, search_parameters
+
+SAMPLE = 2048  # values of a batch that a search looks at
+
+
+def add_flags(parser, short):
+    """Declare --schedule, whose `short` is this dict, and the flags of the table above."""
+    group = parser.add_argument_group("beyond the papers (common/finetune.py)")
+    parser.add_schedule(group, short)
+    add = group.add_argument
+    ranges = "activation ranges: a batch's extremes, those that a search finds best (search), or such with learned steps"
+    add("--act-ranges", default="extremes", type=one_of("extremes", "search", "learned"), help=ranges)
+    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student")
+    decay = "how learning rates fall: tenfold at --decay-epochs (steps), or smoothly to 0 after the warm-up (cosine)"
+    add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
+    parser.without_effect("--decay cosine", "--decay-epochs")
+
+
+class SearchedAct(QuantAct):
+    """A `QuantAct` whose range follows the one that loses least of each batch, which a search finds, not its extremes."""
+
+    @torch.no_grad()
+    def observe(self, x):
+        values = x.flatten()
+        values = values[torch.randint(len(values), (SAMPLE,), device=x.device)].float()
+        scale, zero_point = (value[0, 0] for value in search_parameters(values[None], self.bits, steps=40, by=0.02))
+        ends = -zero_point * scale, (2**self.bits - 1 - zero_point) * scale
+        for state, value in zip((self.low, self.high), ends):
+            state.copy_(torch.where(self.seen, torch.lerp(value, state, self.momentum), value))
+        for state, value in zip((self.scale, self.zero_point), affine_parameters(self.low, self.high, self.bits)):
+            state.copy_(value)
+        self.seen.fill_(True)
+
+
+class LearnedAct(SearchedAct):
+    """A `SearchedAct` whose step is a parameter once the range is fixed (LSQ, Eq. 3)."""
+
+    def __init__(self, bits, clipped=False):
+        super().__init__(bits, clipped)
+        del self.scale
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        if self.observing:
+            return super().forward(x)
+        scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1)
+        return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
+
+
+def set_ranges(student, cfg):
+    """Give the activations of a quantized network the ranges that --act-ranges says; returns the network."""
+    kind = {"extremes": QuantAct, "search": SearchedAct, "learned": LearnedAct}[cfg.act_ranges]
+    for name, act in quantized_activations(student):
+        if kind is not QuantAct:
+            student.set_submodule(name, kind(act.bits, act.clipped).to(act.scale.device))
+    return student
+
+
+def keep_ranges(student):
+    """Make the steps of a `LearnedAct` final, once the network has learned; returns the network."""
+    for name, act in quantized_activations(student):
+        if isinstance(act, LearnedAct):
+            fixed = QuantAct(act.bits, act.clipped).to(act.scale.device)
+            fixed.fix(act.scale, act.zero_point)
+            student.set_submodule(name, fixed)
+    return student
+
+
+def student_optimizer(student, cfg, fused, **sgd):
+    """--optimizer for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
+    steps = [act.scale for _, act in quantized_activations(student) if isinstance(act.scale, nn.Parameter)]
+    others = [p for p in student.parameters() if all(p is not step for step in steps)]
+    groups = [{"params": others, "weight_decay": cfg.weight_decay}]
+    groups += [{"params": steps, "weight_decay": 0.0}] if steps else []
+    if cfg.optimizer == "adam":
+        return torch.optim.AdamW(groups, cfg.lr_q, fused=fused)
+    return torch.optim.SGD(groups, cfg.lr_q, momentum=0.9, fused=fused, **sgd)
+
+
+def set_rates(cfg, epoch, optim_g, optim_q):
+    """Learning rates of an epoch, --decay."""
+    if cfg.decay == "cosine":
+        done = max(epoch - cfg.warmup_epochs, 0) / max(cfg.epochs - cfg.warmup_epochs, 1)
+        factor = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        factor = 0.1 ** sum(epoch >= start for start in cfg.decay_epochs)
+    for optimizer, rate in ((optim_g, cfg.lr_g), (optim_q, cfg.lr_q)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor

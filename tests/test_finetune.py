@@ -1,0 +1,93 @@
+"""What stands beyond the papers: searched and learned activation ranges, optimizers, rates, --schedule short."""
+
+import math
+
+import pytest
+import torch
+from test_cli import TINY
+
+import gdfq
+from common.export import load_quantized, save_quantized
+from common.finetune import LearnedAct, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.quant import QuantAct, observe, quantize, quantized_activations
+from common.run import duration
+
+
+def test_a_searched_range_loses_less_than_the_extremes_and_moves_with_the_images():
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(20_000)) ** 2  # a long tail
+    extremes, searched = QuantAct(3), SearchedAct(3)
+    for act in (extremes, searched):
+        act.observing = True
+        act(x)
+    lost = [(act(x) - x).abs().pow(2.4).mean().item() for act in (extremes, searched)]
+    assert lost[1] < 0.5 * lost[0] and searched.low == 0
+    before = searched.high.item()
+    alone = SearchedAct(3)
+    alone.observing = True
+    torch.manual_seed(1)
+    alone(2 * x)
+    torch.manual_seed(1)
+    searched(2 * x)
+    assert searched.high.item() == pytest.approx(0.9 * before + 0.1 * alone.high.item())
+    assert searched.scale.item() == pytest.approx(searched.high.item() / 7)
+
+
+def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net, tmp_path):
+    torch.manual_seed(0)
+    cfg = gdfq.config(dataset="folder", num_classes=5, image_size=16, act_ranges="learned", lr_q=0.1, weight_decay=0.5)
+    x = torch.randn(8, 3, 16, 16)
+    student = set_ranges(quantize(net, 3, 3), cfg)
+    acts = [act for _, act in quantized_activations(student)]
+    assert all(isinstance(act, LearnedAct) for act in acts)
+    observe(student, True)
+    student(x).sum().backward()
+    assert all(act.scale.grad is None and act.scale > 0 for act in acts)
+    observe(student, False)
+    optimizer = student_optimizer(student, cfg, fused=False)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(student.parameters()))
+    before = [act.scale.item() for act in acts]
+    student(x).square().sum().backward()
+    optimizer.step()
+    assert all(act.scale.item() != was for act, was in zip(acts, before))
+    expected = student(x)
+    keep_ranges(student)
+    assert all(type(act) is QuantAct and not list(act.parameters()) for _, act in quantized_activations(student))
+    torch.testing.assert_close(student(x), expected, rtol=1e-5, atol=1e-5)
+    sizes = {"num_classes": 5, "image_size": 16, "channels": 3, "wbits": 3, "abits": 3, "act_placement": "relu"}
+    save_quantized(student, tmp_path / "quantized.pt", {"arch": "tiny:net", "design": None, **sizes})
+    torch.testing.assert_close(load_quantized(tmp_path / "quantized.pt", net)(x), student(x), rtol=1e-5, atol=1e-5)
+
+
+def test_rates_fall_by_a_cosine_after_the_warm_up():
+    cfg = gdfq.config(dataset="folder", num_classes=5, image_size=16, epochs=12, warmup_epochs=2, decay="cosine", lr_g=0.5)
+    weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+    optimizers = [torch.optim.SGD(weights[:1], 1.0), torch.optim.SGD(weights[1:], 1.0)]
+    for epoch in (0, 2, 7, 11):
+        set_rates(cfg, epoch, *optimizers)
+        factor = {0: 1, 2: 1, 7: 0.5, 11: math.cos(0.45 * math.pi) ** 2}[epoch]
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        assert rates == pytest.approx([0.5 * factor, 1e-4 * factor])
+
+
+def test_the_command_line_wins_over_the_short_schedule(fails):
+    short = gdfq.SHORT
+    cfg = gdfq.parse_args(["--schedule", "short", "--epochs", "7"])
+    assert cfg.epochs == 7 and cfg.iters == short["iters"] and cfg.act_ranges == short["act_ranges"]
+    assert cfg.out == "runs/gdfq-resnet20-cifar10-w4a4-s0-epochs7-scheduleshort"
+    plain = gdfq.parse_args([])
+    assert (plain.epochs, plain.batch_size, plain.act_ranges, plain.decay) == (400, 200, "extremes", "steps")
+    assert gdfq.config(schedule="short", iters=3).iters == 3
+    assert "--decay-epochs has no effect with --decay cosine" in fails(gdfq.main, "--schedule", "short", "--decay-epochs", 3)
+    told = " ".join(gdfq.parser().format_help().split())
+    assert f"--epochs {short['epochs']} --iters {short['iters']}" in told
+
+
+def test_a_run_tells_how_long_it_takes_and_what_the_short_schedule_would(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.run.PACE", (1, 2))
+    gdfq.main([*TINY, "--epochs", "4", "--calibrate-epochs", "1", "--out", str(tmp_path / "short")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left on this machine" in line]
+    assert len(lines) == 2 and "first steps" in lines[0] and "the student learns" in lines[1]
+    assert all("--schedule short" not in line for line in lines)  # which is longer than this run
+    assert [duration(seconds) for seconds in (0.2, 89, 91, 3600, 8400)] == ["1 s", "89 s", "2 min", "60 min", "2 h 20 min"]

@@ -71,7 +71,7 @@ from common.data import full_precision
 from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import upsample_conv
+from common.ops import mix_images, upsample_conv
 from common.quant import describe, observe, quantize
 from common.report import draw, execute, print_rows
 from common.run import Run
@@ -210,7 +210,8 @@ def generator_loss(z_p, z_q, y, bns, cfg):
 
 
 def student_loss(z_p, z_q, y, cfg):
-    """What the student minimises: logits (B, C), labels (B,), which only GDFQ's loss looks at.
+    """What the student minimises: logits (B, C), labels (B,) or their probabilities (B, C), which only GDFQ's
+    loss looks at.
 
     "eq13" is the paper's 1 - H'_info(p_ds) (Eq. 13). The default "entropy-t" is not Eq. 13 but what the released code has
     there: -T^2 H(z_p - z_q; T), for large T half the variance over the classes of the logits' difference, up to a constant.
@@ -253,8 +254,9 @@ def disagreement(run, teacher, students, labels):
 
 def one_forward_serves_both(cfg, calibrating):
     """Whether the student's step uses the logits of the generator's step (see the top of the file): not in a compiled step,
-    for which a second forward costs less, but there, too, while activation ranges move, which they do once an iteration."""
-    return cfg.capture != "compile" or calibrating
+    for which a second forward costs less, but there, too, while activation ranges move, which they do once an iteration; and
+    not where the student's images are mixed."""
+    return cfg.mix == "none" and (cfg.capture != "compile" or calibrating)
 
 
 def compress(teacher, cfg, run=None):
@@ -304,7 +306,12 @@ def compress(teacher, cfg, run=None):
         run.log(**game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), z_q, y
 
-    def student_step(z_p, z_q, y):
+    def student_step(x, z_p, z_q, y):
+        if cfg.mix != "none":
+            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
+            with torch.no_grad():
+                z_p = logits(teacher, x)
+        z_q = logits(student, x) if z_q is None else z_q
         loss = student_loss(z_p, z_q, y, cfg)
         run.update(optim_q, loss)
         run.log(loss_q=loss)
@@ -313,7 +320,7 @@ def compress(teacher, cfg, run=None):
         one_forward = one_forward_serves_both(cfg, calibrating)
         x, z_p, z_q, y = generator_step(keep_graph=tuning and one_forward)
         if tuning:
-            student_step(z_p, z_q if one_forward else logits(student, x), y)
+            student_step(x, z_p, z_q if one_forward else None, y)
 
     def measure_gains(before, student_before):
         """Figure 3(a) by epochs: how the generator's, then the student's progress changes the disagreement."""

@@ -78,7 +78,7 @@ from common.cli import Parser, check_image_size, checked_schedule, friendly_erro
 from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import count_flops, plain_forms, superpose, upsample_conv, weighted_operation
+from common.ops import count_flops, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, observe, quantize
 from common.report import execute
 from common.run import Run, write_atomically
@@ -464,6 +464,10 @@ def compress(teacher, cfg, run=None):
         return x.detach(), logits.detach(), y
 
     def student_step(x, teacher_logits, y):
+        if cfg.mix != "none":
+            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
+            with torch.no_grad(), run.autocast():
+                teacher_logits = teacher(x).float()
         with run.autocast():
             logits = student(x).float()
         loss = compression_loss(logits, teacher_logits, y, cfg)

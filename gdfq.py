@@ -49,7 +49,7 @@ from common.data import TestSet, evaluation_batch, full_precision
 from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import upsample_conv
+from common.ops import mix_images, upsample_conv
 from common.quant import describe, observe, quantize
 from common.report import execute
 from common.run import Run
@@ -162,34 +162,6 @@ def student_loss(student_logits, teacher_logits, target, cfg):
     return loss + cfg.kd_weight * kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
 
 
-def mix_images(x, y, num_classes, how):
-    """Mixup or CutMix of synthetic images with a random partner, lambda ~ U(0, 1) per sample (Table 2 of Qimera).
-
-    Args:
-        x: (B, channels, H, W).
-        y: (B,) labels.
-        num_classes: C.
-        how: "mixup" (Zhang et al. 2018) or "cutmix" (Yun et al. 2019).
-
-    Returns:
-        Mixed images as x, and their soft labels (B, C).
-    """
-    batch, _, height, width = x.shape
-    partner = torch.rand(batch, device=x.device).argsort()  # a permutation that a CUDA graph can hold
-    share = torch.rand(batch, device=x.device)  # of the partner
-    if how == "mixup":
-        mask = share.view(-1, 1, 1, 1)
-    else:
-        half = share.sqrt() / 2  # half the box's side, relative to the image's
-        centre = torch.rand(2, batch, 1, device=x.device)
-        rows = ((torch.arange(height, device=x.device) + 0.5) / height - centre[0]).abs() < half[:, None]
-        columns = ((torch.arange(width, device=x.device) + 0.5) / width - centre[1]).abs() < half[:, None]
-        mask = (rows[:, :, None] & columns[:, None, :])[:, None].to(x.dtype)
-        share = mask.mean((1, 2, 3))  # what the border left of the box
-    labels = F.one_hot(y, num_classes).to(x.dtype)
-    return torch.lerp(x, x[partner], mask), torch.lerp(labels, labels[partner], share[:, None])
-
-
 @torch.no_grad()
 @full_precision()
 def select_real(teacher, cfg, device):
@@ -266,7 +238,7 @@ def compress(teacher, cfg, run=None):
         if added:
             x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
         if cfg.mix != "none":
-            x, y = mix_images(x, y, cfg.num_classes, cfg.mix)
+            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
         if added or cfg.mix != "none":
             with torch.no_grad(), run.autocast():
                 teacher_logits = teacher(x).float()
@@ -330,8 +302,6 @@ def parser():
         sources=("generator", "real", *HALF_REAL),  # Table 1 of Qimera
     )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
-    mix = "mix the images that the student learns from (Table 2 of Qimera)"
-    add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
     add("--real-per-class", type=whole(1), default=15, help="number of real images of each class (confusing, unconfusing)")
     below = "highest confidence of the teacher below which an image is confusing"
     add("--confusing-below", type=number(0, 1), default=0.25, help=below)

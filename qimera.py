@@ -69,7 +69,7 @@ from common.data import full_precision
 from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import superpose, superposed_labels, upsample_conv
+from common.ops import mix_images, superpose, superposed_labels, upsample_conv
 from common.progress import Progress
 from common.quant import describe, observe, quantize
 from common.report import execute, print_rows
@@ -372,6 +372,10 @@ def compress(teacher, cfg, run=None):
         run.log(loss_g=loss)
 
     def student_step(x, teacher_logits, soft):
+        if cfg.mix != "none":
+            x, soft = mix_images(x, soft, cfg.mix)
+            with torch.no_grad(), run.autocast():
+                teacher_logits = teacher(x).float()
         with run.autocast():
             student_logits = student(x).float()
         if maps:
@@ -583,7 +587,9 @@ def parser():
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
     p.without_effect("--no-se", "--k", "--p")
     for form in FORMS:
-        p.without_effect(f"--adversarial {form}", *"--bns-weight --bns-form --kd-weight --temperature --kd-reduction".split())
+        p.without_effect(
+            f"--adversarial {form}", *"--bns-weight --bns-form --kd-weight --temperature --kd-reduction --mix".split()
+        )
     p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")

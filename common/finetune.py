@@ -5,6 +5,8 @@
     --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
     --act-ranges learned     such a range whose step is then learned                LSQ (Esser et al., ICLR 2020)
     --optimizer adam         SGD                                                    as usual
+    --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as    mixup (Zhang et al., ICLR 2018),
+                             a control)                                           CutMix (Yun et al., ICCV 2019)
     --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
 """
 
@@ -30,7 +32,10 @@ def add_flags(parser, short):
     add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student")
     decay = "how learning rates fall: tenfold at --decay-epochs (steps), or smoothly to 0 after the warm-up (cosine)"
     add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
+    mix = "mix the images that the student learns from in pairs; the teacher's logits are those of the mixtures"
+    add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
     parser.without_effect("--decay cosine", "--decay-epochs")
+    parser.without_effect("--no-finetune", "--optimizer", "--mix")
 
 
 class SearchedAct(QuantAct):

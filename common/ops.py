@@ -242,6 +242,32 @@ def superpose(soft_labels, table):
         return soft_labels @ table
 
 
+def mix_images(x, soft, how):
+    """Mixup or CutMix of synthetic images with a random partner, lambda ~ U(0, 1) per sample (Table 2 of Qimera).
+
+    Args:
+        x: (B, channels, H, W).
+        soft: (B, C) probabilities of their labels.
+        how: "mixup" (Zhang et al. 2018) or "cutmix" (Yun et al. 2019).
+
+    Returns:
+        Mixed images and probabilities, as x and soft.
+    """
+    batch, _, height, width = x.shape
+    partner = torch.rand(batch, device=x.device).argsort()  # a permutation that a CUDA graph can hold
+    share = torch.rand(batch, device=x.device)  # of the partner
+    if how == "mixup":
+        mask = share.view(-1, 1, 1, 1)
+    else:
+        half = share.sqrt() / 2  # half the box's side, relative to the image's
+        centre = torch.rand(2, batch, 1, device=x.device)
+        rows = ((torch.arange(height, device=x.device) + 0.5) / height - centre[0]).abs() < half[:, None]
+        columns = ((torch.arange(width, device=x.device) + 0.5) / width - centre[1]).abs() < half[:, None]
+        mask = (rows[:, :, None] & columns[:, None, :])[:, None].to(x.dtype)
+        share = mask.mean((1, 2, 3))  # what the border left of the box
+    return torch.lerp(x, x[partner], mask), torch.lerp(soft, soft[partner], share[:, None])
+
+
 def box_mix(x1, x2, boxes):
     """Images with a box each into which the whole of another image is resized (Eq. 8 of MixMix).
 

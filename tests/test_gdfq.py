@@ -57,7 +57,7 @@ def test_mixing_keeps_pixels_and_labels_in_step(how):
     y = torch.arange(16) % 4
     x = y.view(-1, 1, 1, 1).expand(16, 1, 20, 20).float()  # every pixel is its own label
     torch.manual_seed(0)
-    mixed, soft = mix_images(x, y, 4, how)
+    mixed, soft = mix_images(x, torch.nn.functional.one_hot(y, 4).float(), how)
     torch.testing.assert_close(soft.sum(1), torch.ones(16))
     torch.testing.assert_close(mixed.mean((1, 2, 3)), (soft * torch.arange(4.0)).sum(1), atol=1e-5, rtol=1e-5)
     flat = [len(image.unique()) for image in mixed]

@@ -442,7 +442,8 @@ def compress(teacher, cfg, run=None):
         student = run.place(student)
         run.record(student="distilled")
     else:
-        student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
+        student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+        student = set_ranges(student, cfg.act_ranges)
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
@@ -450,7 +451,7 @@ def compress(teacher, cfg, run=None):
     stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg, run.fused, nesterov=not distilling)
+    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
 
     def synthesize(y):
         with run.autocast():

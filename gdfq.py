@@ -209,13 +209,14 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
-    student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = set_ranges(student, cfg.act_ranges)
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     stats = BatchNormStatistics(teacher)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg, run.fused, nesterov=True)
+    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
     train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):

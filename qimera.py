@@ -334,7 +334,8 @@ def compress(teacher, cfg, run=None):
     device, channels = run.device, input_channels(teacher)
     check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
-    student = set_ranges(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example), cfg)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = set_ranges(student, cfg.act_ranges)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None
@@ -344,7 +345,7 @@ def compress(teacher, cfg, run=None):
         stats = BatchNormStatistics(teacher)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg, run.fused, nesterov=True)
+    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
 
     def synthesize(y):
         with run.autocast():

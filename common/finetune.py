@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from common.cli import one_of
+from common.learned import learned_step, scaled_gradient, search_parameters
 from common.quant import QuantAct, affine_parameters, quantized_activations
-from common.tasks.learned import learned_step, scaled_gradient, search_parameters
 
 SAMPLE = 2048  # values of a batch that a search looks at
 
@@ -69,9 +69,9 @@ class LearnedAct(SearchedAct):
         return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 
-def set_ranges(student, cfg):
-    """Give the activations of a quantized network the ranges that --act-ranges says; returns the network."""
-    kind = {"extremes": QuantAct, "search": SearchedAct, "learned": LearnedAct}[cfg.act_ranges]
+def set_ranges(student, how):
+    """Give the activations of a quantized network the ranges that --act-ranges has; returns the network."""
+    kind = {"extremes": QuantAct, "search": SearchedAct, "learned": LearnedAct}[how]
     for name, act in quantized_activations(student):
         if kind is not QuantAct:
             student.set_submodule(name, kind(act.bits, act.clipped).to(act.scale.device))
@@ -88,15 +88,15 @@ def keep_ranges(student):
     return student
 
 
-def student_optimizer(student, cfg, fused, **sgd):
-    """--optimizer for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
+def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
+    """Adam or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
     steps = [act.scale for _, act in quantized_activations(student) if isinstance(act.scale, nn.Parameter)]
     others = [p for p in student.parameters() if all(p is not step for step in steps)]
-    groups = [{"params": others, "weight_decay": cfg.weight_decay}]
+    groups = [{"params": others, "weight_decay": weight_decay}]
     groups += [{"params": steps, "weight_decay": 0.0}] if steps else []
-    if cfg.optimizer == "adam":
-        return torch.optim.AdamW(groups, cfg.lr_q, fused=fused)
-    return torch.optim.SGD(groups, cfg.lr_q, momentum=0.9, fused=fused, **sgd)
+    if kind == "adam":
+        return torch.optim.AdamW(groups, lr, fused=fused)
+    return torch.optim.SGD(groups, lr, momentum=0.9, fused=fused, **sgd)
 
 
 def set_rates(cfg, epoch, optim_g, optim_q):

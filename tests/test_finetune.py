@@ -35,16 +35,15 @@ def test_a_searched_range_loses_less_than_the_extremes_and_moves_with_the_images
 
 def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net, tmp_path):
     torch.manual_seed(0)
-    cfg = gdfq.config(dataset="folder", num_classes=5, image_size=16, act_ranges="learned", lr_q=0.1, weight_decay=0.5)
     x = torch.randn(8, 3, 16, 16)
-    student = set_ranges(quantize(net, 3, 3), cfg)
+    student = set_ranges(quantize(net, 3, 3), "learned")
     acts = [act for _, act in quantized_activations(student)]
     assert all(isinstance(act, LearnedAct) for act in acts)
     observe(student, True)
     student(x).sum().backward()
     assert all(act.scale.grad is None and act.scale > 0 for act in acts)
     observe(student, False)
-    optimizer = student_optimizer(student, cfg, fused=False)
+    optimizer = student_optimizer(student, "sgd", 0.1, 0.5, fused=False)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(student.parameters()))
     before = [act.scale.item() for act in acts]

@@ -20,6 +20,7 @@ from common.check import layer_rows
 from common.cli import Parser
 from common.export import load_quantized
 from common.images import read_images
+from common.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
 from common.models import build
 from common.quant import QuantConv2d, describe, fake_quantize, observe, quantize, quantized_activations, quantized_layers
 from common.report import arithmetic
@@ -27,7 +28,6 @@ from common.run import Run
 from common.tasks import TASKS, kd, ptq, qat
 from common.tasks.blocks import find_blocks
 from common.tasks.kd import dafl_loss
-from common.tasks.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
 from common.tasks.prune import least_squares, load_pruned, patches, removable
 from common.tasks.qat import feature_loss
 from common.trace import fold_batchnorm

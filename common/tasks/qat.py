@@ -20,6 +20,9 @@ What MixMix leaves open, and what stands here:
     labels                none                                              the teacher answers
     activations           inputs of all layers (--act-placement input)      as LSQ has it
     first and last layer  weights and inputs: --ends-bits                   as LSQ has it
+
+`--qat-recipe short` is what common/finetune.py has instead: the weights' own extremes per channel, activation steps that begin
+with a search, Adam, no feature loss; the images are shifted, mirrored and mixed in pairs, so that a few hundred are enough.
 """
 
 import math
@@ -30,11 +33,13 @@ from torch import fx
 
 from common import InputError
 from common.cli import fill_in, number, whole
-from common.images import sampler
-from common.quant import QuantAct, describe, quantize, quantized_activations, quantized_layers
+from common.finetune import keep_ranges, set_ranges, student_optimizer
+from common.images import jitter, sampler
+from common.learned import LearnedStep, LearnedWeight, begin_steps
+from common.ops import mix_images
+from common.quant import QuantAct, describe, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
-from common.tasks.learned import LearnedStep, LearnedWeight, begin_steps
 from common.trace import trace
 
 STUDENT = "fine-tuned"  # what the network is called in the table of a run
@@ -44,20 +49,26 @@ def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""
     group = parser.add_argument_group("quantization-aware training (LSQ)")
     add = group.add_argument
-    add("--qat-steps", type=whole(1), default=44000, help="training steps, rounded up to whole epochs")
-    add("--qat-batch-size", type=whole(1), default=128, help="images per step")
-    add("--qat-lr", type=number(0), help="peak learning rate (SGD, cosine decay; default: 0.001, mobilenet_v2 0.0001)")
+    recipe = "LSQ's (lsq), or one for a few hundred images and steps (short); the top of common/tasks/qat.py tells them apart"
+    add("--qat-recipe", choices=("lsq", "short"), default="lsq", help=recipe)
+    add("--qat-steps", type=whole(1), help="training steps, rounded up to whole epochs (default: lsq 44000, short 800)")
+    add("--qat-batch-size", type=whole(1), help="images per step (default: lsq 128, short 32)")
+    rate = "peak learning rate, which decays by a cosine (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003)"
+    add("--qat-lr", type=number(0), help=rate)
     decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
     add("--qat-weight-decay", type=number(0), help=decay)
-    add("--temperature", type=number(1e-3, 1e6), default=3.0, help="tau of the distillation loss")
-    add("--feature-weight", type=number(0), default=1.0, help="weight of the intermediate feature loss")
+    add("--temperature", type=number(1e-3, 1e6), help="tau of the distillation loss (default: lsq 3, short 20)")
+    add("--feature-weight", type=number(0), help="weight of the intermediate feature loss (default: lsq 1, short 0)")
     return group, shared_group(parser)
 
 
 def complete(cfg):
     """Fill in the defaults that depend on the network, and LSQ's placement."""
-    mobile = cfg.arch.startswith("mobilenet_v2")
-    fill_in(cfg, {"act_placement": "input", "qat_lr": 1e-4 if mobile else 1e-3, "qat_weight_decay": 0.0 if mobile else 1e-4})
+    mobile, short = cfg.arch.startswith("mobilenet_v2"), cfg.qat_recipe == "short"
+    fill_in(cfg, {"act_placement": "input", "qat_weight_decay": 0.0 if mobile else 1e-4})
+    fill_in(cfg, {"qat_lr": 3e-4 if short else 1e-4 if mobile else 1e-3, "qat_steps": 800 if short else 44000})
+    fill_in(cfg, {"qat_batch_size": 32 if short else 128, "temperature": 20.0 if short else 3.0})
+    fill_in(cfg, {"feature_weight": 0.0 if short else 1.0})
 
 
 def plan(model, cfg, run):
@@ -85,6 +96,12 @@ def feature_loss(ours, theirs):
     the variance of the teacher's. Lists of (B, ...)."""
     losses = [F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in zip(ours, theirs)]
     return torch.stack(losses).mean()
+
+
+def augmented(x):
+    """Images (B, channels, H, W) as the short recipe sees them: some mirrored, all shifted by up to two pixels, mixed in pairs."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    return mix_images(jitter(x, 2, flip=False), x.new_zeros(len(x), 0), "mixup")[0]
 
 
 def learn_steps(student):
@@ -120,14 +137,23 @@ def compress(model, images, cfg, run=None):
     torch.manual_seed(cfg.seed)
     teacher, example, student = _begin(model, cfg, run)
     run.announce(describe(student))
-    blocks, steps = find_blocks(student, teacher), learn_steps(student)
-    full, modules = dict(trace(teacher, example).named_modules()), dict(student.named_modules())
+    blocks, short = find_blocks(student, teacher), cfg.qat_recipe == "short"
+    full = dict(trace(teacher, example).named_modules())
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
-    begin_steps(lambda: student(draw()), steps.values())
-    scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
-    others = [p for name, p in student.named_parameters() if not name.endswith("scale")]
-    groups = [{"params": others, "weight_decay": cfg.qat_weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, cfg.qat_lr, momentum=0.9, nesterov=True, fused=run.fused)
+    if short:
+        observe(set_ranges(student, "learned"), True)
+        with torch.no_grad():
+            student(draw())
+        observe(student, False)
+        optimizer = student_optimizer(student, "adam", cfg.qat_lr, cfg.qat_weight_decay, run.fused)
+    else:
+        steps = learn_steps(student)
+        begin_steps(lambda: student(draw()), steps.values())
+        scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
+        others = [p for name, p in student.named_parameters() if not name.endswith("scale")]
+        groups = [{"params": others, "weight_decay": cfg.qat_weight_decay}, {"params": scales, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, cfg.qat_lr, momentum=0.9, nesterov=True, fused=run.fused)
+    modules = dict(student.named_modules())
 
     def outputs(x, modules, quantized):
         """What each block sends; the last sends the logits."""
@@ -138,10 +164,12 @@ def compress(model, images, cfg, run=None):
         return sent
 
     def iteration():
+        seen = augmented(x) if short else x
         with run.autocast():
-            theirs, ours = outputs(x, full, False), outputs(x, modules, True)
+            theirs, ours = outputs(seen, full, False), outputs(seen, modules, True)
         kd = kd_loss(ours[-1], theirs[-1], cfg.temperature)
-        features = feature_loss(ours[:-1], theirs[:-1]) if len(blocks) > 1 else torch.zeros_like(kd)
+        compared = cfg.feature_weight and len(blocks) > 1
+        features = feature_loss(ours[:-1], theirs[:-1]) if compared else torch.zeros_like(kd)
         run.update(optimizer, kd + cfg.feature_weight * features)
         run.log(kd=kd, features=features)
 
@@ -154,4 +182,4 @@ def compress(model, images, cfg, run=None):
         for _ in run.steps():
             draw()
             step()
-    return keep_steps(student, steps)
+    return keep_ranges(student).requires_grad_(False) if short else keep_steps(student, steps)

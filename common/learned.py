@@ -1,4 +1,4 @@
-"""Quantizers whose parameters are searched, rounded or learned, for ptq.py and qat.py.
+"""Quantizers whose parameters are searched, rounded or learned, for common/tasks and common/finetune.py.
 
 search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
 AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24

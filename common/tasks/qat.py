@@ -99,7 +99,7 @@ def feature_loss(ours, theirs):
 
 
 def augmented(x):
-    """Images (B, channels, H, W) as the short recipe sees them: some mirrored, all shifted by up to 2 pixels, mixed in pairs."""
+    """Images (B, channels, H, W) as the short recipe sees them: some mirrored, shifted by up to 2 pixels, mixed in pairs."""
     x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
     return mix_images(jitter(x, 2, flip=False), x.new_zeros(len(x), 0), "mixup")[0]
 

@@ -638,16 +638,19 @@ def draw_genotype(genotype):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-SHORT = {  # --schedule short
-    "epochs": 24,
-    "iters": 100,
-    "batch_size": 16,
-    "act_ranges": "learned",
-    "optimizer": "adam",
-    "lr_q": 3e-4,
-    "decay": "cosine",
-    "kd_reduction": "batchmean",
+SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
     "genotype": "published:resnet20-cifar10",
+    "epochs": 12,
+    "iters": 60,
+    "batch_size": 16,
+    "warmup_epochs": 4,
+    "bns_weight": 100.0,
+    "kd_weight": 20.0,
+    "kd_reduction": "batchmean",
+    "lr_q": 2e-4,
+    "optimizer": "adam",
+    "decay": "cosine",
+    "act_ranges": "learned",
 }
 
 
@@ -694,7 +697,7 @@ def parser():
     p.without_effect("--data-source real", "--genotype", "--scale", *stage1.split())
     p.without_effect("--genotype", *stage1.split())
     p.without_effect("--search-only", *stage2.split())
-    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune".split())
+    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune --schedule --act-ranges".split())
     p.without_effect("--no-finetune", *learning.split())
     add_flags(p, SHORT)
     return p

@@ -1,5 +1,6 @@
 """What every method shares word for word: quantizers, BatchNorm statistics, models, data, runs, export."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +17,23 @@ def first_line(error):
 
 @contextmanager
 def replacing(path):
-    """Where to write a file that takes the place of `path` when the block ends: a killed run never leaves half of it."""
+    """Where to write a file that takes the place of `path` when the block ends: a killed run never leaves half of it.
+
+    Raises:
+        InputError: it cannot be written; `path` is as it was, and nothing else is left.
+    """
     partial = Path(f"{path}.partial")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # before the file has its name, so that a power failure cannot leave an empty one
         partial.replace(path)
-    finally:  # after an error, a full disk say, nothing is left of it
+    except (OSError, RuntimeError) as error:
+        full = any(place in str(error) for place in ("inline_container", "iostream"))  # torch.save's, which do not say why
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        why = "no space left, or the file is too large" if full else getattr(error, "strerror", None) or first_line(error)
+        advice = "when that is mended, repeat the command (of a run with --resume)"
+        raise InputError(f"{path} cannot be written ({why}) and is left as it was; {advice}") from None
+    finally:
         partial.unlink(missing_ok=True)

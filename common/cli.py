@@ -4,7 +4,9 @@ import argparse
 import difflib
 import hashlib
 import re
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 
 from common import InputError
@@ -340,10 +342,22 @@ def check_image_size(cfg, multiple):
         )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does."""
+
+
+def _terminate(number, frame):
+    raise Terminated
+
+
 @contextmanager
 def friendly_errors(program):
-    """Ends the program with one sentence, on a line of its own, and exit status 2 where the input cannot be used."""
+    """Ends the program with one sentence, on a line of its own, and exit status 2 where the input cannot be used, 130 after
+    Ctrl-C and 143 after SIGTERM."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
+        if ours:
+            signal.signal(signal.SIGTERM, _terminate)
         yield
     except ValueError as error:  # an InputError is one
         if "more than 1 value per channel when training" in str(error):
@@ -356,13 +370,16 @@ def friendly_errors(program):
     except KeyboardInterrupt as interrupt:
         close_all()
         print(f"{program}: stopped{'; ' if interrupt.args else ''}{' '.join(interrupt.args)}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
-def resumable():
-    """Around what --resume goes on with: an interrupt says so."""
+def resumable(how="the same command with --resume continues it"):
+    """Around what can be continued: an interrupt says how."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume continues it") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(how) from None

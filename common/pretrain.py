@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError, replacing
-from common.cli import friendly_errors, number, whole
+from common.checkpoint import load_checkpoint, previous, save_checkpoint
+from common.cli import friendly_errors, number, resumable, whole
 from common.data import KINDS, NORMALISATION, NUM_CLASSES, TestSet, accuracy, as_tensors, fetch_cifar, read_cifar
 from common.models import build, input_channels, probe
 from common.progress import Progress
@@ -156,7 +157,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with friendly_errors("python -m common.pretrain"):
+    with friendly_errors("python -m common.pretrain"), resumable("the same command continues it"):
         train(parse_args(argv))
 
 
@@ -181,8 +182,7 @@ def train(args):
     stateful = [model, *optimizers, *schedules]
     checkpoint, start = Path(f"{args.out}.checkpoint"), 0
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state := load_checkpoint(checkpoint):
         if state["arguments"] != vars(args):
             raise InputError(f"{checkpoint} was made with other arguments ({state['arguments']}); remove it or repeat those")
         for item, saved in zip(stateful, state["stateful"]):
@@ -223,8 +223,7 @@ def train(args):
             flush=True,
         )
         state = {"epoch": epoch + 1, "arguments": vars(args), "stateful": [item.state_dict() for item in stateful]}
-        with replacing(checkpoint) as partial:
-            torch.save(state, partial)
+        save_checkpoint(state, checkpoint)
 
     model.eval()
     images, labels = test_split
@@ -233,7 +232,8 @@ def train(args):
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)
     with replacing(args.out) as partial:
         torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
-    checkpoint.unlink()
+    for path in (checkpoint, previous(checkpoint)):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

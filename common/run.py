@@ -15,12 +15,13 @@ import torchvision
 
 from common import InputError, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
+from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import FROM_TRAINING_SET, evaluate
 from common.models import probe
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 
-FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt analysis".split()  # beside config.json
+FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt checkpoint.pt.previous analysis".split()
 DEVICES = ("cpu", "cuda")
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
 NOT_COMPARED = ("out", "resume", "overwrite", "eval", "check", "threads", "data_dir", "eval_every")  # they change no student
@@ -89,6 +90,7 @@ class Run:
     layout = torch.channels_last
     fused = True  # optimizers in one kernel
     started = False  # whether the folder is this run's
+    held = None  # the lock that keeps other processes out of the folder
     rates = "the learning rate"  # what to lower when a loss is not finite
     fp_top1 = fp_top5 = None  # accuracy of the full-precision network, where there is a test set
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
@@ -218,6 +220,8 @@ class Run:
             self.bar.show({k: v for k, v in line.items() if not isinstance(v, dict) and k not in ("epoch", "seconds")})
             self._save_checkpoint(epoch + 1, stateful)
         self.bar.close()
+        if self.folder:
+            previous(self.folder / "checkpoint.pt").unlink(missing_ok=True)
         self.peak = peak_memory(self.device)
 
     def steps(self):
@@ -308,11 +312,14 @@ class Run:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"--out {self.folder} cannot be written ({existing} forbids it); give another folder")
         config = self.folder / "config.json"
-        if not config.exists():
+        self.joins = config.exists()
+        if not self.joins:
             if theirs := [name for name in self.files if (self.folder / name).exists()]:
                 what = f"is not a run folder but contains '{theirs[0]}', which a run would replace"
                 raise InputError(f"--out {self.folder} {what}; give another folder")
             return
+        if not self.finished:
+            self._take_folder()
         if self.cfg.overwrite:
             return
         try:
@@ -339,27 +346,42 @@ class Run:
         """Start the folder, or load its checkpoint; returns the epoch to go on with."""
         if self.folder is None:
             return 0
-        checkpoint = self.folder / "checkpoint.pt"
-        if self.cfg.resume and checkpoint.exists():
-            return self._load_checkpoint(checkpoint, stateful)
+        self._take_folder()
+        if self.cfg.resume and (state := load_checkpoint(self.folder / "checkpoint.pt", self.announce)):
+            return self._continue(state, stateful)
         self.start()
         return 0
+
+    def _take_folder(self):
+        """Make the folder and keep other processes out of it, or, of a set of images that several make, of this one's part."""
+        if self.held and self.folder.exists():  # one that lies in another run's may have been removed with its lock
+            return
+        part = getattr(self.cfg, "part", None)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.held = lock(self.folder / ".lock", part[0] if part and self.joins and self.cfg.resume else None)
+        except BlockingIOError:
+            advice = "wait until it ends, or give another --out"
+            raise InputError(f"--out {self.folder} is in use by another process; {advice}") from None
+        except OSError as error:
+            raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
+        if not self.joins and (self.folder / "config.json").exists():
+            raise InputError(f"--out {self.folder} holds a run that another process began after this one; give another folder")
 
     def start(self):
         """Make the folder and write config.json. What an earlier run has left there goes, if it is to be replaced."""
         if self.started or self.folder is None:
             return
+        self._take_folder()
         self.started = True
         versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
         content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
-        except OSError as error:
-            raise InputError(f"--out {self.folder} cannot be written ({error.strerror}); give another folder") from None
+        write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         if not self.cfg.resume:
             for path in (self.folder / name for name in self.files):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if getattr(self.cfg, "part", None):
+            share(self.held)
 
     def _save_checkpoint(self, epoch, stateful):
         if self.folder is None:
@@ -374,23 +396,19 @@ class Run:
             "seconds": self.seconds,
             "iterations": self.iterations,
         }
-        with replacing(self.folder / "checkpoint.pt") as partial:
-            torch.save(state, partial)
+        save_checkpoint(state, self.folder / "checkpoint.pt")
         self._write_metrics()
 
     def _write_metrics(self):
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
 
-    def _load_checkpoint(self, path, stateful):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
-            raise InputError(f"--resume: {path} is damaged ({first_line(error)}); remove it to start over") from None
+    def _continue(self, state, stateful):
+        """Take over the contents of a checkpoint; returns the epoch to go on with."""
         try:
             for name, item in stateful.items():
                 item.load_state_dict(state["stateful"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            what = f"{path} belongs to another network or version ({first_line(error)})"
+            what = f"{self.folder / 'checkpoint.pt'} belongs to another network or version ({first_line(error)})"
             raise InputError(f"--resume: {what}; remove it") from None
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":

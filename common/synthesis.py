@@ -9,12 +9,14 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import InputError
+from common import InputError, first_line
 from common.cli import fill_in, resumable, whole
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
@@ -132,7 +134,9 @@ def make_batches(make, labels, files, run):
     """
     cfg = run.cfg
     first, every = cfg.part or (0, 1)
-    own = [index for index in range(first, len(files), every) if not files[index].exists()]
+    own = [index for index in range(first, len(files), every) if not zipfile.is_zipfile(files[index])]  # cut short, it is none
+    for damaged in filter(Path.exists, (files[index] for index in own)):
+        run.announce(f"{damaged} is damaged, so it is made again")
     files[0].parent.mkdir(exist_ok=True)
     with Progress(total=cfg.iterations * len(own), unit="it", position=first, disable=not own) as bar:
         for index in own:
@@ -161,7 +165,10 @@ def read_batches(labels, files, cfg):
     """The images of all batches, (N, channels, H, W) float16; arguments as for `make_batches`."""
     images = torch.empty(cfg.count, len(cfg.mean), cfg.image_size, cfg.image_size, dtype=torch.float16)
     for file, place in zip(files, images.split([len(y) for y in labels])):
-        place.copy_(torch.from_numpy(np.load(file)["images"]))
+        try:
+            place.copy_(torch.from_numpy(np.load(file)["images"]))
+        except Exception as error:  # whatever damaged bytes raise
+            raise InputError(f"{file} is damaged ({first_line(error)}); remove it, then --resume makes it again") from None
     return images
 
 

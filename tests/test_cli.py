@@ -69,7 +69,7 @@ def test_a_copy_of_the_script_and_common_works_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").glob("gdfq-tiny-net-folder-w3a3-s0-epochs3-*")
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "quantized.pt", "result.json",
+        "config.json", "metrics.jsonl", "checkpoint.pt", "samples.png", "quantized.pt", "result.json", ".lock",
     }  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert result["fp_top1"] is None and result["test_set"] is None and 0 <= result["agreement"] <= 100

@@ -126,7 +126,10 @@ def made_once(run, stage, index, make):
     """What `make` returns for block `index`, a dict of tensors; from the run's folder if an earlier run has it there."""
     path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
     if path and path.exists():
-        return torch.load(path, map_location=run.device, weights_only=True)
+        try:
+            return torch.load(path, map_location=run.device, weights_only=True)
+        except Exception:  # whatever damaged bytes raise
+            run.announce(f"{path} is damaged, so it is made again")
     torch.manual_seed(seed_of_part(run.cfg.seed, index))
     made = make()
     if path:

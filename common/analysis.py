@@ -15,7 +15,7 @@ from common import InputError, first_line, replacing
 from common.data import find_test_set
 from common.export import load_quantized
 from common.images import save_grid
-from common.models import input_channels, load_teacher, probe
+from common.models import input_channels, is_own, load_teacher, probe
 from common.progress import Progress
 from common.run import pick_device, write_atomically
 from common.trace import last_layer
@@ -46,7 +46,7 @@ class TrainedRun:
             self.cfg = cfg = argparse.Namespace(**json.loads((self.folder / "config.json").read_text())["arguments"])
             state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             weights, self.history = state["stateful"]["generator"], state["history"]
-            method, own, cfg.out = cfg.method, ":" in cfg.arch, str(self.folder)
+            method, own, cfg.out = cfg.method, is_own(cfg.arch), str(self.folder)
         except Exception:  # whatever damaged bytes raise
             self._refuse("is not a run folder with config.json and checkpoint.pt of a trained generator; give one")
         if method not in SCRIPTS:

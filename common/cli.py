@@ -13,7 +13,7 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
-from common.models import SMALL_IMAGE, native_size
+from common.models import SMALL_IMAGE, native_size, stated
 from common.progress import close_all
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
@@ -110,14 +110,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
         self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
         add = self.add_argument_group("network and data").add_argument
-        names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, or package.module:factory"
-        add("--arch", help=f"architecture: {names} (default: resnet20, for ImageNet resnet18)")
+        names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, timm:NAME"
+        add("--arch", help=f"architecture: {names}, or package.module:factory (default: resnet20, for ImageNet resnet18)")
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
         images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
         add("--data-dir", help=f"{images} (default: ./data; for CIFAR-10 then the bundled 2,000 images)")
         add("--download", action="store_true", help="download the full CIFAR test set")
-        weights = "weights of the network: a file, a URL, or bundled|pytorchcv|chenyaofo|torchvision (default: by data set)"
+        sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: by data set and architecture)"
+        weights = f"weights of the network: a file (of PyTorch or .safetensors), a URL, or {sources}"
         add("--weights", help=weights)
         add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
         add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
@@ -226,9 +227,9 @@ class Parser(argparse.ArgumentParser):
         changed = self._changed(args, vars(self.parse_args(scheduled)))
         args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
         args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits
-        sizes = IMAGE_SIZE | {"imagenet": native_size(args.arch)}
+        sizes, own = IMAGE_SIZE | {"imagenet": native_size(args.arch)}, stated(args.arch) if args.dataset == "folder" else {}
         for name, known in (("num_classes", NUM_CLASSES), ("image_size", sizes)):
-            given, expected = getattr(args, name), known.get(args.dataset)
+            given, expected = getattr(args, name) or own.get(name), known.get(args.dataset)
             flag = "--" + name.replace("_", "-")
             if given is None and expected is None:
                 raise InputError(f"--dataset {args.dataset} needs {flag}; give it")

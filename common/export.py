@@ -10,7 +10,7 @@ import torch
 
 from common import InputError, replacing
 from common.activations import kind_of
-from common.models import build
+from common.models import build, is_own, refuse_infinite
 from common.quant import (
     QuantAct,
     channel_parameters,
@@ -161,7 +161,7 @@ def load_quantized(path, model=None):
     content = read_quantized(path)
     meta = content["meta"]
     if model is None:
-        if meta["arch"] is None or ":" in meta["arch"]:
+        if meta["arch"] is None or is_own(meta["arch"]):
             raise InputError(f"'{path}' is of your own architecture ({meta['arch']}); give --arch package.module:factory")
         design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
@@ -199,5 +199,6 @@ def load_quantized(path, model=None):
             f"'{path}' was made from another architecture than the one given (they differ in '{odd[0]}'); give that"
         )
     student.load_state_dict(state, strict=False)
+    refuse_infinite(student, f"'{path}'")
     layout = torch.channels_last if content.get("channels_last") else torch.contiguous_format
     return student.to(memory_format=layout)  # convolutions round otherwise in another layout

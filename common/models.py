@@ -1,7 +1,7 @@
 """Architectures and their trained weights.
 
-The CIFAR-size ResNets live here; every other architecture is torchvision's, with a stem for small images where the
-data are small. Weights load as they were published: the layout is recognised from the keys.
+The CIFAR-size ResNets live here; other architectures are torchvision's, with a stem for small images where the data are
+small, or timm's as they are. Weights load as they were published: the layout is recognised from the keys.
 """
 
 import difflib
@@ -22,9 +22,10 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.models.vgg import make_layers
 from torchvision.ops import Conv2dNormActivation
 
-from common import InputError, first_line
+from common import InputError, first_line, timm_models
 from common.data import IMAGE_SIZE, NORMALISATION, download
 from common.published import PUBLISHED
+from common.timm_models import is_own, is_timm, stated
 
 ASSETS = Path(__file__).parent / "assets"
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
@@ -128,7 +129,7 @@ def build(arch, num_classes, image_size, design=None):
     """A network with random weights.
 
     Args:
-        arch: resnet20|32|44|56|110, vgg11_bn_x0_25 or regnet_y_narrow (CIFAR), a torchvision classifier, or
+        arch: resnet20|32|44|56|110, vgg11_bn_x0_25 or regnet_y_narrow (CIFAR), a torchvision classifier, "timm:NAME", or
             "package.module:factory" for an own model; the factory is called with num_classes if it takes that argument.
         num_classes: width of the last layer.
         image_size: side of the images in pixels; up to 64, torchvision's architectures get a CIFAR stem.
@@ -138,8 +139,10 @@ def build(arch, num_classes, image_size, design=None):
     Raises:
         InputError: no such architecture; the nearest names are offered.
     """
-    if ":" in arch:
+    if is_own(arch):
         return _build_own(arch, num_classes)
+    if is_timm(arch):
+        return timm_models.build(arch, num_classes)
     if arch in CIFAR_DEPTHS:
         return CifarResNet(CIFAR_DEPTHS[arch], num_classes, "pad" if design == "pad" else "projection")
     if arch in NARROW:
@@ -276,9 +279,9 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     Args:
         arch, num_classes, image_size: see `build`.
         dataset: "cifar10", "cifar100", "imagenet" or "folder".
-        weights: a file, an address, or "bundled", "pytorchcv", "chenyaofo", "torchvision"; by default "bundled" for
-            CIFAR-10 and "pytorchcv" for CIFAR-100 where they have the architecture, else "chenyaofo"; "torchvision"
-            for ImageNet; an own model's factory may return it trained.
+        weights: a file, an address, or "bundled", "pytorchcv", "chenyaofo", "torchvision", "timm"; by default "timm" for its
+            networks; "bundled" for CIFAR-10 and "pytorchcv" for CIFAR-100 where they have the architecture, else
+            "chenyaofo"; "torchvision" for ImageNet; an own model's factory may return it trained.
 
     Returns:
         model: in eval mode, on the CPU, its parameters without gradient.
@@ -290,11 +293,19 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     """
     normalisation, design = NORMALISATION["imagenet" if dataset == "folder" else dataset], None
     weights = weights or default_weights(arch, dataset)
+    if is_timm(arch) and dataset in ("imagenet", "folder"):
+        normalisation = timm_models.normalisation(arch)
     if weights is None:
         model, source = build(arch, num_classes, image_size), f"as {arch} returns it"
     else:
+        if weights == "timm" and (found := stated(arch)["num_classes"]) != num_classes:
+            advice = f"give --weights FILE, or --dataset folder --num-classes {found}"
+            raise InputError(f"--weights timm: {arch} is for {found} classes and the data set has {num_classes}; {advice}")
         path, source = locate_weights(weights, arch, dataset)
-        if source == "torchvision":
+        if source == "timm":
+            model = timm_models.build(arch, num_classes, read_weights(path))
+        elif source == "torchvision":
+            read_weights(path)  # which runs no code of the file, as torchvision would
             model = torchvision.models.get_model(arch, weights=torchvision_weights(arch))  # finds the file just checked
             if arch == "inception_v3":
                 model.aux_logits, model.AuxLogits = False, None  # for training only, as in `build`
@@ -308,10 +319,15 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
                 normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
             elif Path(path).name in {Path(address).name for address, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()}:
                 normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
+    refuse_infinite(model, f"--weights: the network {source}")
+    return model.eval().requires_grad_(False), normalisation, source
+
+
+def refuse_infinite(model, what):
+    """Raise an InputError that says `what` has weights or statistics that are not finite, where `model` has, and which."""
     odd = [name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if odd:
-        raise InputError(f"--weights: '{odd[0]}' of the network {source} has values that are not finite; give other weights")
-    return model.eval().requires_grad_(False), normalisation, source
+        raise InputError(f"{what} has values in '{odd[0]}' that are not finite; give other weights")
 
 
 def bundled_weights(arch, dataset):
@@ -321,7 +337,9 @@ def bundled_weights(arch, dataset):
 
 def default_weights(arch, dataset):
     """Name of the source that `--weights` stands for when it is not given; None for an own model."""
-    if ":" in arch:
+    if is_timm(arch):
+        return "timm"
+    if is_own(arch):
         return None
     if dataset == "cifar10" and bundled_weights(arch, dataset).exists():
         return "bundled"
@@ -345,7 +363,9 @@ def torchvision_weights(arch):
 
 
 def native_size(arch):
-    """Side in pixels of the images that torchvision's ImageNet weights of `arch` take; 224 where it has none."""
+    """Side in pixels of the images that ImageNet weights of `arch`, timm's or torchvision's, take; 224 where there are none."""
+    if is_timm(arch):
+        return stated(arch)["image_size"]
     try:
         return torchvision_weights(arch).transforms.keywords["crop_size"]
     except InputError:
@@ -373,6 +393,9 @@ def locate_weights(weights, arch, dataset):
             raise InputError(f"--weights torchvision are for ImageNet, and --dataset is {dataset}; give --weights FILE")
         address = torchvision_weights(arch).url
         return download(address, cache / Path(address).name, "sha256:" + address[-12:-4]), weights
+    if weights == "timm":
+        address, cached = timm_models.locate(arch)
+        return cached or download(address, cache / f"{timm_models.full_name(arch)}{Path(address).suffix}"), weights
     if re.match("https?://", weights):
         unique = hashlib.sha256(weights.encode()).hexdigest()[:8]  # two addresses may end in the same name
         return download(weights, cache / f"{unique}-{Path(weights).name.removesuffix('.zip')}"), weights
@@ -380,14 +403,16 @@ def locate_weights(weights, arch, dataset):
 
 
 def read_weights(path):
-    """The dict of tensors in a checkpoint file, read with weights_only=True.
+    """The dict of tensors in a checkpoint file of PyTorch, read with weights_only=True, or of safetensors.
 
     Raises:
-        InputError: no such file, a damaged one, or one without tensors.
+        InputError: no such file, a damaged one, one without tensors, or safetensors is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--weights '{path}' is not a file; give a checkpoint file, an address or the name of a source")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
@@ -406,6 +431,19 @@ def read_weights(path):
     if not tensors or not state:
         raise InputError(f"--weights '{path}' holds no dict of tensors; save model.state_dict() with torch.save")
     return state
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        advice = "pip install -r requirements-extra.txt"
+        raise InputError(f"--weights '{path}' needs safetensors, which is not installed; {advice}") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # whatever the damaged bytes make of it
+        what = f"is damaged or not of safetensors ({first_line(error)})"
+        raise InputError(f"--weights '{path}' {what}; fetch it again") from None
 
 
 _PYTORCHCV_RESNET = (

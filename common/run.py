@@ -17,7 +17,7 @@ from common import InputError, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import FROM_TRAINING_SET, evaluate
-from common.models import probe
+from common.models import probe, refuse_infinite
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 
@@ -135,8 +135,10 @@ class Run:
         A network that cannot be computed in channels-last has the whole run in PyTorch's own layout, and the run says so.
 
         Raises:
-            InputError: the network fails on images of the size that the run's arguments say, or returns other logits.
+            InputError: the network fails on images of the size that the run's arguments say, returns other logits, or has
+                weights or statistics that are not finite.
         """
+        refuse_infinite(model, "the network")
         model = baked_copy(model).eval().requires_grad_(False).to(self.device, torch.float32)
         example = probe(model, self.cfg.num_classes, self.cfg.image_size)
         self.settle_layout(model, example)

@@ -16,7 +16,9 @@ from test_tasks import DATA, command_line
 
 import gdfq
 import mixmix
+from common import InputError
 from common.checkpoint import load_checkpoint, previous, save_checkpoint
+from common.export import load_quantized, save_quantized
 
 
 def paused(folder, epochs, *flags):
@@ -69,6 +71,51 @@ def test_nothing_is_lost_to_signals_a_full_disk_or_a_second_process(tmp_path, fa
     assert f"{checkpoint} is damaged" in said and "the one before it is used, so an epoch is repeated" in said
     assert (folder / "quantized.pt").read_bytes() == (tmp_path / "whole" / "quantized.pt").read_bytes()
     assert read_metrics(folder) == read_metrics(tmp_path / "whole") and not previous(checkpoint).exists()
+
+
+class Hostile:
+    """What leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_file_runs_code(tmp_path, fails, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    marker, run, flags = tmp_path / "marker", tmp_path / "run", [*TINY, "--epochs", "3", "--out", tmp_path / "run"]
+    for name, legacy in (("new.pt", False), ("old.pth", True)):
+        torch.save({"fc.weight": Hostile(marker)}, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        assert "holds more than tensors" in fails(gdfq.main, *TINY, "--weights", tmp_path / name)
+    assert "not a quantized network" in fails(gdfq.main, "--eval", tmp_path / "new.pt")
+    gdfq.main([str(flag) for flag in flags])
+    (run / "result.json").unlink()
+    (tmp_path / "new.pt").replace(run / "checkpoint.pt")
+    assert "checkpoint.pt is damaged" in fails(gdfq.main, *flags, "--resume")
+    hub = tmp_path / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "old.pth").replace(hub / "resnet18-f37072fd.pth")  # which torchvision would unpickle
+    monkeypatch.setattr("common.models.download", lambda address, path, digest: path)  # as if the hash were right
+    assert "holds more than tensors" in fails(gdfq.main, "--dataset", "imagenet")
+    assert not marker.exists()
+
+
+def test_what_is_not_finite_is_refused_by_name(tmp_path, net):
+    cfg = gdfq.config(**DATA, epochs=3, iters=2, batch_size=4, warmup_epochs=1, calibrate_epochs=1)
+    shape = {"arch": "tiny:net", "num_classes": 5, "image_size": 16, "channels": 3, "wbits": 4, "abits": 4}
+    save_quantized(gdfq.compress(net, cfg), tmp_path / "student.pt", shape | {"act_placement": "relu"})
+    content = torch.load(tmp_path / "student.pt")
+    name, stored = next(iter(content["activations"].items()))
+    stored["scale"].fill_(torch.nan)
+    torch.save(content, tmp_path / "student.pt")
+    with pytest.raises(InputError, match=f"student.pt' has values in '{name}.scale' that are not finite"):
+        load_quantized(tmp_path / "student.pt", net)
+    net.bn2.running_var[3] = torch.inf
+    with pytest.raises(InputError, match="the network has values in 'bn2.running_var' that are not finite"):
+        gdfq.compress(net, cfg)
 
 
 def test_of_two_checkpoints_one_can_always_be_read(tmp_path):

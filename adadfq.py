@@ -47,6 +47,7 @@ The released code does not run as it was uploaded; its published figures cannot 
 released` is the default, because only its values are given by network and number of bits (three bits on CIFAR stand for
 four and five, too; on ImageNet a network other than ResNet-18, ResNet-50 and MobileNetV2 takes ResNet-18's). AdaSG, the
 predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
+`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
 
 Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
 both: each side's gradient is taken only with respect to its own parameters. Three things follow. While activation ranges

@@ -57,7 +57,8 @@ Published accuracies of stage 2 were made with GDFQ's released losses (`--varian
 Two extensions are not in the paper. Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that even an edge with
 p = 1 for one of seven operations samples it in 31 % of the cases. `--gumbel logits` adds the noise to log p, which samples an
 operation with probability p. `--search-mode hard` evaluates the sampled operation only (its weight m_j / m_j.detach(), so that
-only it has a gradient).
+only it has a gradient). `--schedule short` (SHORT, below) takes minutes: it has the published generator instead of a search, and
+gives the terms of both losses other weights.
 """
 
 import argparse

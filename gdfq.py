@@ -34,6 +34,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
 the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
+`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
 from functools import partial

@@ -49,6 +49,7 @@ Where the equations are:
 
 `--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
 headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take GDFQ's losses as GDFQ's code has them.
+`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
 import argparse

@@ -33,7 +33,7 @@ def replacing(path):
         if isinstance(error, RuntimeError) and not full:
             raise
         why = "no space left, or the file is too large" if full else getattr(error, "strerror", None) or first_line(error)
-        advice = "when that is mended, repeat the command (of a run with --resume)"
+        advice = "when that is fixed, repeat the command, with --resume for a run"
         raise InputError(f"{path} cannot be written ({why}) and is left as it was; {advice}") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -54,10 +54,10 @@ architecture: `--genotype RUN --scale 2`; with a search, the super net has that 
 four times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), where the paper speaks of fewer.
 Published accuracies of stage 2 were made with GDFQ's released losses (`--variant released`, the default).
 
-Two extensions of the search are not in the paper. Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that even
-an edge with p = 1 for one of seven operations samples it in 31 % of the cases. `--gumbel logits` adds the noise to log p, which samples an
-operation with probability p. `--search-mode hard` evaluates the sampled operation only (its weight m_j / m_j.detach(), so that
-only it has a gradient).
+Two extensions of the search are not in the paper. Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that
+even an edge with p = 1 for one of seven operations samples it in 31 % of the cases. `--gumbel logits` adds the noise to log
+p, which samples an operation with probability p. `--search-mode hard` evaluates the sampled operation only (its weight m_j /
+m_j.detach(), so that only it has a gradient).
 
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, with the published generator of CIFAR-10's ResNet-20
 instead of a search, and gives the terms of both losses other weights.

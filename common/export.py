@@ -13,9 +13,7 @@ from common.activations import kind_of
 from common.models import build, is_own, refuse_infinite
 from common.quant import (
     QuantAct,
-    channel_parameters,
     decode_,
-    encode,
     is_channels_last,
     quantize,
     quantized_activations,
@@ -71,14 +69,11 @@ def save_quantized(student, path, meta):
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student):
-        scale, zero_point = (
-            (layer.weight_scale, layer.weight_zero_point) if layer.packed else channel_parameters(layer.weight, layer.bits)
-        )
-        codes = encode(layer.weight.detach().float(), scale, zero_point, layer.bits)
+        scale, zero_point = layer.parameters_of_codes()
         layers[name] = {
             "bits": layer.bits,
             "shape": list(layer.weight.shape),
-            "codes": pack(codes, layer.bits),
+            "codes": pack(layer.codes(), layer.bits),
             "scale": scale.flatten(),
             "zero_point": zero_point.flatten().to(torch.int32),
         }
@@ -181,7 +176,7 @@ def load_quantized(path, model=None):
     for name, stored in content["layers"].items():
         shape = stored["shape"]
         column = (-1,) + (1,) * (len(shape) - 1)
-        scale, zero_point = stored["scale"].view(column), stored["zero_point"].float().view(column)
+        scale, zero_point = stored["scale"].clone().view(column), stored["zero_point"].float().view(column)
         codes = unpack(stored["codes"], stored["bits"], torch.Size(shape).numel()).view(shape).float()
         state[f"{name}.weight"] = decode_(codes, scale, zero_point)
         if name in layers:

@@ -17,7 +17,7 @@ from torch import nn
 
 from common.cli import one_of
 from common.learned import learned_step, scaled_gradient, search_parameters
-from common.quant import QuantAct, affine_parameters, quantized_activations
+from common.quant import QuantAct, quantized_activations
 
 SAMPLE = 2048  # values of a batch that a search looks at
 
@@ -46,12 +46,7 @@ class SearchedAct(QuantAct):
         values = x.flatten()
         values = values[torch.randint(len(values), (SAMPLE,), device=x.device)].float()
         scale, zero_point = (value[0, 0] for value in search_parameters(values[None], self.bits, steps=40, by=0.02))
-        ends = -zero_point * scale, (2**self.bits - 1 - zero_point) * scale
-        for state, value in zip((self.low, self.high), ends):
-            state.copy_(torch.where(self.seen, torch.lerp(value, state, self.momentum), value))
-        for state, value in zip((self.scale, self.zero_point), affine_parameters(self.low, self.high, self.bits)):
-            state.copy_(value)
-        self.seen.fill_(True)
+        self.follow(-zero_point * scale, (2**self.bits - 1 - zero_point) * scale)
 
 
 class LearnedAct(SearchedAct):

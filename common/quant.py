@@ -1,8 +1,8 @@
 """Uniform affine fake quantization, and `quantize`, which turns a trained network into its quantized copy.
 
 Asymmetric, integer zero point, 2^bits codes 0 ... 2^bits - 1 (Jacob et al., CVPR 2018). Weights: one range per output
-channel, recomputed from the weights at each forward, never clipped. Activations: one range per tensor, followed by a
-moving average while the observer is on. The backward pass is straight-through.
+channel, recomputed from the weights at each forward, never clipped. Activations: one range per tensor, which includes zero,
+followed by a moving average while the observer is on. The backward pass is straight-through.
 """
 
 import functools
@@ -96,11 +96,18 @@ def fake_quantize(x, scale, zero_point, bits, clipped=False):
     return FakeQuantize.apply(x.float(), scale, zero_point, bits, clipped)
 
 
-def channel_parameters(weight, bits):
-    """Scale and zero point per output channel (dimension 0) of `weight`, shaped to broadcast against it."""
-    flat = weight.detach().float().flatten(1)
+def with_zero(low, high):
+    """The range [low, high] (tensors), widened to include zero: its zero point is one of the codes, as padding needs it and as
+    other runtimes hold it."""
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def channel_parameters(weight, bits, zero=False):
+    """Scale and zero point per output channel (dimension 0) of `weight`, shaped to broadcast against it; `zero`: of ranges
+    that include zero."""
+    ends = torch.aminmax(weight.detach().float().flatten(1), dim=1)
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    scale, zero_point = affine_parameters(*torch.aminmax(flat, dim=1), bits)
+    scale, zero_point = affine_parameters(*(with_zero(*ends) if zero else ends), bits)
     return scale.view(shape), zero_point.view(shape)
 
 
@@ -122,19 +129,21 @@ def _from_rows(rows, weight):
 
 
 class FakeQuantizeWeights(torch.autograd.Function):
-    """The weights of many layers, with one range per output channel; straight-through. Arguments: bits, the weights.
+    """The weights of many layers, with one range per output channel; straight-through. Arguments: bits, whether the ranges
+    include zero, the weights.
 
     Layers whose channels have equally many weights are rows of one matrix, and all ranges are computed at once: a network
     takes as many operations as a few layers would. Values are those of `fake_quantize` layer by layer, to the bit.
     """
 
     @staticmethod
-    def forward(ctx, bits, *weights):
+    def forward(ctx, bits, zero, *weights):
         alike, quantized = {}, [None] * len(weights)
         for index, weight in enumerate(weights):
             alike.setdefault(weight[0].numel(), []).append(index)
         matrices = [torch.cat([_to_rows(weights[index]).float() for index in group]) for group in alike.values()]
         low, high = (torch.cat(ends) for ends in zip(*(torch.aminmax(matrix, dim=1) for matrix in matrices)))
+        low, high = with_zero(low, high) if zero else (low, high)
         counts = [len(matrix) for matrix in matrices]
         parameters = (values[:, None].split(counts) for values in affine_parameters(low, high, bits))
         for group, matrix, scale, zero_point in zip(alike.values(), matrices, *parameters):
@@ -145,7 +154,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return None, *grads
+        return None, None, *grads
 
 
 class _QuantWeight:
@@ -156,12 +165,22 @@ class _QuantWeight:
     ready = None  # the quantized weights, while the network computes
 
     @classmethod
-    def from_float(cls, module, bits):
-        """A quantized layer that shares the parameters of `module`."""
+    def from_float(cls, module, bits, zero=False):
+        """A quantized layer that shares the parameters of `module`; `zero`: its ranges include zero."""
         layer = cls.__new__(cls)
         layer.__dict__.update(module.__dict__)
-        layer.bits = bits
+        layer.bits, layer.zero = bits, zero
         return layer
+
+    def parameters_of_codes(self):
+        """Scale and zero point per output channel, shaped to broadcast against the weight."""
+        if self.packed:
+            return self.weight_scale, self.weight_zero_point
+        return channel_parameters(self._parameters["weight"], self.bits, self.zero)
+
+    def codes(self):
+        """The weight as codes 0 ... 2^bits - 1, float32."""
+        return encode(self._parameters["weight"].detach().float(), *self.parameters_of_codes(), self.bits)
 
     def quantized_weight(self):
         if self.ready is not None:
@@ -169,7 +188,7 @@ class _QuantWeight:
         weight = self._parameters["weight"]
         if "quantizer" in self._modules:  # one that is learned
             return self._modules["quantizer"](weight)
-        return weight if self.packed else fake_quantize(weight, *channel_parameters(weight, self.bits), self.bits)
+        return weight if self.packed else fake_quantize(weight, *self.parameters_of_codes(), self.bits)
 
     def with_weight(self, x, weight):
         """What the layer computes of `x` with another weight."""
@@ -199,9 +218,9 @@ class _AllWeights:
         if torch.compiler.is_compiling():  # a compiler fuses each layer's own operations, and better
             return
         unpacked = [layer for layer in self.layers if not layer.packed]
-        for bits in {layer.bits for layer in unpacked}:
-            layers = [layer for layer in unpacked if layer.bits == bits]
-            for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, *(layer.weight for layer in layers))):
+        for bits, zero in {(layer.bits, layer.zero) for layer in unpacked}:
+            layers = [layer for layer in unpacked if (layer.bits, layer.zero) == (bits, zero)]
+            for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, zero, *(layer.weight for layer in layers))):
                 layer.ready = weight
 
     def forget(self, network, args, output):
@@ -267,10 +286,14 @@ class QuantAct(nn.Module):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
-    @torch.no_grad()
     def observe(self, x):
         """Move the range towards the smallest and largest value of `x`."""
-        for state, value in zip((self.low, self.high), torch.aminmax(x.float())):
+        self.follow(*torch.aminmax(x.float()))
+
+    @torch.no_grad()
+    def follow(self, low, high):
+        """Move the range towards [low, high] (scalars) and zero."""
+        for state, value in zip((self.low, self.high), with_zero(low, high)):
             state.copy_(torch.where(self.seen, torch.lerp(value, state, self.momentum), value))
         for state, value in zip((self.scale, self.zero_point), affine_parameters(self.low, self.high, self.bits)):
             state.copy_(value)
@@ -331,8 +354,9 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         model: the teacher; left as it is.
         wbits, abits: bits of weights and activations, 2 to 8.
         act_placement: "relu" quantizes what every activation function returns (the papers); "input" quantizes what
-            every convolution and linear layer receives, the network's own input with 8 bits (integer inference). Or a
-            function of the traced network that returns the nodes of its graph whose values are quantized.
+            every convolution and linear layer receives, the network's own input with 8 bits, and has ranges of weights
+            include zero (integer inference: common/deploy.py). Or a function of the traced network that returns the nodes
+            of its graph whose values are quantized.
         clipped: no gradient for activations outside their range.
         example: a batch that the network takes. Without it shapes are unknown while the network is traced, and one that
             cannot be traced is refused.
@@ -358,7 +382,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
         student = _quantize_graph(traced, abits, act_placement, clipped)
     for name, module in list(student.named_modules(remove_duplicate=False)):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            student.set_submodule(name, _quantized_class(type(module)).from_float(module, wbits))
+            layer = _quantized_class(type(module)).from_float(module, wbits, zero=act_placement == "input")
+            student.set_submodule(name, layer)
     if not quantized_activations(student):
         raise InputError("the model computes no activation that could be quantized; use --act-placement input")
     all_weights = _AllWeights([layer for _, layer in quantized_layers(student)])

@@ -18,8 +18,8 @@ from common.trace import fold_batchnorm
 META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "design": None, "act_placement": "relu"}
 
 
-def calibrated(model, bits, placement="relu", size=16):
-    student = quantize(model, bits, bits, placement)
+def calibrated(model, bits, placement="relu", size=16, example=None):
+    student = quantize(model, bits, bits, placement, example=example)
     observe(student, True)
     torch.manual_seed(2)
     student(torch.randn(16, 3, size, size))

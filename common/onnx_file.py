@@ -1,0 +1,135 @@
+"""A quantized network as an ONNX file, by PyTorch's exporter, with its integers.
+
+    activations   QuantizeLinear to UINT8, Clip to 2^bits - 1 below 8 bits, DequantizeLinear
+    weights       initializers of UINT4 up to 4 bits, of UINT8 above, with a zero point per channel: DequantizeLinear
+    biases        INT32 in units of both scales where integer kernels exist (UINT8 weights with one zero point); FLOAT elsewhere
+
+ONNX Runtime puts a convolution between integers into one kernel if its bias, too, is dequantized, and then refuses it if zero
+points of its channels differ (microsoft/onnxruntime#28447). The FLOAT bias keeps it from that: such a convolution is computed
+in floating point, of exactly the same integers. Needs opset 21, and the packages in requirements-export.txt.
+"""
+
+import copy
+
+import ml_dtypes
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+from torch import nn
+
+from common import replacing
+from common.quant import QuantAct, decode_, fake_quantize, quantized_layers
+
+
+@torch.library.custom_op("integers::activation", mutates_args=())
+def activation(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, largest: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """`x` in steps of `scale`; `largest` is the largest code, None for 8 bits."""
+    return fake_quantize(x, scale, zero_point.float(), bits)
+
+
+@torch.library.custom_op("integers::dequantized", mutates_args=())
+def dequantized(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+    """What `codes` stand for, with a scale and a zero point for each of their first dimension."""
+    scale, zero_point = (0 if v is None else v.float().view((-1,) + (1,) * (codes.ndim - 1)) for v in (scale, zero_point))
+    return decode_(codes.float(), zero_point=zero_point, scale=scale)
+
+
+activation.register_fake(lambda x, scale, zero_point, largest, bits: torch.empty_like(x))
+dequantized.register_fake(lambda codes, scale, zero_point: torch.empty_like(codes, dtype=torch.float32))
+
+
+def onnx_activation(x, scale, zero_point, largest=None, bits: int = 8):
+    codes = op.QuantizeLinear(x, scale, zero_point)
+    return op.DequantizeLinear(codes if largest is None else op.Clip(codes, None, largest), scale, zero_point)
+
+
+def onnx_dequantized(codes, scale, zero_point=None):
+    return op.DequantizeLinear(codes, scale, zero_point, axis=0)
+
+
+TABLE = {torch.ops.integers.activation.default: onnx_activation, torch.ops.integers.dequantized.default: onnx_dequantized}
+
+
+class Activation(nn.Module):
+    """A `QuantAct` as the exporter sees it."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.bits = act.bits
+        self.register_buffer("scale", act.scale)
+        self.register_buffer("zero_point", act.zero_point.to(torch.uint8))
+        self.register_buffer("largest", torch.tensor(2**act.bits - 1, dtype=torch.uint8) if act.bits < 8 else None)
+
+    def forward(self, x):
+        return torch.ops.integers.activation(x, self.scale, self.zero_point, self.largest, self.bits)
+
+
+class Layer(nn.Module):
+    """A packed layer whose input `act` makes, as the exporter sees it."""
+
+    def __init__(self, layer, act):
+        super().__init__()
+        self.layer, self.small = copy.copy(layer), layer.bits <= 4
+        zero_point, scale = (value.flatten().contiguous() for value in (layer.weight_zero_point, layer.weight_scale))
+        self.register_buffer("codes", layer.codes().to(torch.uint8).contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point.to(torch.uint8))
+        bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach()
+        unit = act.scale * scale
+        kernels = not self.small and zero_point.min() == zero_point.max() and (bias / unit).abs().max() < 2**31
+        self.register_buffer("bias", torch.round(bias.double() / unit).int() if kernels else bias)
+        self.register_buffer("unit", unit if kernels else None)
+        del self.layer._parameters["weight"]
+        self.layer._parameters["bias"] = None
+
+    def forward(self, x):
+        weight = torch.ops.integers.dequantized(self.codes, self.scale, self.zero_point)
+        bias = self.bias if self.unit is None else torch.ops.integers.dequantized(self.bias, self.unit, None)
+        if isinstance(self.layer, nn.Linear):
+            return nn.functional.linear(x, weight, bias)
+        return self.layer._conv_forward(x, weight, bias)
+
+
+def write_onnx(network, path, example, about):
+    """Write a network to an ONNX file.
+
+    Args:
+        network: from `common.deploy.integer_form`.
+        path: of the file.
+        example: images (B, channels, H, W); the file's batch size is free.
+        about: namespace with mean, std and arch, which the file keeps as text.
+    """
+    network, small = copy.deepcopy(network), set()
+    modules = dict(network.named_modules())
+    for node in list(network.graph.nodes):
+        if node.op == "call_module" and node.target in dict(quantized_layers(network)):
+            network.set_submodule(node.target, Layer(modules[node.target], modules[node.args[0].target]))
+            small |= {f"{node.target}.codes", f"{node.target}.zero_point"} if modules[node.target].bits <= 4 else set()
+    for name, module in modules.items():
+        if isinstance(module, QuantAct):
+            network.set_submodule(name, Activation(module))
+    program = torch.onnx.export(
+        network, (example,), dynamo=True, opset_version=21, custom_translation_table=TABLE, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), input_names=["images"], output_names=["logits"],
+    )  # fmt: skip
+    model = program.model
+    for name in small:
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.uint4), name=name)
+        value.dtype = ir.DataType.UINT4
+    for node in model.graph:
+        node.metadata_props.clear()  # stack traces, several times the size of the weights
+    model.metadata_props.clear()
+    model.metadata_props.update({key: str(getattr(about, key)) for key in ("arch", "mean", "std")})
+    with replacing(path) as partial:
+        ir.save(model, partial)
+
+
+def runtime(path):
+    """ONNX Runtime's CPU kernels as a function: images (B, channels, H, W) -> logits, both tensors."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -699,7 +699,7 @@ def parser():
     stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
     p.without_effect("--data-source real", "--genotype", "--scale", *stage1.split())
     p.without_effect("--genotype", *stage1.split())
-    p.without_effect("--search-only", *stage2.split())
+    p.without_effect("--search-only", "--export", *stage2.split())
     p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune --schedule --act-ranges".split())
     p.without_effect("--no-finetune", *learning.split())
     add_flags(p, SHORT)

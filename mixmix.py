@@ -442,7 +442,7 @@ def refuse_idle(p):
     dafl = [*kd.GENERATOR_FLAGS, "--kd-bn-weight"]
     idle = {f"--task {task}": ["--bits", "--wbits", "--abits", "--act-placement"] for task in p.unquantized}
     idle["--task synth"] += ["--images"]
-    idle["--task transfer"] = ["--batch-size"]
+    idle["--task transfer"] = ["--batch-size", "--export"]
     idle["--images"] = ["--data-source", "--count", *labels, *recipe, *zoo, *dafl]
     idle |= {f"--images and --task {task}": ["--batch-size", *networks] for task in TASKS}
     zoo = networks + zoo

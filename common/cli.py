@@ -147,6 +147,13 @@ class Parser(argparse.ArgumentParser):
         add("--eval-every", type=whole(1), default=1, help="evaluate every N epochs; the last epoch is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
+        about = "also write the quantized network, of a run or of --eval, as an ONNX file; it needs --act-placement input"
+        add("--export", type=one_of("onnx"), help=about)
+        about = "with --eval: run the network in integer arithmetic alone (common/integer.py), and compare"
+        add("--integer-check", action="store_true", help=about)
+        self.without_effect("--check", "--export")
+        for task in unquantized:
+            self.without_effect(f"--task {task}", "--export")
         self.without_effect("--overwrite", "--resume")
         of_training = "--weights --mean --std --bits --wbits --abits --act-placement --clipped-ste --seed --precision --capture"
         self.without_effect("--eval", *of_training.split(), *"--out --resume --overwrite --eval-every --check".split())
@@ -224,6 +231,8 @@ class Parser(argparse.ArgumentParser):
         own = set(vars(args)) - self.shared
         self.without_effect("--eval", *(flag for flag, action in self._option_string_actions.items() if action.dest in own))
         self._refuse_idle(args, argv)
+        if args.integer_check and args.eval is None:
+            raise InputError("--integer-check has no effect without --eval FILE; give the quantized.pt of a run")
         changed = self._changed(args, vars(self.parse_args(scheduled)))
         args.arch = args.arch or ("resnet18" if args.dataset == "imagenet" else "resnet20")
         args.wbits, args.abits = args.wbits or args.bits, args.abits or args.bits

@@ -12,6 +12,7 @@ from common import InputError, replacing
 from common.check import print_check
 from common.cli import resumable
 from common.data import agreement, evaluate, find_test_set
+from common.deploy import check_export, deploy
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
@@ -239,11 +240,17 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
         return evaluate_file(cfg)
     if cfg.check:
         return check(cfg, compress)
+    check_export(cfg)
     teacher, run = prepare(cfg, **about)
     if run.finished:
-        return show_finished(run, show)
-    with resumable():
-        return write_result(run, finish(run, teacher, compress(teacher, cfg, run)), show)
+        result = show_finished(run, show)
+    else:
+        with resumable():
+            result = write_result(run, finish(run, teacher, compress(teacher, cfg, run)), show)
+    if cfg.export:
+        file = run.folder / "quantized.pt"
+        deploy(load_quantized(file, copy.deepcopy(teacher).cpu()), cfg, file, cfg)
+    return result
 
 
 def check(cfg, compress):
@@ -257,7 +264,9 @@ def check(cfg, compress):
 
 
 def evaluate_file(cfg):
-    """--eval: accuracy of a quantized.pt; data set, normalisation and sizes are the file's, the images --data-dir's."""
+    """--eval: accuracy of a quantized.pt; data set, normalisation and sizes are the file's, the images --data-dir's. With it
+    --export and --integer-check."""
+    check_export(cfg)
     meta = read_quantized(cfg.eval)["meta"]
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)
@@ -271,4 +280,5 @@ def evaluate_file(cfg):
     size = Path(cfg.eval).stat().st_size / 1024
     print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
     print(f"top-1 accuracy {top1:.2f} %{top5_text(top5)} of {test_set.count:,} test images from {test_set.name}")
-    return {"top1": top1} | ({} if top5 is None else {"top5": top5}) | {"images": test_set.count}
+    found = {"top1": top1} | ({} if top5 is None else {"top5": top5}) | {"images": test_set.count}
+    return found | deploy(student, cfg, cfg.eval, argparse.Namespace(**meta), test_set)

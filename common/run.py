@@ -21,10 +21,11 @@ from common.models import probe, refuse_infinite
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 
-FILES = "quantized.pt student.pt result.json samples.png metrics.jsonl checkpoint.pt checkpoint.pt.previous analysis".split()
+FILES = "quantized.pt quantized.onnx student.pt result.json samples.png metrics.jsonl checkpoint.pt checkpoint.pt.previous"
+FILES = [*FILES.split(), "analysis"]  # beside config.json
 DEVICES = ("cpu", "cuda")
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
-NOT_COMPARED = ("out", "resume", "overwrite", "eval", "check", "threads", "data_dir", "eval_every")  # they change no student
+NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir eval_every".split()  # change no student
 
 
 # ------------------------------------------------------------------------------------------- device, precision, seed

@@ -2,11 +2,12 @@
 
     activations   QuantizeLinear to UINT8, Clip to 2^bits - 1 below 8 bits, DequantizeLinear
     weights       initializers of UINT4 up to 4 bits, of UINT8 above, with a zero point per channel: DequantizeLinear
-    biases        INT32 in units of both scales where integer kernels exist (UINT8 weights with one zero point); FLOAT elsewhere
+    biases        FLOAT, added behind the layer
 
-ONNX Runtime puts a convolution between integers into one kernel if its bias, too, is dequantized, and then refuses it if zero
-points of its channels differ (microsoft/onnxruntime#28447). The FLOAT bias keeps it from that: such a convolution is computed
-in floating point, of exactly the same integers. Needs opset 21, and the packages in requirements-export.txt.
+ONNX Runtime would round a layer's own bias to units of the two scales, which at 4 bits changes one class in twenty, and would
+compute a layer of UINT8 weights in a kernel that refuses zero points that differ by channel (microsoft/onnxruntime#28447). A
+bias behind the layer keeps it from both: the layer is computed in floating point, of exactly the same integers. Needs opset 21
+and the packages in requirements-export.txt.
 """
 
 import copy
@@ -29,15 +30,14 @@ def activation(
     return fake_quantize(x, scale, zero_point.float(), bits)
 
 
-@torch.library.custom_op("integers::dequantized", mutates_args=())
-def dequantized(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+@torch.library.custom_op("integers::weight", mutates_args=())
+def weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """What `codes` stand for, with a scale and a zero point for each of their first dimension."""
-    scale, zero_point = (0 if v is None else v.float().view((-1,) + (1,) * (codes.ndim - 1)) for v in (scale, zero_point))
-    return decode_(codes.float(), zero_point=zero_point, scale=scale)
+    return decode_(codes.float(), *(value.float().view((-1,) + (1,) * (codes.ndim - 1)) for value in (scale, zero_point)))
 
 
 activation.register_fake(lambda x, scale, zero_point, largest, bits: torch.empty_like(x))
-dequantized.register_fake(lambda codes, scale, zero_point: torch.empty_like(codes, dtype=torch.float32))
+weight.register_fake(lambda codes, scale, zero_point: torch.empty_like(codes, dtype=torch.float32))
 
 
 def onnx_activation(x, scale, zero_point, largest=None, bits: int = 8):
@@ -45,11 +45,11 @@ def onnx_activation(x, scale, zero_point, largest=None, bits: int = 8):
     return op.DequantizeLinear(codes if largest is None else op.Clip(codes, None, largest), scale, zero_point)
 
 
-def onnx_dequantized(codes, scale, zero_point=None):
+def onnx_weight(codes, scale, zero_point):
     return op.DequantizeLinear(codes, scale, zero_point, axis=0)
 
 
-TABLE = {torch.ops.integers.activation.default: onnx_activation, torch.ops.integers.dequantized.default: onnx_dequantized}
+TABLE = {torch.ops.integers.activation.default: onnx_activation, torch.ops.integers.weight.default: onnx_weight}
 
 
 class Activation(nn.Module):
@@ -67,29 +67,24 @@ class Activation(nn.Module):
 
 
 class Layer(nn.Module):
-    """A packed layer whose input `act` makes, as the exporter sees it."""
+    """A packed layer as the exporter sees it."""
 
-    def __init__(self, layer, act):
+    def __init__(self, layer):
         super().__init__()
-        self.layer, self.small = copy.copy(layer), layer.bits <= 4
+        self.layer = copy.copy(layer)
         zero_point, scale = (value.flatten().contiguous() for value in (layer.weight_zero_point, layer.weight_scale))
         self.register_buffer("codes", layer.codes().to(torch.uint8).contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.to(torch.uint8))
         bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach()
-        unit = act.scale * scale
-        kernels = not self.small and zero_point.min() == zero_point.max() and (bias / unit).abs().max() < 2**31
-        self.register_buffer("bias", torch.round(bias.double() / unit).int() if kernels else bias)
-        self.register_buffer("unit", unit if kernels else None)
+        self.register_buffer("bias", bias.view((-1,) + (1,) * (self.codes.ndim - 2)))
         del self.layer._parameters["weight"]
         self.layer._parameters["bias"] = None
 
     def forward(self, x):
-        weight = torch.ops.integers.dequantized(self.codes, self.scale, self.zero_point)
-        bias = self.bias if self.unit is None else torch.ops.integers.dequantized(self.bias, self.unit, None)
-        if isinstance(self.layer, nn.Linear):
-            return nn.functional.linear(x, weight, bias)
-        return self.layer._conv_forward(x, weight, bias)
+        weight = torch.ops.integers.weight(self.codes, self.scale, self.zero_point)
+        compute = nn.functional.linear if isinstance(self.layer, nn.Linear) else self.layer._conv_forward
+        return compute(x, weight, None) + self.bias
 
 
 def write_onnx(network, path, example, about):
@@ -105,7 +100,7 @@ def write_onnx(network, path, example, about):
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         if node.op == "call_module" and node.target in dict(quantized_layers(network)):
-            network.set_submodule(node.target, Layer(modules[node.target], modules[node.args[0].target]))
+            network.set_submodule(node.target, Layer(modules[node.target]))
             small |= {f"{node.target}.codes", f"{node.target}.zero_point"} if modules[node.target].bits <= 4 else set()
     for name, module in modules.items():
         if isinstance(module, QuantAct):

@@ -1,5 +1,6 @@
 """The command line end to end: what a run leaves, what it refuses, how it goes on after it was killed."""
 
+import functools
 import json
 import os
 import shlex
@@ -34,7 +35,9 @@ TINY += "--calibrate-epochs 2 --device cpu --precision fp32 --lr-q 0.01".split()
 def start(folder, *flags):
     command = [sys.executable, str(ROOT / "gdfq.py"), *TINY, "--out", str(folder), *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes)
 
 
 def read_metrics(folder):

@@ -267,6 +267,8 @@ def time_to_accuracy(name, bits, args):
             if done.returncode:
                 raise InputError(f"{name}.py failed: {done.stderr.strip().splitlines()[-1]}")
             result = json.loads((out / "result.json").read_text())
+            if result["fp_top1"] is None:
+                raise InputError("--time-to-accuracy needs test images; give --data-dir")
             seconds.append((out / "checkpoint.pt").stat().st_mtime - began)  # the last epoch and its evaluation are over
             drops.append(result["fp_top1"] - result["last_top1"])
             calibrated.append(result["fp_top1"] - result["calibrated_top1"])

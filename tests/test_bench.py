@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
+from test_data import make_folder
 from torch import nn
 
 import gdfq
@@ -53,6 +55,18 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
         assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
     assert "images/s" in capsys.readouterr().out
     assert "--repeats is 4" in fails(bench.main, "--repeats", 4)
+
+
+def test_whole_runs_are_timed_and_set_beside_the_papers(tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    small = "--dataset folder --num-classes 5 --image-size 16 --epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1"
+    command = ["--time-to-accuracy", "--arch", "tiny:net", "--bits", "3", "--seeds", "1", "--precision", "fp32"]
+    (row,) = bench.main([*command, "--data-dir", str(data), "--", *small.split()])
+    assert (row["method"], row["steps"], row["images"], row["paper"], row["best"]) == ("gdfq", 4, 20, 18.78, 5.78)
+    assert 1 < row["seconds"] < 300 and -100 <= row["drop"] == row["worst"] <= 100
+    assert "calibrated" in capsys.readouterr().out
+    assert "needs test images; give --data-dir" in fails(bench.main, *command, "--", *small.split())
 
 
 def test_superposition_by_product_needs_less_memory_than_by_gathering():

@@ -22,7 +22,16 @@ from common.export import load_quantized
 from common.images import read_images
 from common.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
 from common.models import build
-from common.quant import QuantConv2d, describe, fake_quantize, observe, quantize, quantized_activations, quantized_layers
+from common.quant import (
+    QuantAct,
+    QuantConv2d,
+    describe,
+    fake_quantize,
+    observe,
+    quantize,
+    quantized_activations,
+    quantized_layers,
+)
 from common.report import arithmetic
 from common.run import Run
 from common.tasks import TASKS, kd, ptq, qat
@@ -346,6 +355,20 @@ def test_quantization_aware_training_comes_nearer_to_the_teacher(net):
     assert all(len(layer.weight.unique()) <= 2**layer.bits for _, layer in layers)  # one step per layer, not per channel
     assert type(layers[1][1]) is QuantConv2d and not net.training
     assert torch.equal(student.bn1.running_mean, net.bn1.running_mean)
+
+
+def test_the_short_recipe_learns_the_ranges_of_activations_and_clips_no_weight(net):
+    torch.manual_seed(0)
+    images, losses = torch.randn(32, 3, 16, 16), []
+    for steps in (1, 150):
+        cfg = config("qat", **QAT | {"qat_steps": steps, "qat_recipe": "short", "qat_lr": 0.01})
+        student = qat.compress(net, images, cfg)
+        losses.append((student(images) - net(images)).square().mean().item())
+    assert losses[1] < 0.7 * losses[0]
+    assert all(type(act) is QuantAct for _, act in quantized_activations(student))
+    for _, layer in quantized_layers(student):  # the rounding error of a weight at the end of a range is half a step at most
+        scale, _ = layer.parameters_of_codes()
+        assert ((layer.quantized_weight() - layer.weight).abs() <= 0.5 * scale + 1e-6).all()
 
 
 def test_layers_with_a_forward_of_their_own_are_trained():

@@ -114,9 +114,8 @@ def write_onnx(network, path, example, about):
         value = model.graph.initializers[name]
         value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.uint4), name=name)
         value.dtype = ir.DataType.UINT4
-    for node in model.graph:
-        node.metadata_props.clear()  # stack traces, several times the size of the weights
-    model.metadata_props.clear()
+    for item in (model, *model.graph, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)):
+        item.metadata_props.clear()  # stack traces, several times the size of the weights
     model.metadata_props.update({key: str(getattr(about, key)) for key in ("arch", "mean", "std")})
     with replacing(path) as partial:
         ir.save(model, partial)

@@ -171,5 +171,6 @@ def test_onnx_runtime_gives_the_logits(tmp_path, bits):
         assert kinds[f"{name}.codes"] == kinds[f"{name}.zero_point"] == (21 if bits <= 4 else 2)  # UINT4, UINT8
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     assert len(clips) == (2 if bits < 8 else 0) and model.opset_import[0].version == 21  # not of the image
+    assert not any(item.metadata_props for item in (*model.graph.node, *model.graph.value_info))  # they would need most bytes
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     assert [len(node.input) for node in convolutions] == [2, 2, 2]  # a bias there would be rounded by ONNX Runtime

@@ -742,7 +742,7 @@ def main(argv=None):
         cfg = parse_args(argv)
         if cfg.search_only:
             return execute(cfg, find_genotype, finish_search, show_search, files=FILES)
-        return execute(cfg, compress, files=FILES, short=SHORT)
+        return execute(cfg, compress, files=FILES, short=SHORT if cfg.task == "quantize" else None)
 
 
 if __name__ == "__main__":

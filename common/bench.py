@@ -252,7 +252,7 @@ def time_to_accuracy(name, bits, args):
 
     Returns:
         A row for the table: medians over the seeds of `seconds` and of the `drop` from full precision, its `worst`, and what
-        the method's own paper and the best published lose (None where there is no figure).
+        the method's own paper and the best published lose with CIFAR-10's ResNet-20 (None where there is no figure).
     """
     seconds, drops, calibrated = [], [], []
     with tempfile.TemporaryDirectory() as folder:

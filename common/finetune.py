@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common.cli import one_of
-from common.learned import learned_step, scaled_gradient, search_parameters
+from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
 from common.quant import QuantAct, quantized_activations
 
 SAMPLE = 2048  # values of a batch that a search looks at
@@ -74,10 +74,10 @@ def set_ranges(student, how):
 
 
 def keep_ranges(student):
-    """Make the steps of a `LearnedAct` final, once the network has learned; returns the network."""
-    for name, act in quantized_activations(student):
-        if isinstance(act, LearnedAct):
-            fixed = QuantAct(act.bits, act.clipped).to(act.scale.device)
+    """Make the learned steps of activations final, once the network has learned; returns the network."""
+    for name, act in list(student.named_modules()):
+        if isinstance(act, (LearnedAct, LearnedStep)):
+            fixed = QuantAct(act.bits).to(act.scale.device)
             fixed.fix(act.scale, act.zero_point)
             student.set_submodule(name, fixed)
     return student
@@ -85,7 +85,7 @@ def keep_ranges(student):
 
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
     """Adam or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
-    steps = [act.scale for _, act in quantized_activations(student) if isinstance(act.scale, nn.Parameter)]
+    steps = [m.scale for m in student.modules() if isinstance(m, (LearnedAct, LearnedStep, LearnedWeight))]
     others = [p for p in student.parameters() if all(p is not step for step in steps)]
     groups = [{"params": others, "weight_decay": weight_decay}]
     groups += [{"params": steps, "weight_decay": 0.0}] if steps else []

@@ -37,7 +37,7 @@ from common.finetune import keep_ranges, set_ranges, student_optimizer
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
 from common.ops import mix_images
-from common.quant import QuantAct, describe, observe, quantize, quantized_activations, quantized_layers
+from common.quant import describe, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import trace
@@ -105,8 +105,8 @@ def augmented(x):
 
 
 def learn_steps(student):
-    """Let the weights of all layers have a learned step; returns a dict of activation name -> the `LearnedStep` in its
-    place."""
+    """Let the weights of all layers have a learned step; returns the `LearnedStep`s in the places of
+    activations."""
     for _, layer in quantized_layers(student):
         layer.quantizer = LearnedWeight(layer.weight, layer.bits)
         layer.packed = True  # so that it is left out when the network quantizes the weights of all its layers
@@ -114,21 +114,17 @@ def learn_steps(student):
     steps = {name: LearnedStep(act.bits, lsq=True).to(device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
         student.set_submodule(name, step)
-    return steps
+    return steps.values()
 
 
-def keep_steps(student, steps):
-    """Make what was learned final: quantized layers and activations as every quantized network here has them."""
+def keep_steps(student):
+    """Make the learned steps of weights final: quantized layers as every quantized network here has them."""
     for _, layer in quantized_layers(student):
         learned, weight = layer.quantizer, layer.quantizer(layer.weight).detach()
         del layer.quantizer
         column = (len(weight),) + (1,) * (weight.ndim - 1)
         layer.pack(weight, *(value.detach().expand(column).clone() for value in (learned.scale, learned.zero_point)))
-    for name, step in steps.items():
-        act = QuantAct(step.bits).to(step.scale.device)
-        act.fix(step.scale, step.zero_point)
-        student.set_submodule(name, act)
-    return student.requires_grad_(False)
+    return student
 
 
 def compress(model, images, cfg, run=None):
@@ -145,14 +141,10 @@ def compress(model, images, cfg, run=None):
         with torch.no_grad():
             student(draw())
         observe(student, False)
-        optimizer = student_optimizer(student, "adam", cfg.qat_lr, cfg.qat_weight_decay, run.fused)
     else:
-        steps = learn_steps(student)
-        begin_steps(lambda: student(draw()), steps.values())
-        scales = [p for name, p in student.named_parameters() if name.endswith("scale")]
-        others = [p for name, p in student.named_parameters() if not name.endswith("scale")]
-        groups = [{"params": others, "weight_decay": cfg.qat_weight_decay}, {"params": scales, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(groups, cfg.qat_lr, momentum=0.9, nesterov=True, fused=run.fused)
+        begin_steps(lambda: student(draw()), learn_steps(student))
+    kind = "adam" if short else "sgd"
+    optimizer = student_optimizer(student, kind, cfg.qat_lr, cfg.qat_weight_decay, run.fused, nesterov=True)
     modules = dict(student.named_modules())
 
     def outputs(x, modules, quantized):
@@ -182,4 +174,4 @@ def compress(model, images, cfg, run=None):
         for _ in run.steps():
             draw()
             step()
-    return keep_ranges(student).requires_grad_(False) if short else keep_steps(student, steps)
+    return keep_ranges(student if short else keep_steps(student)).requires_grad_(False)

@@ -178,12 +178,13 @@ def scatter(panel, points, labels, **style):
     panel.scatter(*points.T, c=labels, cmap="tab10" if labels.max() < 10 else "hsv", s=4, **style)
 
 
-def draw(path, panels, **shared):
+def draw(path, panels, size=(6, 5.5), **shared):
     """A picture of panels side by side, where matplotlib is installed.
 
     Args:
         path: of a PNG file.
         panels: dict of title -> function that draws on matplotlib Axes.
+        size: of a panel in inches.
         shared: sharex, sharey of matplotlib's `subplots`.
     """
     try:
@@ -191,7 +192,7 @@ def draw(path, panels, **shared):
     except ImportError:
         print("  no picture: matplotlib is not installed; pip install matplotlib, then repeat")
         return
-    figure = Figure((6 * len(panels), 5.5), layout="tight")
+    figure = Figure((size[0] * len(panels), size[1]), layout="tight")
     for axes, (title, paint) in zip(figure.subplots(1, len(panels), squeeze=False, **shared)[0], panels.items()):
         axes.set_title(title)
         paint(axes)

@@ -154,7 +154,7 @@ def finish(run, teacher, student):
         "method": cfg.method,
         **run.facts,
         "arguments": run.arguments(),
-        "versions": json.loads((folder / "config.json").read_text())["versions"],
+        **{name: about for name, about in json.loads((folder / "config.json").read_text()).items() if name != "arguments"},
     }
 
 

@@ -61,12 +61,20 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
+def processor(device):
+    """What computes: a GPU's name, or a CPU's widest arithmetic, such as amx_bf16, avx512_bf16 or avx2."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    probes = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    found = (kind for kind, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)())
+    return next(found, torch.backends.cpu.get_cpu_capability().lower())
+
+
 def computes_bf16(device):
     """Whether `device` multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return processor(device).endswith("bf16")
 
 
 # --------------------------------------------------------------------------------------------------------- one run
@@ -378,7 +386,8 @@ class Run:
         self._take_folder()
         self.started = True
         versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-        content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}}
+        machine = {"processor": processor(self.device), "threads": torch.get_num_threads()}
+        content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}, "machine": machine}
         write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         if not self.cfg.resume:
             for path in (self.folder / name for name in self.files):
@@ -425,7 +434,7 @@ class Run:
 def write_atomically(path, text):
     """Write a text file in one step, so that a killed run never leaves half of it."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def duration(seconds):

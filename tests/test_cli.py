@@ -76,6 +76,7 @@ def test_a_copy_of_the_script_and_common_works_alone(tmp_path):
     }  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert result["fp_top1"] is None and result["test_set"] is None and 0 <= result["agreement"] <= 100
+    assert result["machine"]["threads"] == 1 and result["machine"]["processor"]
     assert result["bytes_quantized"] == (run / "quantized.pt").stat().st_size
     assert "agreement with the full-precision network" in done.stdout and "synthetic images" in done.stdout
 

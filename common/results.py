@@ -1,0 +1,342 @@
+"""docs/RESULTS.md and its pictures, made from run folders and from nothing else.
+
+    python -m common.results RUN ...             add runs, a line each, to docs/results/; then make the page and its pictures
+    python -m common.results                     only make the page and its pictures, from what lies in docs/results/
+    python -m common.results --pictures RUN ...  take the pictures of runs over; then the same
+
+Runs of one network, data set, schedule and machine are a table, a file in docs/results/. Flags of all its runs stand in the
+command above it, and flags of some in the names of its rows, so that an ablation needs nothing more than its runs.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+from PIL import Image
+from torchvision.utils import make_grid
+
+from common import InputError
+from common.analysis import draw
+from common.cli import friendly_errors
+from common.data import read_slice
+from common.published import paper_drop
+from common.run import NOT_COMPARED, write_atomically
+
+METHODS = {"gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "adadfq": "AdaDFQ", "mixmix": "MixMix"}
+SECONDS = [15, 30, 60, 120, 240, 480, 900, 1800, 3600]  # ticks
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+SELECTING = "dataset num_classes image_size arch task qat_recipe variant schedule adversarial data_source wbits abits".split()
+LENGTH = {"epochs", "iters", "batch_size"}
+ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say where a run lies, or what else it does
+APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device"}  # arguments that no row's name has
+PROTOCOL = {"--weights", "--task", "--schedule", "--epochs", "--iters", "--batch-size"}  # with another one, another table
+
+HEADS = "bits | method | seeds | calibrated | last epoch | best epoch | drop | its paper | best published | minutes | KB"
+HEADER = """# Results
+
+`python -m common.results` makes this page from the files in [results/](results), which have one line for each run: the figures
+of its `result.json`, the arguments and versions of its `config.json`, and its accuracy by epoch from `metrics.jsonl`. Other
+measurements, such as how settings were chosen, speed and MixMix's tasks, are in [MEASUREMENTS.md](MEASUREMENTS.md).
+
+Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is before the student
+learns. Quote the last epoch; the best one is chosen on the test images and stands there for comparison. "Drop" is what the last
+epoch lost from full precision, in points; "its paper" what the method lost in its paper, and "best published" what the best
+method lost, both with CIFAR-10's ResNet-20 of 93.89 %. Minutes are those of training; other runs may have had a share of the
+machine. KB is the size of the written network.
+
+A command stands above each table. The other rows differ from it in the script, `--bits` and `--seed`, and in the flags that
+their names have. `DIR` is a folder with the test images.
+"""
+PICTURES = {
+    "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "
+    "precision less the smallest drop that was published.",
+    "methods.png": "Two test images of each class of CIFAR-10, and below them synthetic ones of each method.",
+    "genotype.svg": "AutoReCon's generator: the operations of its edges.",
+    "features.png": "Qimera: features of test images, of its images, and of paths between two classes (`--analyze`).",
+}
+
+
+# ------------------------------------------------------------------------------------------------- from a run to a line
+
+
+def as_flag(name, value):
+    """An argument as a command line has it."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else "--no-" + flag[2:]
+    return " ".join([flag, *map(str, value if isinstance(value, list) else [value])])
+
+
+def changed_flags(arguments):
+    """The flags of a run that has these arguments, a dict, as far as they are not its script's defaults or in APART."""
+    parse = importlib.import_module(arguments["method"]).parse_args
+    plain = json.loads(json.dumps(vars(parse([]))))
+    selected = {n for n in SELECTING if arguments.get(n) not in (None, plain.get(n))}
+    if arguments["dataset"] != "folder":
+        selected -= {"num_classes", "image_size"}
+    chosen = [text for name in selected for text in as_flag(name, arguments[name]).split()]
+    defaults = json.loads(json.dumps(vars(parse(chosen))))
+    changed = {n for n, value in arguments.items() if value is not None and n in defaults and value != defaults[n]}
+    changed |= selected | (LENGTH if changed & LENGTH else set())  # the same for all methods, whatever their defaults
+    return [as_flag(name, value) for name, value in arguments.items() if name in changed - APART]
+
+
+def without_paths(value):
+    """`value` of JSON with absolute paths cut down to their last parts."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def read_run(folder, machine=None):
+    """What docs/results/ keeps of a run, a dict.
+
+    Args:
+        folder: of a finished run.
+        machine: processor of a run that has not recorded it.
+
+    Raises:
+        InputError: no such folder, or one without an accuracy.
+    """
+    try:
+        result, config = (json.loads((Path(folder) / name).read_text()) for name in ("result.json", "config.json"))
+        metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        arguments = without_paths({n: v for n, v in config["arguments"].items() if n not in ELSEWHERE})
+        flags, method = changed_flags(arguments), arguments["method"]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{folder} is not the folder of a finished run of one of the scripts ({error}); give one") from None
+    if result.get("last_top1") is None or result["fp_top1"] is None:
+        raise InputError(f"{folder} holds no accuracy on test images; give runs of a task and with test images")
+    seconds, curve = 0.0, []
+    for line in metrics:
+        seconds, epoch = round(seconds + line["seconds"], 2), line["epoch"] + 1
+        if epoch == arguments.get("calibrate_epochs") and result["calibrated_top1"] is not None:
+            curve.append([epoch, seconds, result["calibrated_top1"]])
+        if "top1" in line:
+            curve.append([epoch, seconds, line["top1"]])
+    return {
+        "method": method,
+        "bits": str(result["wbits"] or "") if result["wbits"] == result["abits"] else f"W{result['wbits']}A{result['abits']}",
+        "flags": [*flags, *["--data-dir DIR"] * (config["arguments"]["data_dir"] is not None)],
+        "seed": arguments["seed"],
+        "result": without_paths({n: v for n, v in result.items() if n not in ("arguments", "versions", "machine", "method")}),
+        "curve": curve,
+        "machine": config.get("machine") or {"processor": machine, "threads": arguments["threads"]},
+        "versions": config["versions"],
+        "arguments": arguments,
+    }
+
+
+def block_of(run):
+    """The name of the table that a run belongs to."""
+    arguments = run["arguments"]
+    protocol = [flag for flag in run["flags"] if flag.split()[0] in PROTOCOL]
+    machine = run["machine"]["processor"] or "unknown machine"
+    parts = arguments["arch"], arguments["dataset"], *protocol, f"{run['result']['images']} images", machine
+    return re.sub(r"[^\w.]+", "-", " ".join(parts)).strip("-").lower()
+
+
+def collect(folders, place, machine=None):
+    """Add runs to the files of their tables in the folder `place`; one with the same arguments is replaced."""
+    tables = defaultdict(dict)
+    for run in (read_run(folder, machine) for folder in folders):
+        tables[block_of(run)][_order(run)] = run
+    for name, runs in tables.items():
+        file = place / f"{name}.jsonl"
+        runs = {_order(run): run for run in (read_table(file) if file.exists() else [])} | runs
+        lines = (json.dumps(runs[key], separators=(",", ":")) + "\n" for key in sorted(runs))
+        write_atomically(file, "".join(lines))
+
+
+def _order(run):
+    return run["bits"], list(METHODS).index(run["method"]), tuple(run["flags"]), run["seed"]
+
+
+def read_table(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------- from lines to the page
+
+
+def spread(values, digits=2):
+    """Mean ± standard deviation (of the sample) of figures; nothing where one is missing."""
+    if None in values:
+        return ""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def rows_of(runs):
+    """The rows of a table, {(bits, method, flags that not all runs have): runs}, and the flags that all have."""
+    common = [flag for flag in runs[0]["flags"] if all(flag in run["flags"] for run in runs)]
+    rows = defaultdict(list)
+    for run in sorted(runs, key=_order):
+        rows[run["bits"], run["method"], tuple(flag for flag in run["flags"] if flag not in common)].append(run)
+    return rows, common
+
+
+def table(runs):
+    """The text of one table: title, what all runs share, command and rows."""
+    rows, common = rows_of(runs)
+    arguments, (first_bits, first_method, own) = runs[0]["arguments"], next(iter(rows))
+    protocol = [f"`{flag}`" for flag in common if flag.split()[0] in PROTOCOL]
+
+    def all_of(texts):
+        return "; ".join(dict.fromkeys(filter(None, texts)))
+
+    epochs = ("{epochs} epochs of {iters} iterations of {batch_size} images".format(**run["arguments"])
+              for run in runs if "epochs" in run["arguments"])  # fmt: skip
+    machines = (f"{run['machine']['processor'] or 'not recorded'}, threads: {run['machine']['threads']}" for run in runs)
+    versions = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs)
+    shown = [all_of(epochs), f"{runs[0]['result']['images']:,} test images"]
+    shown += ["full precision: " + all_of(f"{run['result']['fp_top1']:.2f} %" for run in runs), "machine: " + all_of(machines)]
+    numbers = re.findall(r"\d+", first_bits)
+    bits = [f"--{kind}bits {number}" for kind, number in zip("wa" if len(numbers) == 2 else [""], numbers)]
+    command = " ".join([f"python {first_method}.py", *bits, *common, *own, f"--seed {runs[0]['seed']}"])
+    lines = [f"## {arguments['arch']} on {arguments['dataset']}" + "".join(f", {flag}" for flag in protocol), ""]
+    lines += ["; ".join(filter(None, shown)) + f"; versions: {all_of(versions)}.", "", "```bash", command, "```", ""]
+    lines += [f"| {HEADS} |", "|---" * (HEADS.count("|") + 1) + "|"]
+    papers = (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20")
+    for (bits, method, flags), seeds in rows.items():
+        results = [run["result"] for run in seeds]
+        calibrated, last, best = ([result[f"{n}_top1"] for result in results] for n in ("calibrated", "last", "best"))
+        published = [paper_drop(name, int(bits)) if papers and bits.isdigit() else None for name in (method, "best")]
+        cells = [
+            bits,
+            " ".join([METHODS[method], *(f"`{flag}`" for flag in flags)]),
+            ", ".join(str(run["seed"]) for run in seeds),
+            *map(spread, (calibrated, last, best)),
+            f"{fmean(result['fp_top1'] - result['last_top1'] for result in results):.2f}",
+            *("" if figure is None else f"{figure:.2f}" for figure in published),
+            spread([result["seconds"] / 60 for result in results], 1),
+            f"{(results[0].get('bytes_quantized') or results[0]['bytes_student']) / 1024:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(place):
+    """The text of RESULTS.md, from the folder `place` of its tables and the pictures beside it."""
+    tables = [read_table(file) for file in sorted(place.glob("*.jsonl"), key=lambda file: file.name)]
+    tables.sort(key=lambda runs: -len({run["method"] for run in runs}))
+    shown = {name: about for name, about in PICTURES.items() if (place.parent / name).exists()}
+    pictures = "\n\n".join(f"![{about}]({name})\n\n*{about}*" for name, about in shown.items())
+    return "\n\n".join(filter(None, [HEADER.strip(), *map(table, tables), "## Pictures" if shown else "", pictures])) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def take_pictures(folders, place):
+    """Copy pictures of runs: as they are beside the page, and to `place` two images of each class, as METHOD.png."""
+    for folder in map(Path, folders):
+        try:
+            arguments = json.loads((folder / "config.json").read_text())["arguments"]
+            grid = next(path for path in (folder / "samples.png", folder / "grid.png") if path.exists())
+        except (OSError, ValueError, StopIteration):
+            raise InputError(f"{folder} is not the folder of a finished run with samples.png or grid.png; give one") from None
+        if arguments["dataset"] == "cifar10":
+            strip = side_by_side(np.asarray(Image.open(grid).convert("RGB")))
+            Image.fromarray(strip).save(place / f"{arguments['method']}.png", optimize=True)
+        if (folder / "genotype.svg").exists():
+            shutil.copyfile(folder / "genotype.svg", place.parent / "genotype.svg")
+        if (folder / "analysis" / "qimera.png").exists():  # in few colours, which make it small
+            few = Image.open(folder / "analysis" / "qimera.png").convert("RGB").quantize(32)
+            few.save(place.parent / "features.png", optimize=True)
+
+
+def side_by_side(grid, cell=33, gap=3):
+    """The first two images of each of ten classes, from a grid (H, W, 3) of one row per class and lines of one pixel."""
+    rows = [grid[cell * row : cell * (row + 1) + 1, : 2 * cell + 1] for row in range(10)]
+    return np.hstack([np.pad(row, ((0, gap), (0, gap), (0, 0)), constant_values=255) for row in rows])
+
+
+def draw_methods(place):
+    """methods.png: a row of test images, and below it one of each method."""
+    files = {name: place / f"{method}.png" for method, name in METHODS.items()}
+    strips = {name: np.asarray(Image.open(file)) for name, file in files.items() if file.exists()}
+    if not strips:
+        return
+    images = read_slice()[0].view(10, 200, 3, 32, 32)[:, 20:22].flatten(0, 1)
+    real = side_by_side(make_grid(images, nrow=2, padding=1).permute(1, 2, 0).numpy())
+    height, width = real.shape[0], real.shape[1] / 10
+
+    def paint(axes):
+        axes.imshow(np.vstack([real, *strips.values()]))
+        axes.set_xticks(width * (np.arange(10) + 0.47), CLASSES, fontsize=8)
+        axes.set_yticks(height * (np.arange(1 + len(strips)) + 0.45), ["test images", *strips])
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        axes.spines[:].set_visible(False)
+
+    draw(place.parent / "methods.png", {"": paint}, (7.6, 0.36 * len(strips) + 0.7))
+
+
+def draw_accuracy(place):
+    """accuracy.png: of each number of bits a panel with the runs of the plain methods that were evaluated more than once."""
+    panels, times = defaultdict(dict), []
+    for file in sorted(place.glob("*.jsonl")):
+        for (bits, method, flags), runs in rows_of(read_table(file))[0].items():
+            arguments = runs[0]["arguments"]
+            alike = len({len(run["curve"]) for run in runs}) == 1 < len(runs[0]["curve"])
+            if not flags and alike and (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20"):
+                panels[bits][method] = runs
+                times += [seconds for run in runs for _, seconds, _ in run["curve"]]
+
+    def painter(bits, methods):
+        def paint(axes):
+            for number, (method, runs) in enumerate(methods.items()):
+                _, seconds, top1 = np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
+                line = axes.plot(np.median(seconds, 0), np.median(top1, 0), "os^Dv"[number] + "-", ms=4, label=METHODS[method])
+                axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=line[0].get_color(), lw=0)
+            full = runs[0]["result"]["fp_top1"]
+            axes.axhline(full, color="black", lw=1, label="full precision")
+            if bits.isdigit() and paper_drop("best", int(bits)) is not None:
+                axes.axhline(full - paper_drop("best", int(bits)), color="grey", ls="--", lw=1, label="best published")
+            axes.set_xscale("log")
+            axes.set_xticks(SECONDS, map(str, SECONDS))
+            axes.set_xticks([], minor=True)
+            axes.set_xlim(0.8 * min(times), 1.25 * max(times))
+            axes.set_xlabel("seconds of training")
+            axes.set_ylabel("top-1 accuracy, %")
+            axes.legend(fontsize=7, loc="lower right")
+
+        return paint
+
+    if panels:
+        shown = {f"{bits} bits": painter(bits, panels[bits]) for bits in sorted(panels)}
+        draw(place.parent / "accuracy.png", shown, (3.6, 3.2))
+
+
+def main(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="folders of finished runs")
+    add("--out", default="docs/RESULTS.md", help="page to write, with results/ and pictures beside it (default: %(default)s)")
+    add("--pictures", action="store_true", help="take the pictures of the runs, not their figures")
+    add("--machine", help="processor of runs whose config.json does not say it, such as amx_bf16")
+    args = parser.parse_args(argv)
+    place = Path(args.out).parent / "results"
+    with friendly_errors("common.results"):
+        place.mkdir(parents=True, exist_ok=True)
+        if args.pictures:
+            take_pictures(args.runs, place)
+        else:
+            collect(args.runs, place, args.machine)
+        draw_accuracy(place)
+        draw_methods(place)
+        write_atomically(args.out, page(place))
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,7 @@ from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
-from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
@@ -281,7 +281,7 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     student = set_ranges(student, cfg.act_ranges)
-    stats = BatchNormStatistics(teacher)
+    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -314,7 +314,7 @@ def compress(teacher, cfg, run=None):
             with torch.no_grad():
                 z_p = logits(teacher, x)
         z_q = logits(student, x) if z_q is None else z_q
-        loss = student_loss(z_p, z_q, y, cfg)
+        loss = features.added_to(student_loss(z_p, z_q, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 

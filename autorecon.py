@@ -78,7 +78,7 @@ from torch import nn
 from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
-from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
@@ -451,7 +451,7 @@ def compress(teacher, cfg, run=None):
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
     without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
-    stats = BatchNormStatistics(teacher)
+    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
@@ -474,7 +474,7 @@ def compress(teacher, cfg, run=None):
                 teacher_logits = teacher(x).float()
         with run.autocast():
             logits = student(x).float()
-        loss = compression_loss(logits, teacher_logits, y, cfg)
+        loss = features.added_to(compression_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
@@ -700,7 +700,7 @@ def parser():
     p.without_effect("--data-source real", "--genotype", "--scale", *stage1.split())
     p.without_effect("--genotype", *stage1.split())
     p.without_effect("--search-only", "--export", *stage2.split())
-    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune --schedule --act-ranges".split())
+    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune --schedule --act-ranges --feature-weight".split())
     p.without_effect("--no-finetune", *learning.split())
     add_flags(p, SHORT)
     return p

@@ -47,7 +47,7 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.data import TestSet, evaluation_batch, full_precision
-from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
@@ -213,7 +213,7 @@ def compress(teacher, cfg, run=None):
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     student = set_ranges(student, cfg.act_ranges)
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
-    stats = BatchNormStatistics(teacher)
+    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -246,7 +246,7 @@ def compress(teacher, cfg, run=None):
                 teacher_logits = teacher(x).float()
         with run.autocast():
             logits = student(x).float()
-        loss = student_loss(logits, teacher_logits, y, cfg)
+        loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss, train_loss=F.cross_entropy(logits.detach(), y))
 

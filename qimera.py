@@ -67,7 +67,7 @@ from common.analysis import TrainedRun, principal_axes, scatter
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision
-from common.finetune import add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, superpose, superposed_labels, upsample_conv
@@ -344,6 +344,7 @@ def compress(teacher, cfg, run=None):
         teacher = maps.teacher
     else:
         stats = BatchNormStatistics(teacher)
+    features = MatchedFeatures(teacher, student, cfg.feature_weight)
     trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
     optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
@@ -383,7 +384,7 @@ def compress(teacher, cfg, run=None):
         if maps:
             _, loss = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
         else:
-            loss = student_loss(student_logits, teacher_logits, soft, cfg)
+            loss = features.added_to(student_loss(student_logits, teacher_logits, soft, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 

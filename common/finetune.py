@@ -8,14 +8,17 @@
     --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as    mixup (Zhang et al., ICLR 2018),
                              a control)                                           CutMix (Yun et al., ICCV 2019)
     --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
+    --feature-weight         the teacher's logits alone: what all BatchNorm         FitNets (Romero et al., ICLR 2015); between
+                             layers return is matched too                           blocks, Haroush et al. (CVPR 2020)
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from common.cli import one_of
+from common.cli import number, one_of
 from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
 from common.quant import QuantAct, quantized_activations
 
@@ -34,8 +37,10 @@ def add_flags(parser, short):
     add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
     mix = "mix the images that the student learns from in pairs; the teacher's logits are those of the mixtures"
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
+    features = "weight of the squared distance between the two networks' features, relative to their variance (0: not computed)"
+    add("--feature-weight", default=0.0, type=number(0), help=features)
     parser.without_effect("--decay cosine", "--decay-epochs")
-    parser.without_effect("--no-finetune", "--optimizer", "--mix")
+    parser.without_effect("--no-finetune", "--optimizer", "--mix", "--feature-weight")
 
 
 class SearchedAct(QuantAct):
@@ -81,6 +86,42 @@ def keep_ranges(student):
             fixed.fix(act.scale, act.zero_point)
             student.set_submodule(name, fixed)
     return student
+
+
+class MatchedFeatures:
+    """What the BatchNorm layers of teacher and student return in their latest passes, and how far the student's is off.
+
+    Args:
+        teacher: the full-precision network.
+        student: what `common.quant.quantize` has made of it, with layers of the same names.
+        weight: of the distance; with 0 nothing is kept.
+    """
+
+    def __init__(self, teacher, student, weight):
+        self.weight = weight
+        self.kept = {}, {}
+        names = [n for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d)] if weight else []
+        for name in names:
+            for network, kept in zip((teacher, student), self.kept):
+                network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher))
+
+    @staticmethod
+    def _keep_in(kept, name, detached):
+        def keep(layer, args, output):
+            if detached or torch.is_grad_enabled():
+                kept[name] = output.detach() if detached else output
+
+        return keep
+
+    def distance(self):
+        """Mean over the layers of the mean squared difference over the variance of the teacher's, where both networks have seen
+        the same images. The features are used up by it: kept longer, they would keep their graph alive."""
+        theirs, ours = ({name: kept.pop(name).float() for name in list(kept)} for kept in self.kept)
+        return torch.stack([F.mse_loss(ours[name], theirs[name]) / theirs[name].var() for name in ours]).mean()
+
+    def added_to(self, loss):
+        """`loss` plus the weighted distance."""
+        return loss + self.weight * self.distance() if self.weight else loss
 
 
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):

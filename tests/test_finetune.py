@@ -8,7 +8,7 @@ from test_cli import TINY
 
 import gdfq
 from common.export import load_quantized, save_quantized
-from common.finetune import LearnedAct, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import LearnedAct, MatchedFeatures, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.quant import QuantAct, observe, quantize, quantized_activations
 from common.run import duration
 
@@ -57,6 +57,36 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
     sizes = {"num_classes": 5, "image_size": 16, "channels": 3, "wbits": 3, "abits": 3, "act_placement": "relu"}
     save_quantized(student, tmp_path / "quantized.pt", {"arch": "tiny:net", "design": None, **sizes})
     torch.testing.assert_close(load_quantized(tmp_path / "quantized.pt", net)(x), student(x), rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_matched_layer_by_layer(net):
+    torch.manual_seed(0)
+    x, student = torch.randn(8, 3, 16, 16), quantize(net, 3, 3)
+    observe(student, True)
+    student(x)
+    observe(student, False)
+    norms = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    apart = []
+    for name, layer in norms:  # independently: the inputs of both layers, through the formula of BatchNorm in eval mode
+        seen = []
+        for network in (net, student):
+            layer_of = network.get_submodule(name)
+            hook = layer_of.register_forward_pre_hook(lambda layer, args, seen=seen: seen.append(args[0]))
+            network(x)
+            hook.remove()
+        column = (layer.weight / (layer.running_var + layer.eps).sqrt()).view(-1, 1, 1)
+        theirs, ours = ((value - layer.running_mean.view(-1, 1, 1)) * column for value in seen)
+        apart.append((ours - theirs).square().mean() / (theirs + layer.bias.view(-1, 1, 1)).var())
+    features = MatchedFeatures(net, student, 3.0)
+    net(x), student(x)
+    loss = features.added_to(torch.tensor(2.0))
+    assert loss.item() == pytest.approx(2 + 3 * sum(apart).item() / len(norms), rel=1e-4)
+    loss.backward()
+    assert features.kept == ({}, {}) and all(p.grad is None for p in net.parameters())
+    assert student.get_submodule(norms[0][0]).weight.grad.abs().sum() > 0
+    off = MatchedFeatures(net, student, 0.0)
+    net(x), student(x)
+    assert off.kept == ({}, {}) and off.added_to(loss) is loss
 
 
 def test_rates_fall_by_a_cosine_after_the_warm_up():

@@ -22,7 +22,8 @@ What MixMix leaves open, and what stands here:
     first and last layer  weights and inputs: --ends-bits                   as LSQ has it
 
 `--qat-recipe short` is what common/finetune.py has instead: the weights' own extremes per channel, activation steps that begin
-with a search, Adam, no feature loss; the images are shifted, mirrored and mixed in pairs, so that a few hundred are enough.
+with a search, Adam; features are what the BatchNorms return, before anything is rounded, not the blocks. The images are shifted,
+mirrored and mixed in pairs, so that a few hundred are enough.
 """
 
 import math
@@ -33,7 +34,7 @@ from torch import fx
 
 from common import InputError
 from common.cli import fill_in, number, whole
-from common.finetune import keep_ranges, set_ranges, student_optimizer
+from common.finetune import MatchedFeatures, keep_ranges, set_ranges, student_optimizer
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
 from common.ops import mix_images
@@ -58,7 +59,7 @@ def add_flags(parser):
     decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
     add("--qat-weight-decay", type=number(0), help=decay)
     add("--temperature", type=number(1e-3, 1e6), help="tau of the distillation loss (default: lsq 3, short 20)")
-    add("--feature-weight", type=number(0), help="weight of the intermediate feature loss (default: lsq 1, short 0)")
+    add("--feature-weight", type=number(0), help="weight of the intermediate feature loss (default: lsq 1, short 40)")
     return group, shared_group(parser)
 
 
@@ -68,7 +69,7 @@ def complete(cfg):
     fill_in(cfg, {"act_placement": "input", "qat_weight_decay": 0.0 if mobile else 1e-4})
     fill_in(cfg, {"qat_lr": 3e-4 if short else 1e-4 if mobile else 1e-3, "qat_steps": 800 if short else 44000})
     fill_in(cfg, {"qat_batch_size": 32 if short else 128, "temperature": 20.0 if short else 3.0})
-    fill_in(cfg, {"feature_weight": 0.0 if short else 1.0})
+    fill_in(cfg, {"feature_weight": 40.0 if short else 1.0})
 
 
 def plan(model, cfg, run):
@@ -134,7 +135,9 @@ def compress(model, images, cfg, run=None):
     teacher, example, student = _begin(model, cfg, run)
     run.announce(describe(student))
     blocks, short = find_blocks(student, teacher), cfg.qat_recipe == "short"
-    full = dict(trace(teacher, example).named_modules())
+    traced = trace(teacher, example)
+    full = dict(traced.named_modules())
+    matched = MatchedFeatures(traced, student, cfg.feature_weight if short else 0.0)
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
     if short:
         observe(set_ranges(student, "learned"), True)
@@ -160,8 +163,11 @@ def compress(model, images, cfg, run=None):
         with run.autocast():
             theirs, ours = outputs(seen, full, False), outputs(seen, modules, True)
         kd = kd_loss(ours[-1], theirs[-1], cfg.temperature)
-        compared = cfg.feature_weight and len(blocks) > 1
-        features = feature_loss(ours[:-1], theirs[:-1]) if compared else torch.zeros_like(kd)
+        if short and cfg.feature_weight:
+            features = matched.distance()
+        else:
+            compared = cfg.feature_weight and len(blocks) > 1
+            features = feature_loss(ours[:-1], theirs[:-1]) if compared else torch.zeros_like(kd)
         run.update(optimizer, kd + cfg.feature_weight * features)
         run.log(kd=kd, features=features)
 

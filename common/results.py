@@ -308,7 +308,8 @@ def draw_accuracy(place):
             axes.set_xlim(0.8 * min(times), 1.25 * max(times))
             axes.set_xlabel("seconds of training")
             axes.set_ylabel("top-1 accuracy, %")
-            axes.legend(fontsize=7, loc="lower right")
+            if bits == min(panels):
+                axes.legend(fontsize=7, loc="lower right")
 
         return paint
 

@@ -289,6 +289,7 @@ SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
     "optimizer": "adam",
     "decay": "cosine",
     "act_ranges": "learned",
+    "feature_weight": 200.0,
 }
 
 

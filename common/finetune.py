@@ -89,7 +89,8 @@ def keep_ranges(student):
 
 
 class MatchedFeatures:
-    """What the BatchNorm layers of teacher and student return in their latest passes, and how far the student's is off.
+    """What the BatchNorm layers of teacher and student return in their latest passes, and how far the student is off, relative
+    to the variance that the teacher's affine parameters give its features: mean(weight^2) + var(bias).
 
     Args:
         teacher: the full-precision network.
@@ -100,10 +101,13 @@ class MatchedFeatures:
     def __init__(self, teacher, student, weight):
         self.weight = weight
         self.kept = {}, {}
-        names = [n for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d)] if weight else []
-        for name in names:
-            for network, kept in zip((teacher, student), self.kept):
-                network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher))
+        self.variances = {}
+        for name, layer in teacher.named_modules() if weight else ():
+            if isinstance(layer, nn.BatchNorm2d):
+                gains, means = (layer.weight, layer.bias) if layer.affine else (torch.ones(1), torch.zeros(1))
+                self.variances[name] = (gains.square().mean() + means.var(correction=0)).item()
+                for network, kept in zip((teacher, student), self.kept):
+                    network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher))
 
     @staticmethod
     def _keep_in(kept, name, detached):
@@ -114,10 +118,10 @@ class MatchedFeatures:
         return keep
 
     def distance(self):
-        """Mean over the layers of the mean squared difference over the variance of the teacher's, where both networks have seen
-        the same images. The features are used up by it: kept longer, they would keep their graph alive."""
-        theirs, ours = ({name: kept.pop(name).float() for name in list(kept)} for kept in self.kept)
-        return torch.stack([F.mse_loss(ours[name], theirs[name]) / theirs[name].var() for name in ours]).mean()
+        """Mean over the layers of the mean squared difference over the variance, where both networks have seen the same images.
+        The features are used up by it: kept longer, they would keep their graph alive."""
+        theirs, ours = ({name: kept.pop(name) for name in list(kept)} for kept in self.kept)
+        return torch.stack([F.mse_loss(ours[n], theirs[n]).float() / self.variances[n] for n in ours]).mean()
 
     def added_to(self, loss):
         """`loss` plus the weighted distance."""

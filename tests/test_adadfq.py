@@ -1,4 +1,5 @@
 import math
+import shlex
 
 import pytest
 import torch
@@ -285,8 +286,11 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    result = adadfq.main([*tiny, "--arch", "tiny:net", "--out", str(tmp_path / "run"), "--bits", "3"])
-    assert 0 <= result["agreement"] <= 100 and (tmp_path / "run" / "samples.png").exists()
+def test_the_readmes_first_command_as_printed_but_shorter(tmp_path, monkeypatch):
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "bin/python adadfq.py" in line]
+    monkeypatch.chdir(tmp_path)
+    shorter = "--epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1 --device cpu --out run".split()
+    result = adadfq.main([*shlex.split(line.partition("adadfq.py")[2]), *shorter])
+    assert (result["fp_top1"], result["images"], result["wbits"]) == (92.7, 2000, 3)
+    assert result["arguments"]["schedule"] == "short" and result["last_top1"] > 20
+    assert (tmp_path / "run" / "samples.png").exists()

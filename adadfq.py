@@ -69,6 +69,7 @@ from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
+from common.distributed import whole
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
@@ -171,7 +172,7 @@ def normalised_entropy(z_p, z_q, detach_least=False):
             the released code. In the student's loss that gradient would reward parting from the teacher on that sample.
     """
     h = entropy(z_p, z_q)
-    least = h.min().detach() if detach_least else h.min()
+    least = whole(h).min().detach() if detach_least else whole(h).min()
     return (h - least) / (math.log(z_p.shape[1]) - least).clamp(min=1e-4)  # below it, rounding is all there is
 
 
@@ -235,8 +236,8 @@ def game_figures(z_p, z_q, y):
     and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar tensors by name."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     known = p == y
-    ordered = h.sort().values
-    low, middle, high = (ordered[round(share * (len(h) - 1))] for share in (0.1, 0.5, 0.9))
+    ordered = whole(h).sort().values
+    low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.5, 0.9))
     shares = {"ds_samples": (known & (p != q)).float().mean(), "as_samples": (known & (p == q)).float().mean()}
     return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares, "train_loss": F.cross_entropy(z_q, y)}
 

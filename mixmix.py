@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-from common import InputError, synthesis, tasks
+from common import InputError, distributed, synthesis, tasks
 from common.bns import BatchNormStatistics
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import as_tensors
@@ -495,7 +495,7 @@ def _complete(cfg):
 
 def parse_args(argv=None):
     cfg = parser().parse(argv)
-    synthesis.join_torchrun(cfg)
+    cfg.part = distributed.join(cfg) or cfg.part
     return _complete(cfg)
 
 

@@ -67,6 +67,7 @@ from common.analysis import TrainedRun, principal_axes, scatter
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.data import full_precision
+from common.distributed import whole_moments
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
@@ -205,6 +206,7 @@ class Latent(nn.Module):
 
 def standardise(x, dims):
     variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    mean, variance = (mean, variance) if dims == -1 else whole_moments(mean, variance)
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from common import InputError
+from common import InputError, distributed
 from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
@@ -375,11 +375,13 @@ def friendly_errors(program):
         elif not isinstance(error, InputError):
             raise
         close_all()
+        distributed.let_another_speak(error)
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         close_all()
-        print(f"{program}: stopped{'; ' if interrupt.args else ''}{' '.join(interrupt.args)}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"{program}: stopped{'; ' if interrupt.args else ''}{' '.join(interrupt.args)}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)
     finally:
         if ours:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import distributed
 from common.cli import number, one_of
 from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
 from common.quant import QuantAct, quantized_activations
@@ -48,8 +49,7 @@ class SearchedAct(QuantAct):
 
     @torch.no_grad()
     def observe(self, x):
-        values = x.flatten()
-        values = values[torch.randint(len(values), (SAMPLE,), device=x.device)].float()
+        values = distributed.sample(x.flatten(), SAMPLE)
         scale, zero_point = (value[0, 0] for value in search_parameters(values[None], self.bits, steps=40, by=0.02))
         self.follow(-zero_point * scale, (2**self.bits - 1 - zero_point) * scale)
 

@@ -8,6 +8,8 @@ from torch import library
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import distributed
+
 _plain = False
 
 
@@ -98,8 +100,15 @@ def channel_statistics(xs):
     """
     with torch.autocast(xs[0].device.type, enabled=False):
         if _plain or torch.compiler.is_compiling():  # a compiler fuses the plain form better than what it would have to call
-            return torch.cat([statistic for x in xs for statistic in _plain_statistics(x)])
-        return _ChannelStatistics.apply(*xs)
+            found = torch.cat([statistic for x in xs for statistic in _plain_statistics(x)])
+        else:
+            found = _ChannelStatistics.apply(*xs)
+    if not distributed.sharing:
+        return found
+    parts = found.split([x.shape[1] for x in xs for _ in ("mean", "variance")])
+    whole = distributed.whole_moments(torch.cat(parts[::2]), torch.cat(parts[1::2]))
+    layers = zip(*(values.split([x.shape[1] for x in xs]) for values in whole))
+    return torch.cat([statistic for layer in layers for statistic in layer])
 
 
 def _interleave(phases: torch.Tensor) -> torch.Tensor:
@@ -254,18 +263,19 @@ def mix_images(x, soft, how):
         Mixed images and probabilities, as x and soft.
     """
     batch, _, height, width = x.shape
-    partner = torch.rand(batch, device=x.device).argsort()  # a permutation that a CUDA graph can hold
+    whole, own = distributed.whole, distributed.own
+    partner = own(whole(torch.rand(batch, device=x.device)).argsort())  # a permutation that a CUDA graph can hold
     share = torch.rand(batch, device=x.device)  # of the partner
     if how == "mixup":
         mask = share.view(-1, 1, 1, 1)
     else:
         half = share.sqrt() / 2  # half the box's side, relative to the image's
-        centre = torch.rand(2, batch, 1, device=x.device)
+        centre = [torch.rand(batch, 1, device=x.device) for _ in range(2)]
         rows = ((torch.arange(height, device=x.device) + 0.5) / height - centre[0]).abs() < half[:, None]
         columns = ((torch.arange(width, device=x.device) + 0.5) / width - centre[1]).abs() < half[:, None]
         mask = (rows[:, :, None] & columns[:, None, :])[:, None].to(x.dtype)
         share = mask.mean((1, 2, 3))  # what the border left of the box
-    return torch.lerp(x, x[partner], mask), torch.lerp(soft, soft[partner], share[:, None])
+    return torch.lerp(x, whole(x)[partner], mask), torch.lerp(soft, whole(soft)[partner], share[:, None])
 
 
 def box_mix(x1, x2, boxes):

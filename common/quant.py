@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common import InputError, first_line
+from common import InputError, distributed, first_line
 from common.activations import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
@@ -288,7 +288,7 @@ class QuantAct(nn.Module):
 
     def observe(self, x):
         """Move the range towards the smallest and largest value of `x`."""
-        self.follow(*torch.aminmax(x.float()))
+        self.follow(*distributed.whole_extremes(*torch.aminmax(x.float())))
 
     @torch.no_grad()
     def follow(self, low, high):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, replacing
+from common import InputError, distributed, replacing
 from common.check import print_check
 from common.cli import resumable
 from common.data import agreement, evaluate, find_test_set
@@ -43,7 +43,7 @@ def prepare(cfg, **about):
     run = Run(cfg, cfg.out, **about)
     if run.finished:
         return teacher, run
-    run.test_set = test_set = find_test_set(cfg, run.device, input_channels(teacher))
+    run.test_set = test_set = find_test_set(cfg, run.device, input_channels(teacher)) if distributed.rank == 0 else None
     kind = next(teacher.parameters()).dtype
     teacher, _ = run.adopt(teacher)
     parameters = sum(p.numel() for p in teacher.parameters())
@@ -234,19 +234,22 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
         about: what `Run` is told of the method.
 
     Returns:
-        The contents of result.json.
+        The contents of result.json; None in all but the first of several processes.
     """
+    distributed.share_batches(cfg)
     if cfg.eval is not None:
         return evaluate_file(cfg)
     if cfg.check:
         return check(cfg, compress)
     check_export(cfg)
-    teacher, run = prepare(cfg, **about)
-    if run.finished:
-        result = show_finished(run, show)
-    else:
-        with resumable():
-            result = write_result(run, finish(run, teacher, compress(teacher, cfg, run)), show)
+    with distributed.first_before_others():  # it downloads what there is to download
+        teacher, run = prepare(cfg, **about)
+    finished = distributed.from_first(run.finished)
+    with resumable():
+        student = None if finished else compress(teacher, cfg, run)
+        if not distributed.leave():
+            return None
+        result = show_finished(run, show) if finished else write_result(run, finish(run, teacher, student), show)
     if cfg.export:
         file = run.folder / "quantized.pt"
         deploy(load_quantized(file, copy.deepcopy(teacher).cpu()), cfg, file, cfg)

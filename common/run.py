@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torchvision
 
-from common import InputError, first_line, replacing
+from common import InputError, distributed, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import FROM_TRAINING_SET, evaluate
@@ -83,7 +83,8 @@ def computes_bf16(device):
 class Run:
     """One run of a method: what its loop needs besides the method itself.
 
-    Without a folder (a call of `compress` from Python) nothing is written and nothing is shown.
+    Without a folder (a call of `compress` from Python) nothing is written and nothing is shown. Of several processes that share
+    the run's batches (common/distributed.py) only the first has a folder.
 
     Args:
         cfg: from `Parser.parse` or `Parser.config`.
@@ -106,7 +107,8 @@ class Run:
     folded = False  # whether the student's BatchNorms are folded
 
     def __init__(self, cfg, folder=None, files=(), result="result.json", short=None, free=()):
-        self.cfg, self.folder, self.test_set, self.short = cfg, folder and Path(folder), None, short
+        self.cfg, self.test_set, self.short = cfg, None, short
+        self.folder = Path(folder) if folder and distributed.rank == 0 else None
         self.files, self.result_file = (*FILES, *files, result), result
         self.may_differ = {*NOT_COMPARED, *free}
         if getattr(cfg, "data_source", None) in FROM_TRAINING_SET:
@@ -124,7 +126,8 @@ class Run:
         cfg.device, cfg.precision = str(self.device), "bf16" if self.bf16 else "fp32"  # what config.json records
         steps = cfg.epochs * cfg.iters if hasattr(cfg, "epochs") else 0  # a loop of another kind is never compiled
         cfg.capture = pick_capture(cfg.capture, self.device, steps)
-        self.results, self.history, self.latest, self.facts = {}, [], {}, {}
+        self.results, self.history, self.latest = {}, [], {}
+        self.facts = {"processes": distributed.size} if distributed.size > 1 else {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
         if self.folder:
             self._claim_folder()
@@ -168,6 +171,8 @@ class Run:
             step: function of hashable arguments, one training iteration.
             optimizers: all that it moves.
         """
+        if distributed.size > 1:
+            step = distributed.WholeBatch(self.cfg.batch_size)(step)
         if self.cfg.capture == "cudagraph":
             return GraphedStep(step, optimizers, self.latest)
         if self.cfg.capture == "compile":
@@ -181,6 +186,7 @@ class Run:
         optimizer.zero_grad()
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss.backward(inputs=own, retain_graph=keep_graph)
+        distributed.average([parameter.grad for parameter in own if parameter.grad is not None])
         optimizer.step()
 
     def note(self, **figures):
@@ -289,6 +295,7 @@ class Run:
         means, bad = {}, []
         for name, losses in self.losses.items():
             values = torch.stack(losses).float()
+            distributed.average([values])
             finite = torch.isfinite(values)
             if not finite.all():
                 step = int((~finite).int().argmax())
@@ -355,10 +362,11 @@ class Run:
 
     def _begin(self, stateful):
         """Start the folder, or load its checkpoint; returns the epoch to go on with."""
-        if self.folder is None:
-            return 0
-        self._take_folder()
-        if self.cfg.resume and (state := load_checkpoint(self.folder / "checkpoint.pt", self.announce)):
+        state = None
+        if self.folder:
+            self._take_folder()
+            state = load_checkpoint(self.folder / "checkpoint.pt", self.announce) if self.cfg.resume else None
+        if state := distributed.from_first(state):
             return self._continue(state, stateful)
         self.start()
         return 0
@@ -420,14 +428,15 @@ class Run:
             for name, item in stateful.items():
                 item.load_state_dict(state["stateful"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            what = f"{self.folder / 'checkpoint.pt'} belongs to another network or version ({first_line(error)})"
+            what = f"{self.folder}/checkpoint.pt belongs to another network or version ({first_line(error)})"
             raise InputError(f"--resume: {what}; remove it") from None
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.results, self.history = state["results"], state["history"]
         self.seconds, self.iterations = state["seconds"], state["iterations"]
-        self._write_metrics()
+        if self.folder:
+            self._write_metrics()
         return state["epoch"]
 
 

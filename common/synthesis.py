@@ -4,13 +4,10 @@ import argparse
 import functools
 import json
 import math
-import os
 import re
 import shutil
-import sys
 import time
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import torch
 
 from common import InputError, first_line
 from common.cli import fill_in, resumable, whole
+from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
 from common.report import show_finished
@@ -56,33 +54,6 @@ def part(text):
     if not found or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"is '{text}'; give I/N, from 0/N to N-1/N")
     return int(found[1]), int(found[2])
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-def join_torchrun(cfg):
-    """Where torchrun has started several processes, make this one's rank its --part of `cfg`, on a GPU of its own."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count > 1:
-        cfg.part = int(os.environ["RANK"]), count
-        if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
-            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-
-
-def together():
-    """Whether torchrun has started several processes, which can wait for each other."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def wait_for_all():
-    """With torchrun, return when all processes are here; when another has ended, which has said why, so does this one."""
-    if together():
-        try:
-            torch.distributed.barrier()
-        except RuntimeError:
-            sys.exit(2)
 
 
 def complete(cfg):

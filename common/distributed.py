@@ -1,0 +1,267 @@
+"""Several processes for one run, as torchrun starts them:  torchrun --nproc_per_node=2 gdfq.py ...
+
+mixmix.py divides its set of images: each process makes batches of its own. In the scripts with a generator the processes share
+every batch: each of N computes --batch-size / N images of it, and all take the same step. Whatever a step needs to know of a
+batch it is told of the whole batch, so that N processes compute what one does:
+
+    random numbers               every process draws those of the whole batch and keeps its own rows
+    BatchNorm while it trains,   means and variances over the whole batch, with gradients to all processes
+      BNS losses
+    activation ranges            extremes of the whole batch, or the range that a search finds for a sample of it
+    --mix, AdaDFQ's H'           partners from the whole batch; the smallest entropy of the whole batch
+    gradients                    means over the processes, before an optimizer steps (`Run.update`); of losses once an epoch
+
+The first steps are equal to rounding: sums have another order, and training amplifies the difference. One thing differs more:
+where half of a batch is real (--data-source confusing, unconfusing), it is half of each process's part. Parameters and random
+numbers are the same in all processes to the bit, so a run may go on with another number of them.
+
+Only the first process (rank 0) has the run folder, evaluates, prints and writes; the others wait for it in the next step. The
+exchanges are gloo's on a CPU and NCCL's on CUDA, where a CUDA graph may hold them; --capture compile is refused.
+"""
+
+import os
+import signal
+import sys
+import time
+from contextlib import ContextDecorator, contextmanager
+from datetime import timedelta
+
+import torch
+import torch.nn.functional as F
+from torch import distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from common import InputError, first_line
+
+GRACE = 10  # seconds in which torchrun ends all processes when one has ended with an error
+DRAWS = (torch.rand, torch.randn, torch.randint)
+
+rank, size = 0, 1  # of this process, and of those that share the run's batches
+sharing = False  # whether a step is being computed in which they do
+
+
+class Unreachable(InputError):
+    """An exchange has failed: most likely another process has ended, and has said why."""
+
+
+# ------------------------------------------------------------------------------------------------ joining and waiting
+
+
+def started():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first():
+    """Whether this is the first of them, which says what is to be said."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def join(cfg):
+    """Join the processes that torchrun has started, each on a GPU of its own.
+
+    Returns:
+        (rank, number of processes); None for one process alone.
+    """
+    if (count := started()) == 1:
+        return None
+    if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    backend = "cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=30))  # the first may evaluate for as long as it takes
+    return int(os.environ["RANK"]), count
+
+
+def share_batches(cfg):
+    """Join the processes that torchrun has started, where they are to compute each step of a run together.
+
+    Raises:
+        InputError: they cannot have equal parts of --batch-size, or --capture cannot hold what they exchange.
+    """
+    global rank, size
+    if (count := started()) == 1:
+        return
+    if cfg.batch_size % count:
+        advice = f"which share each batch; give a multiple of {count}"
+        raise InputError(f"--batch-size is {cfg.batch_size} and torchrun starts {count} processes, {advice}")
+    if cfg.capture == "compile":
+        raise InputError("--capture compile works in one process, and torchrun starts several; give auto, none or cudagraph")
+    rank, size = join(cfg)
+    if cfg.capture == "auto":
+        cfg.capture = "cudagraph" if cfg.device.startswith("cuda") else "none"
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+
+
+def together():
+    """Whether there are several processes, which can wait for each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wait_for_all():
+    """Return when all processes are here."""
+    if together():
+        add_up(torch.zeros(()))
+
+
+@contextmanager
+def first_before_others():
+    """Around what the first process is to have finished before the others begin with it."""
+    if rank:
+        wait_for_all()
+    yield
+    if size > 1 and rank == 0:
+        wait_for_all()
+
+
+def leave():
+    """End the exchanges, when all processes are here; whether this is the first one, which goes on alone."""
+    if size > 1:
+        wait_for_all()
+        dist.destroy_process_group()
+    return rank == 0
+
+
+def let_another_speak(error):
+    """Before this process says what is wrong: where another does, torchrun ends this one within the time that it is given."""
+    if not is_first() or isinstance(error, Unreachable):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE)
+
+
+# ---------------------------------------------------------------------------------------------------------- exchanges
+
+
+def exchange(function, *args, **kwargs):
+    """Call a function of torch.distributed.
+
+    Raises:
+        Unreachable: it failed.
+    """
+    try:
+        function(*args, **kwargs)
+    except RuntimeError as error:
+        advice = "if another one has ended, see what it said, and give --resume"
+        raise Unreachable(f"the processes of torchrun cannot work together ({first_line(error)}); {advice}") from error
+
+
+def add_up(tensor):
+    """Replace a tensor by its sum over the processes, and return it."""
+    exchange(dist.all_reduce, tensor)
+    return tensor
+
+
+def average(tensors):
+    """Replace tensors by their means over the processes, all at once."""
+    if size > 1:
+        flat = add_up(torch.cat([tensor.flatten() for tensor in tensors])).div_(size)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def from_first(value):
+    """The first process's `value`, which can be pickled, in all of them."""
+    values = [value]
+    if size > 1:
+        exchange(dist.broadcast_object_list, values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+# ------------------------------------------------------------------------- what a step needs to know of the whole batch
+
+
+class _Whole(torch.autograd.Function):
+    """The rows of all processes. The gradient of a row, to which all of them have contributed, goes to the one it is from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.new_zeros(size * len(x), *x.shape[1:])
+        own(rows).copy_(x)
+        return add_up(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own(add_up(grad.clone(memory_format=torch.contiguous_format)))
+
+
+def whole(x):
+    """The rows of the whole batch (B, ...), of which this process has x (B / N, ...), floating point; with a graph to all."""
+    return _Whole.apply(x) if sharing else x
+
+
+def own(x):
+    """This process's rows of x (B, ...)."""
+    return x.tensor_split(size)[rank] if sharing else x
+
+
+def whole_moments(mean, variance):
+    """Mean and biased variance over the whole batch from those over this process's part, tensors of one shape."""
+    if not sharing:
+        return mean, variance
+    means, variances = whole(torch.stack([mean, variance])[None]).unbind(1)
+    mean = means.mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
+
+
+def whole_extremes(low, high):
+    """Extremes of the whole batch from those of this process's part, scalars."""
+    return (whole(low[None]).amin(), whole(high[None]).amax()) if sharing else (low, high)
+
+
+def sample(values, count):
+    """Float32 (count,) of the whole batch's values, of which this process has `values` (n,); the same in all processes."""
+    if not sharing:
+        return values[torch.randint(len(values), (count,), device=values.device)].float()
+    index = torch.empty(count, dtype=torch.int64, device=values.device).random_(size * len(values)) - rank * len(values)
+    here = (index >= 0) & (index < len(values))
+    return add_up(torch.where(here, values[index.clamp(0, len(values) - 1)].float(), 0))
+
+
+def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5):
+    """`F.batch_norm` in training, by the statistics of the whole batch."""
+    dims, shape = [d for d in range(x.ndim) if d != 1], [-1] + [1] * (x.ndim - 2)
+    values = x.float()
+    mean = values.mean(dims)
+    mean, variance = whole_moments(mean, (values - mean.view(shape)).square().mean(dims))
+    if running_mean is not None:
+        count = size * x.numel() / x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / (count - 1)), momentum)
+    scale = (variance + eps).rsqrt()
+    y = (values - mean.view(shape)) * (scale if weight is None else scale * weight).view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+
+
+class WholeBatch(TorchFunctionMode, ContextDecorator):
+    """Around a step that processes share: what is drawn is this process's part of what one process alone would draw, and
+    BatchNorm that trains sees the whole batch.
+
+    A tensor that is drawn with `batch_size` rows is the whole batch's; with any other number of rows it is a part's, and N
+    times as many are drawn. Scalars, and tensors filled in place, are the same in all processes.
+    """
+
+    def __init__(self, batch_size):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def __enter__(self):
+        global sharing
+        sharing = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        global sharing
+        sharing = False
+        return super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.batch_norm and kwargs["training"]:
+            return batch_norm(*args, **kwargs)
+        if function in DRAWS:
+            *limits, shape = args if isinstance(args[-1], (tuple, list)) else [args]
+            if len(shape):
+                rows = shape[0] if shape[0] == self.batch_size else size * shape[0]
+                return own(function(*limits, (rows, *shape[1:]), **kwargs))
+        return function(*args, **kwargs)

@@ -1,0 +1,59 @@
+"""Several processes for one run: what they compute, what they refuse, and that one goes on where two were stopped."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_cli import TINY, read_metrics
+from test_data import make_folder
+
+import gdfq
+
+FLAGS = [*TINY, "--bits", "8", "--act-ranges", "search", "--mix", "cutmix", "--epochs", "10"]
+
+
+def start_two(flags):
+    """Two processes as torchrun would start them; its own, which imports PyTorch too, is left out."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, str(ROOT / "gdfq.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for rank in ("0", "1"):
+        own = shared | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        yield subprocess.Popen(command, env=os.environ | own, **pipes)
+
+
+def test_two_processes_compute_what_one_does_and_one_goes_on(tmp_path, monkeypatch):
+    """The same batches, mixtures, ranges and steps but for rounding: when measured, 2e-5 in the first three epochs and 1e-3
+    later; from epoch to epoch losses change by up to a tenth."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    make_folder(tmp_path, 5, images=2, size=16)  # quicker than to evaluate on synthetic images
+    command = [*FLAGS, "--data-dir", str(tmp_path), "--out"]
+    two = list(start_two([*command, str(tmp_path / "two")]))
+    gdfq.main([*command, str(tmp_path / "one")])
+    while two[0].poll() is None and len(read_metrics(tmp_path / "two")) < 3:
+        time.sleep(0.005)
+    for process in two:
+        process.send_signal(signal.SIGTERM)
+    printed = [process.communicate() for process in two]
+    assert two[0].returncode == 143 and printed[0][1].endswith("stopped; the same command with --resume continues it\n")
+    assert two[1].returncode != 0 and printed[1][0] == "" and "gdfq.py:" not in printed[1][1]  # the first one speaks
+    assert 3 <= len(read_metrics(tmp_path / "two")) < 10
+    gdfq.main([*command, str(tmp_path / "two"), "--resume"])
+    for one, two in zip(*(read_metrics(tmp_path / name) for name in ("one", "two")), strict=True):
+        losses, expected = ({name: value for name, value in line.items() if "loss" in name} for line in (two, one))
+        assert losses == pytest.approx(expected, rel=1e-4 if one["epoch"] < 3 else 1e-2)
+        assert one["epoch"] >= 3 or two["bns"] == pytest.approx(one["bns"], rel=1e-3)
+
+
+def test_what_several_processes_cannot_do_is_refused(fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    sentence = fails(gdfq.main, *FLAGS)
+    assert sentence.endswith("--batch-size is 8 and torchrun starts 3 processes, which share each batch; give a multiple of 3")
+    assert "--capture compile works in one process" in fails(gdfq.main, *FLAGS, "--batch-size", "9", "--capture", "compile")

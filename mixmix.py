@@ -73,8 +73,9 @@ from common.bns import BatchNormStatistics
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import as_tensors
 from common.images import jitter
-from common.models import ASSETS, SMALL_IMAGE, input_channels, load_teacher, probe
+from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import box_mix
+from common.published import ASSETS
 from common.report import arithmetic, execute, per_channel
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer

@@ -83,22 +83,31 @@ def full_precision_activations(student):
     return found
 
 
-class _Calls(TorchFunctionMode):
-    """Notes the torch functions that are called within it."""
+class Calls(TorchFunctionMode):
+    """Notes the torch functions that are called within it, with the name and the module of `model` whose forward calls them:
+    ("", None) for those in front of the network."""
 
-    def __enter__(self):
-        self.functions = []
-        return super().__enter__()
+    def __init__(self, model):
+        super().__init__()
+        self.found, self.hooks, self.stack = [], [], [("", None)]
+        for name, module in model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: self.stack.append((name, m))))
+            self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.functions.append(function)
+        self.found.append((function, *self.stack[-1]))
         return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*error)
 
 
 @torch.no_grad()
 def activations_inside(layer):
     """Names of the activation functions that a layer's own forward calls."""
     shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
-    with _Calls() as calls:
+    with Calls(layer) as calls:
         layer(layer.weight.new_zeros(shape))
-    return [function.__name__ for function in calls.functions if function in ACTIVATION_FUNCTIONS]
+    return [function.__name__ for function, _, _ in calls.found if function in ACTIVATION_FUNCTIONS]

@@ -13,8 +13,10 @@ from common import InputError, distributed
 from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
-from common.models import SMALL_IMAGE, native_size, stated
+from common.models import SMALL_IMAGE
 from common.progress import close_all
+from common.published import native_size
+from common.timm_models import stated
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
@@ -156,7 +158,7 @@ class Parser(argparse.ArgumentParser):
             self.without_effect(f"--task {task}", "--export")
         self.without_effect("--overwrite", "--resume")
         of_training = "--weights --mean --std --bits --wbits --abits --act-placement --clipped-ste --seed --precision --capture"
-        self.without_effect("--eval", *of_training.split(), *"--out --resume --overwrite --eval-every --check".split())
+        self.without_effect("--eval", of_training, "--out --resume --overwrite --eval-every --check")
         self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):
@@ -216,8 +218,9 @@ class Parser(argparse.ArgumentParser):
         Args:
             setting: a flag and its value ("--adversarial zaq"), or a flag that is on or has another value than by default; or
                 several of these, joined by " and ".
+            flags: one or, with spaces between them, several in a text.
         """
-        self.idle.append((setting, flags))
+        self.idle.append((setting, " ".join(flags).split()))
 
     def parse(self, argv=None):
         """Arguments with every default filled in.

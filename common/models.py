@@ -5,7 +5,6 @@ small, or timm's as they are. Weights load as they were published: the layout is
 """
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import re
@@ -23,11 +22,10 @@ from torchvision.models.vgg import make_layers
 from torchvision.ops import Conv2dNormActivation
 
 from common import InputError, first_line, timm_models
-from common.data import IMAGE_SIZE, NORMALISATION, download
-from common.published import PUBLISHED
+from common.data import NORMALISATION
+from common.published import PUBLISHED, bundled_weights, locate_weights, torchvision_weights
 from common.timm_models import is_own, is_timm, stated
 
-ASSETS = Path(__file__).parent / "assets"
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which serve training only
 SMALL_IMAGE = 64  # up to this side, torchvision's architectures get a stem that does not shrink the image
@@ -330,11 +328,6 @@ def refuse_infinite(model, what):
         raise InputError(f"{what} has values in '{odd[0]}' that are not finite; give other weights")
 
 
-def bundled_weights(arch, dataset):
-    """Path of the weights in common/assets, which may not exist."""
-    return ASSETS / f"{arch}_{dataset}.pt"
-
-
 def default_weights(arch, dataset):
     """Name of the source that `--weights` stands for when it is not given; None for an own model."""
     if is_timm(arch):
@@ -350,56 +343,6 @@ def default_weights(arch, dataset):
             return source
     build(arch, 10, 32)  # an unknown architecture is the likelier mistake, and says so
     raise InputError(f"no weights of {arch} for {dataset} are known; give --weights FILE")
-
-
-def torchvision_weights(arch):
-    """torchvision's first ImageNet weights of `arch`: the classic recipe, which the papers' networks share."""
-    try:
-        return next(iter(torchvision.models.get_model_weights(arch)))
-    except ValueError:
-        raise InputError(
-            f"--arch {arch} has no ImageNet weights in torchvision; give one that has, or --weights FILE"
-        ) from None
-
-
-def native_size(arch):
-    """Side in pixels of the images that ImageNet weights of `arch`, timm's or torchvision's, take; 224 where there are none."""
-    if is_timm(arch):
-        return stated(arch)["image_size"]
-    try:
-        return torchvision_weights(arch).transforms.keywords["crop_size"]
-    except InputError:
-        return IMAGE_SIZE["imagenet"]
-
-
-def locate_weights(weights, arch, dataset):
-    """Path of a weights file, downloaded where necessary, and the name of its source."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    if weights == "bundled":
-        path = bundled_weights(arch, dataset)
-        if not path.exists():
-            names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.pt")))
-            raise InputError(f"--weights bundled: there are no bundled weights of {arch} for {dataset}; there are: {names}")
-        return path, weights
-    if weights in PUBLISHED:
-        known = PUBLISHED[weights].get(dataset, {})
-        if arch not in known:
-            names = ", ".join(known) or "none"
-            raise InputError(f"--weights {weights}: {arch} for {dataset} is not among them; known are: {names}")
-        address, digest = known[arch]
-        return download(address, cache / Path(address).name.removesuffix(".zip"), digest), weights
-    if weights == "torchvision":
-        if dataset != "imagenet":
-            raise InputError(f"--weights torchvision are for ImageNet, and --dataset is {dataset}; give --weights FILE")
-        address = torchvision_weights(arch).url
-        return download(address, cache / Path(address).name, "sha256:" + address[-12:-4]), weights
-    if weights == "timm":
-        address, cached = timm_models.locate(arch)
-        return cached or download(address, cache / f"{timm_models.full_name(arch)}{Path(address).suffix}"), weights
-    if re.match("https?://", weights):
-        unique = hashlib.sha256(weights.encode()).hexdigest()[:8]  # two addresses may end in the same name
-        return download(weights, cache / f"{unique}-{Path(weights).name.removesuffix('.zip')}"), weights
-    return Path(weights), weights
 
 
 def read_weights(path):

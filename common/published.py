@@ -1,5 +1,17 @@
-"""Where trained weights were published, and accuracies that the papers report."""
+"""Where trained weights are found, and accuracies that the papers report."""
 
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+import torchvision
+
+from common import InputError, timm_models
+from common.data import IMAGE_SIZE, download
+from common.timm_models import is_timm, stated
+
+ASSETS = Path(__file__).parent / "assets"
 GITHUB = "https://github.com"
 _CHENYAOFO = GITHUB + "/chenyaofo/pytorch-cifar-models/releases/download/"
 
@@ -89,3 +101,58 @@ def paper_drop(method, bits):
     """Points of top-1 accuracy that a method loses in its paper on CIFAR-10's ResNet-20, or None."""
     top1 = PAPER_CIFAR10.get((method, bits))
     return None if top1 is None else round(PAPER_TOP1["cifar10", "resnet20"] - top1, 2)
+
+
+def bundled_weights(arch, dataset):
+    """Path of the weights in common/assets, which may not exist."""
+    return ASSETS / f"{arch}_{dataset}.pt"
+
+
+def torchvision_weights(arch):
+    """torchvision's first ImageNet weights of `arch`: the classic recipe, which the papers' networks share."""
+    try:
+        return next(iter(torchvision.models.get_model_weights(arch)))
+    except ValueError:
+        raise InputError(
+            f"--arch {arch} has no ImageNet weights in torchvision; give one that has, or --weights FILE"
+        ) from None
+
+
+def native_size(arch):
+    """Side in pixels of the images that ImageNet weights of `arch`, timm's or torchvision's, take; 224 where there are none."""
+    if is_timm(arch):
+        return stated(arch)["image_size"]
+    try:
+        return torchvision_weights(arch).transforms.keywords["crop_size"]
+    except InputError:
+        return IMAGE_SIZE["imagenet"]
+
+
+def locate_weights(weights, arch, dataset):
+    """Path of a weights file, downloaded where necessary, and the name of its source."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if weights == "bundled":
+        path = bundled_weights(arch, dataset)
+        if not path.exists():
+            names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.pt")))
+            raise InputError(f"--weights bundled: there are no bundled weights of {arch} for {dataset}; there are: {names}")
+        return path, weights
+    if weights in PUBLISHED:
+        known = PUBLISHED[weights].get(dataset, {})
+        if arch not in known:
+            names = ", ".join(known) or "none"
+            raise InputError(f"--weights {weights}: {arch} for {dataset} is not among them; known are: {names}")
+        address, digest = known[arch]
+        return download(address, cache / Path(address).name.removesuffix(".zip"), digest), weights
+    if weights == "torchvision":
+        if dataset != "imagenet":
+            raise InputError(f"--weights torchvision are for ImageNet, and --dataset is {dataset}; give --weights FILE")
+        address = torchvision_weights(arch).url
+        return download(address, cache / Path(address).name, "sha256:" + address[-12:-4]), weights
+    if weights == "timm":
+        address, cached = timm_models.locate(arch)
+        return cached or download(address, cache / f"{timm_models.full_name(arch)}{Path(address).suffix}"), weights
+    if re.match("https?://", weights):
+        unique = hashlib.sha256(weights.encode()).hexdigest()[:8]  # two addresses may end in the same name
+        return download(weights, cache / f"{unique}-{Path(weights).name.removesuffix('.zip')}"), weights
+    return Path(weights), weights

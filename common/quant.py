@@ -10,12 +10,12 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from common import InputError, distributed, first_line
 from common.activations import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
+    Calls,
     activations_inside,
     full_precision_activations,
     is_activation,
@@ -456,34 +456,6 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     return traced
 
 
-class _FunctionFinder(TorchFunctionMode):
-    """Notes activations and weighted layers that a forward pass computes outside the modules made for them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.stack, self.found, self.first_layer = [], [], None
-        self.hooks = []
-        for name, module in model.named_modules():
-            self.hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: self.stack.append((name, m))))
-            self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True))
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name, module = self.stack[-1] if self.stack else ("", None)  # None: in a hook in front of the network
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            self.first_layer = self.first_layer or module
-        elif function in WEIGHT_FUNCTIONS or (
-            not isinstance(module, ACTIVATION_MODULES)
-            and (function in ACTIVATION_FUNCTIONS or function in (torch.Tensor.relu, torch.Tensor.relu_))
-        ):
-            self.found.append(f"'{function.__name__}' in module '{name or type(module).__name__}'")
-        return function(*args, **(kwargs or {}))
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-        return super().__exit__(*error)
-
-
 def _quantize_output(module, args, output):
     return module.output_quantizer(output)
 
@@ -499,15 +471,21 @@ def _quantize_modules(model, abits, act_placement, clipped, example, trace_error
         raise InputError(f"{reason}, and its graph tells where activations are quantized; give one that does not branch")
     if example is None:
         raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
-    with torch.no_grad(), _FunctionFinder(model) as finder:
+    with torch.no_grad(), Calls(model) as calls:
         model(example)
-    if finder.found:
-        raise InputError(f"{reason} and calls {finder.found[0]} as a function; write it as a module, such as nn.ReLU()")
+    layers, first = (nn.Conv2d, nn.Linear), None
+    functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_}
+    for function, name, module in calls.found:
+        if isinstance(module, layers):
+            first = first or module
+        elif function in WEIGHT_FUNCTIONS or (function in functions and not isinstance(module, ACTIVATION_MODULES)):
+            called = f"'{function.__name__}' in module '{name or type(module).__name__}'"
+            raise InputError(f"{reason} and calls {called} as a function; write it as a module, such as nn.ReLU()")
     for module in list(model.modules()):
         if act_placement == "relu" and isinstance(module, ACTIVATION_MODULES):
             module.output_quantizer = QuantAct(abits, clipped)
             module.register_forward_hook(_quantize_output)
-        elif act_placement == "input" and isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.input_quantizer = QuantAct(INPUT_BITS if module is finder.first_layer else abits, clipped)
+        elif act_placement == "input" and isinstance(module, layers):
+            module.input_quantizer = QuantAct(INPUT_BITS if module is first else abits, clipped)
             module.register_forward_pre_hook(_quantize_input)
     return model

@@ -98,7 +98,7 @@ def test_no_file_runs_code(tmp_path, fails, monkeypatch):
     hub.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "old.pth").replace(hub / "resnet18-f37072fd.pth")  # which torchvision would unpickle
-    monkeypatch.setattr("common.models.download", lambda address, path, digest: path)  # as if the hash were right
+    monkeypatch.setattr("common.published.download", lambda address, path, digest: path)  # as if the hash were right
     assert "holds more than tensors" in fails(gdfq.main, "--dataset", "imagenet")
     assert not marker.exists()
 

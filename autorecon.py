@@ -17,8 +17,8 @@ Where the equations are:
     derive                       the likeliest operation of every edge                end of stage 1
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
-The search was never released. What the authors of AIT published are architectures found by it (PUBLISHED) and the networks they
-stand for, from which the macro-architecture is known exactly. The paper leaves these settings open:
+The search was never released. What the authors of AIT published are architectures found by it (common/genotypes.py) and the
+networks they stand for, from which the macro-architecture is known exactly. The paper leaves these settings open:
 
     what                  here                                                                      after
     L1, T1, V1            25 epochs: 200 batches for weights, 200 for alpha                         AdversarialNAS, GDFQ
@@ -54,13 +54,9 @@ architecture: `--genotype RUN --scale 2`; with a search, the super net has that 
 four times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), where the paper speaks of fewer.
 Published accuracies of stage 2 were made with GDFQ's released losses (`--variant released`, the default).
 
-Two extensions of the search are not in the paper. Gumbel noise on p, as printed, never commits: p lies in 0 to 1, so that
-even an edge with p = 1 for one of seven operations samples it in 31 % of the cases. `--gumbel logits` adds the noise to log
-p, which samples an operation with probability p. `--search-mode hard` evaluates the sampled operation only (its weight m_j /
-m_j.detach(), so that only it has a gradient).
-
-`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, with the published generator of CIFAR-10's ResNet-20
-instead of a search, and gives the terms of both losses other weights.
+Not in the paper are two extensions of the search, `--gumbel logits` and `--search-mode hard` (see `Architecture`), and
+`--schedule short` (SHORT), which takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and
+with other weights of the losses' terms.
 """
 
 import argparse
@@ -69,20 +65,19 @@ import json
 import math
 from collections import defaultdict, namedtuple
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError
+from common import InputError, genotypes
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
-from common.quant import describe, observe, quantize
+from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run, write_atomically
 
@@ -281,8 +276,10 @@ class Architecture(nn.Module):
     """The architecture parameters alpha of every edge, and the mixtures drawn by them.
 
     Args:
-        gumbel: "p" adds the noise to the probabilities (Eq. 7), "logits", an extension, to their logarithms.
-        hard: an extension: mixtures hold the sampled operation of each edge only.
+        gumbel: "p" adds the noise to the probabilities (Eq. 7). These lie in 0 to 1, so that it never commits: even an edge
+            with p = 1 for one of seven operations samples it in 31 % of the cases. "logits", an extension, adds it to their
+            logarithms, which samples an operation with probability p.
+        hard: an extension: mixtures hold the sampled operation of each edge only, with the weight m_j / m_j.detach().
     """
 
     def __init__(self, gumbel="p", hard=False):
@@ -324,9 +321,7 @@ def reconstruct(synthesize, teacher, stats, cfg, run):
     """One batch of either stage: images x, the teacher's logits, labels y, L_bns and L_r, all with their graph."""
     y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=run.device)
     x = synthesize(y)
-    with run.autocast():
-        logits = teacher(x).float()
-    bns = stats.loss(cfg.bns_form)
+    logits, bns = run.compute(teacher, x), stats.loss(cfg.bns_form)
     return x, logits, y, bns, reconstruction_loss(logits, y, bns, cfg.bns_weight)
 
 
@@ -357,8 +352,7 @@ def search(teacher, cfg, folder=None):
 
     def synthesize(y):
         mixture = architecture.sample()
-        with run.autocast():
-            return supernet(torch.randn(len(y), cfg.latent_dim, device=run.device), y, mixture).float()
+        return run.compute(supernet, torch.randn(len(y), cfg.latent_dim, device=run.device), y, mixture)
 
     def turn(optimizer, name):
         *_, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
@@ -450,15 +444,15 @@ def compress(teacher, cfg, run=None):
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # as if the genotype had been given
-    without_hooks = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
-    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
+    features = MatchedFeatures(teacher, student, cfg.feature_weight)
+    unwatched = copy.deepcopy(teacher) if cfg.student_steps > 1 else None  # keeps the features, but no statistics
+    stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
 
     def synthesize(y):
-        with run.autocast():
-            return sample(generator, y, cfg).float()
+        return run.compute(sample, generator, y, cfg)
 
     def generator_step():
         x, logits, y, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
@@ -470,19 +464,16 @@ def compress(teacher, cfg, run=None):
     def student_step(x, teacher_logits, y):
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
-            with torch.no_grad(), run.autocast():
-                teacher_logits = teacher(x).float()
-        with run.autocast():
-            logits = student(x).float()
-        loss = features.added_to(compression_loss(logits, teacher_logits, y, cfg))
+            teacher_logits = run.compute(teacher, x)
+        loss = features.added_to(compression_loss(run.compute(student, x), teacher_logits, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def fresh_batch():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad():
             x = synthesize(y)
-            return x, without_hooks(x).float(), y
+        return x, run.compute(unwatched, x), y
 
     def iteration(calibrating, tuning):
         batch = generator_step()
@@ -495,90 +486,27 @@ def compress(teacher, cfg, run=None):
                 student(batch[0])
 
     run.announce(f"distilling into {cfg.student_arch}" if distilling else describe(student))
-    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
-    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
-    calibrated_at = None if distilling else min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
-    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
-    # --warmup-epochs; then both learn.
-    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        set_rates(cfg, epoch, optim_g, optim_q)
-        calibrating, tuning = not distilling and epoch < cfg.calibrate_epochs, epoch >= tuned_from
-        observe(student, calibrating)
+    step = run.capture(iteration, optim_g, optim_q)
+    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
+    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
         student.train(distilling)  # a quantized network keeps the BatchNorm statistics it has
         for _ in run.steps():
             step(calibrating, tuning)
-        student.eval()
-        observe(student, False)
-        if epoch + 1 == calibrated_at:
-            run.measure("calibrated_top1", student)
     return keep_ranges(student)
 
 
 # ---------------------------------------------------------------------------------------------------------- genotypes
 
-LETTERS = {"n": "nearest", "b": "bilinear", "-": "none", "i": "identity"}
-LETTERS |= {"k1": "conv1x1", "k3": "conv3x3", "k5": "conv5x5", "d3": "dilated3x3", "d5": "dilated5x5"}
-PUBLISHED = {  # up edges; normal edges of each block, N2 N3 into N4, N2 N3 N4 into N5; cross edges into each block, likewise
-    "resnet20-cifar10": "n n n n b n | d5 - d5 d3 k5 | d5 d5 k3 d3 d5 | d5 d5 k1 k5 d3 | - - b - - n | n n n b b b",
-    "resnet20-cifar100": "b n n n n n | d5 d5 d5 - k5 | d5 k5 k1 d3 d5 | d5 d3 k5 k5 d5 | - b n - - n | - b n n b b",
-    "resnet18-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 d5 d5 d3 | d5 d5 k5 d3 d3 | n b n b b n | b b n n b n",
-    "resnet50-imagenet": "b b b b b b | d5 d5 d5 d5 d5 | d5 d5 k3 k1 k1 | d3 d5 d5 k5 d3 | b b b n n b | n n n n b b",
-    "mobilenet_v2-imagenet": "b b b b n b | d5 d5 k5 d5 d5 | k5 d5 k1 k1 k1 | k3 d5 k5 d5 d3 | b b n b b b | b n b b b n",
-}
-_PARTS = [("up", "123"), ("normal", "1"), ("normal", "2"), ("normal", "3"), ("cross", "2"), ("cross", "3")]
-SHORT_ORDER = [[n for n, edge in EDGES.items() if edge.kind == kind and edge.target[1] in blocks] for kind, blocks in _PARTS]
-
-
-def from_short(text):
-    """A genotype from the notation of PUBLISHED."""
-    return dict(zip(sum(SHORT_ORDER, []), (LETTERS[letter] for letter in text.replace("|", "").split())))
-
-
-def to_short(genotype):
-    """A genotype in the notation of PUBLISHED."""
-    letters = {op: letter for letter, op in LETTERS.items()}
-    return " | ".join(" ".join(letters[genotype[name]] for name in names) for names in SHORT_ORDER)
-
 
 def read_genotype(name, seed=0, flag="--genotype"):
-    """The genotype that a flag stands for; the controls "acgan" and "gdfq" are returned as they are.
-
-    Args:
-        name: a genotype.json or a folder with one, "published:..." (PUBLISHED), "random" or a control.
-        seed: of "random".
-        flag: what error messages call it.
-
-    Raises:
-        InputError: no such genotype, or an unusable one; the edge is named.
-    """
+    """The genotype that a flag stands for: "random" by `seed`, the controls "acgan" and "gdfq" as they are, all else as
+    `common.genotypes.read` finds it."""
     if name in CONTROLS:
         return name
     if name == "random":
         source = torch.Generator().manual_seed(seed)
         return derive({n: torch.rand(len(CANDIDATES[edge.kind]), generator=source) for n, edge in EDGES.items()})
-    if name.startswith("published:"):
-        if (short := PUBLISHED.get(name.removeprefix("published:"))) is None:
-            raise InputError(f"{flag} {name} is not known; published are {', '.join(PUBLISHED)}")
-        return from_short(short)
-    path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
-    if not path.is_file():
-        raise InputError(
-            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
-        )
-    try:
-        genotype = dict(json.loads(path.read_text())["edges"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{flag} {path} holds no genotype; give a genotype.json that a search wrote") from None
-    for edge in [*genotype, *EDGES]:
-        choices = CANDIDATES[EDGES[edge].kind] if edge in EDGES else ()
-        if genotype.get(edge) not in choices:
-            remedy = f"give it one of {', '.join(choices)}" if choices else "remove it, it is not in the search space"
-            raise InputError(f"{flag} {path} has {genotype.get(edge, 'nothing')} for the edge '{edge}'; {remedy}")
-    for node, names in INTO.items():
-        if all(genotype[edge] == "none" for edge in names):
-            raise InputError(f"{flag} {path} sends nothing to {node}; give '{names[0]}' an operation other than none")
-    return genotype
+    return genotypes.read(name, EDGES, CANDIDATES, flag)
 
 
 def generator_cost(genotype, cfg, channels):
@@ -606,56 +534,19 @@ def find_genotype(teacher, cfg, run):
         run.record(**{f"{name}_parameters": parameters, f"{name}_flops": flops})
         run.announce(f"{title}: {parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs an image")
     if genotype not in CONTROLS:
-        run.record(genotype=to_short(genotype))
-        run.announce(f"genotype: {to_short(genotype)}")
+        short = genotypes.to_short(genotype, EDGES)
+        run.record(genotype=short)
+        run.announce(f"genotype: {short}")
         write_atomically(run.folder / "genotype.json", json.dumps({"edges": genotype}, indent=1) + "\n")
-        write_atomically(run.folder / "genotype.svg", draw_genotype(genotype))
+        write_atomically(run.folder / "genotype.svg", genotypes.draw(genotype, EDGES))
     return genotype
-
-
-def draw_genotype(genotype):
-    """A picture of the architecture, SVG text: blocks from left to right, edges coloured by their operation."""
-    colours = {"nearest": "#1f77b4", "bilinear": "#17becf", "identity": "#7f7f7f", "conv1x1": "#ff9896", "conv3x3": "#ff7f0e"}
-    colours |= {"conv5x5": "#d62728", "dilated3x3": "#98df8a", "dilated5x5": "#2ca02c"}
-    spots = {"1": (0, 150), "2": (150, 60), "3": (150, 240), "4": (230, 150), "5": (310, 150)}
-    place = {f"B{b}-N{n}": (40 + 310 * (b - 1) + x, y) for b in (1, 2, 3) for n, (x, y) in spots.items()}
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1060 400" font-family="sans-serif" font-size="12">']
-    parts.append('<rect width="1060" height="400" fill="white"/>')
-    for name, (source, target, kind) in EDGES.items():
-        if (colour := colours.get(genotype[name])) is not None:
-            (x0, y0), (x1, y1) = place[source], place[target]
-            bend = (y0 + y1) / 2 + {"cross": 130 if y0 > 100 else -110}.get(kind, -40 if y0 == y1 else 0)
-            curve = f"M{x0},{y0} Q{(x0 + x1) / 2},{bend} {x1},{y1}"
-            dashes = ' stroke-dasharray="6 4"' if kind == "cross" else ""
-            parts.append(f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}>')
-            parts.append(f"<title>{name.replace('>', '&gt;')}: {genotype[name]}</title></path>")
-    for node, (x, y) in place.items():
-        if node in INTO or node == "B1-N1":  # N1 of a later block is N5 of the one before
-            parts.append(f'<circle cx="{x}" cy="{y}" r="19" fill="white" stroke="black"/>')
-            parts.append(f'<text x="{x}" y="{y + 4}" text-anchor="middle">{node}</text>')
-    for index, (op, colour) in enumerate(colours.items()):
-        parts.append(f'<text x="{40 + 125 * index}" y="385" fill="{colour}">&#9644; {op}</text>')
-    return "\n".join([*parts, "</svg>\n"])
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
-    "genotype": "published:resnet20-cifar10",
-    "epochs": 12,
-    "iters": 60,
-    "batch_size": 16,
-    "warmup_epochs": 4,
-    "bns_weight": 100.0,
-    "kd_weight": 20.0,
-    "kd_reduction": "batchmean",
-    "lr_q": 2e-4,
-    "optimizer": "adam",
-    "decay": "cosine",
-    "act_ranges": "learned",
-    "feature_weight": 200.0,
-}
+SHORT = {"genotype": "published:resnet20-cifar10"}
+SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
 
 
 def parser():
@@ -697,12 +588,12 @@ def parser():
     quantizer = "--bits --wbits --abits --act-placement --clipped-ste --calibrate-epochs"
     losses = "--kd-weight --temperature --kd-reduction"
     learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
-    stage2 = f"{quantizer} {learning} --student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
-    p.without_effect("--data-source real", "--genotype", "--scale", *stage1.split())
-    p.without_effect("--genotype", *stage1.split())
-    p.without_effect("--search-only", "--export", *stage2.split())
-    p.without_effect("--task kd", *f"{quantizer} {losses} --no-finetune --schedule --act-ranges --feature-weight".split())
-    p.without_effect("--no-finetune", *learning.split())
+    stage2 = "--student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
+    p.without_effect("--data-source real", "--genotype --scale", stage1)
+    p.without_effect("--genotype", stage1)
+    p.without_effect("--search-only", "--export", quantizer, learning, stage2)
+    p.without_effect("--task kd", quantizer, losses, "--no-finetune --schedule --act-ranges --feature-weight")
+    p.without_effect("--no-finetune", learning)
     add_flags(p, SHORT)
     return p
 

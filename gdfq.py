@@ -47,11 +47,11 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.data import TestSet, evaluation_batch, full_precision
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
-from common.quant import describe, observe, quantize
+from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run
 
@@ -221,15 +221,12 @@ def compress(teacher, cfg, run=None):
     train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):
-        with run.autocast():
-            return sample(generator, y, cfg).float()
+        return run.compute(sample, generator, y, cfg)
 
     def generator_step():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        with run.autocast():
-            logits = teacher(x).float()
-        bns = stats.loss(cfg.bns_form)
+        logits, bns = run.compute(teacher, x), stats.loss(cfg.bns_form)
         if train_generator:
             loss = generator_loss(logits, y, bns, cfg.bns_weight, not cfg.no_ce, not cfg.no_bns)
             run.update(optim_g, loss)
@@ -242,10 +239,8 @@ def compress(teacher, cfg, run=None):
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
         if added or cfg.mix != "none":
-            with torch.no_grad(), run.autocast():
-                teacher_logits = teacher(x).float()
-        with run.autocast():
-            logits = student(x).float()
+            teacher_logits = run.compute(teacher, x)
+        logits = run.compute(student, x)
         loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss, train_loss=F.cross_entropy(logits.detach(), y))
@@ -259,38 +254,15 @@ def compress(teacher, cfg, run=None):
                 student(batch[0])
 
     run.announce(describe(student))
-    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
-    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs  # no student step before this epoch
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
-    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
-    # --warmup-epochs; then both learn.
-    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        set_rates(cfg, epoch, optim_g, optim_q)
-        calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
-        observe(student, calibrating)
+    step = run.capture(iteration, optim_g, optim_q)
+    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
+    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
         for _ in run.steps():
             step(calibrating, tuning)
-        observe(student, False)
-        if epoch + 1 == calibrated_at:
-            run.measure("calibrated_top1", student)
     return keep_ranges(student)
 
 
-SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
-    "epochs": 12,
-    "iters": 60,
-    "batch_size": 16,
-    "warmup_epochs": 4,
-    "bns_weight": 100.0,
-    "kd_weight": 20.0,
-    "kd_reduction": "batchmean",
-    "lr_q": 2e-4,
-    "optimizer": "adam",
-    "decay": "cosine",
-    "act_ranges": "learned",
-    "feature_weight": 200.0,
-}
+SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
 
 
 def parser():
@@ -320,14 +292,14 @@ def parser():
         p.without_effect(f"--data-source {source}", "--no-finetune")
         p.without_effect(f"--data-source {source} and --no-kd", "--no-student-ce")
     for source in ("generator", "real"):
-        p.without_effect(f"--data-source {source}", "--real-per-class", "--confusing-below")
-    p.without_effect("--data-source real", "--no-ce", "--no-bns")
-    p.without_effect("--no-bns", "--bns-weight", "--bns-form")
-    p.without_effect("--no-kd", "--kd-weight", "--temperature", "--kd-reduction")
-    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix".split()
-    p.without_effect("--no-finetune", *learning, "--no-kd", "--no-student-ce")
-    p.without_effect("--no-kd and --no-student-ce", *learning)
-    p.without_effect("--no-ce and --no-bns", "--lr-g", "--beta1")
+        p.without_effect(f"--data-source {source}", "--real-per-class --confusing-below")
+    p.without_effect("--data-source real", "--no-ce --no-bns")
+    p.without_effect("--no-bns", "--bns-weight --bns-form")
+    p.without_effect("--no-kd", "--kd-weight --temperature --kd-reduction")
+    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix"
+    p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce")
+    p.without_effect("--no-kd and --no-student-ce", learning)
+    p.without_effect("--no-ce and --no-bns", "--lr-g --beta1")
     add_flags(p, SHORT)
     return p
 

@@ -1,5 +1,5 @@
-"""Fine-tuning beyond the papers: what reaches their accuracy in minutes. All of it is off unless a flag turns it on, and
-`--schedule short` is a set of such flags.
+"""The epochs of a script that trains a generator, and fine-tuning beyond the papers: what reaches their accuracy in minutes.
+All of the latter is off unless a flag turns it on, and `--schedule short` is a set of such flags.
 
     flag                     instead of what the papers have                        source
     --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
@@ -21,9 +21,17 @@ from torch import nn
 from common import distributed
 from common.cli import number, one_of
 from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
-from common.quant import QuantAct, quantized_activations
+from common.quant import QuantAct, observe, quantized_activations
 
 SAMPLE = 2048  # values of a batch that a search looks at
+
+
+def short_schedule(feature_weight, **losses):
+    """What --schedule short sets, by names in Python: minutes on a CPU instead of hours on a GPU. `losses` are the weights and
+    forms of the method's own terms."""
+    first = {"epochs": 12, "iters": 60, "batch_size": 16, "warmup_epochs": 4} | losses
+    last = {"lr_q": 2e-4, "optimizer": "adam", "decay": "cosine", "act_ranges": "learned", "feature_weight": feature_weight}
+    return first | last
 
 
 def add_flags(parser, short):
@@ -41,7 +49,7 @@ def add_flags(parser, short):
     features = "weight of the squared distance between the two networks' features, relative to their variance (0: not computed)"
     add("--feature-weight", default=0.0, type=number(0), help=features)
     parser.without_effect("--decay cosine", "--decay-epochs")
-    parser.without_effect("--no-finetune", "--optimizer", "--mix", "--feature-weight")
+    parser.without_effect("--no-finetune", "--optimizer --mix --feature-weight")
 
 
 class SearchedAct(QuantAct):
@@ -149,3 +157,24 @@ def set_rates(cfg, epoch, optim_g, optim_q):
     for optimizer, rate in ((optim_g, cfg.lr_g), (optim_q, cfg.lr_q)):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
+
+
+def phases(run, student, generator, synthesize, optim_g, optim_q):
+    """The epochs of a script that trains a generator, as pairs of bools (calibrating, tuning).
+
+    Calibrating are the first --calibrate-epochs, in which the activation ranges follow the images; none are where the student
+    has no ranges. In the first --warmup-epochs the generator learns alone; tuning are those after them. Learning rates are
+    set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
+    once the student is calibrated, before it is tuned. Arguments as for `Run.epochs`.
+    """
+    cfg, run.rates = run.cfg, "--lr-g or --lr-q"
+    calibrated = cfg.calibrate_epochs if quantized_activations(student) else 0
+    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
+    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
+    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
+        set_rates(cfg, epoch, optim_g, optim_q)
+        observe(student, epoch < calibrated)
+        yield epoch < calibrated, epoch >= tuned_from
+        observe(student.eval(), False)
+        if epoch + 1 == min(calibrated, tuned_from, cfg.epochs):
+            run.measure("calibrated_top1", student)

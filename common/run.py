@@ -137,6 +137,11 @@ class Run:
         """Convolutions in bf16 where --precision says so."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def compute(self, network, *args):
+        """What `network` makes of `args` in the run's precision, as float32."""
+        with self.autocast():
+            return network(*args).float()
+
     def place(self, module):
         """`module` on the run's device, in the memory layout that its convolutions are fastest in."""
         return module.to(self.device, memory_format=self.layout)

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,21 +16,18 @@ from autorecon import (
     CANDIDATES,
     EDGES,
     INTO,
-    PUBLISHED,
     Architecture,
     Generator,
     compress,
     config,
     derive,
-    draw_genotype,
-    from_short,
     generator_cost,
     read_genotype,
     search,
-    to_short,
 )
-from common import InputError
+from common import InputError, genotypes
 from common.bns import BatchNormStatistics
+from common.genotypes import PUBLISHED, draw
 from common.models import build, load_teacher
 from common.ops import plain_forms
 from common.run import Run
@@ -38,6 +36,7 @@ TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 4
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
 SEARCH = {"search_epochs": 3, "search_iters": 1, "arch_iters": 1, "lr_alpha": 0.05}
 UNQUANTIZED = {name: value for name, value in TINY.items() if name != "calibrate_epochs"}
+from_short, to_short = (partial(function, edges=EDGES) for function in (genotypes.from_short, genotypes.to_short))
 STAGE_1 = {name: TINY[name] for name in ("dataset", "num_classes", "image_size", "batch_size", "scale", "device")}
 
 
@@ -350,7 +349,7 @@ def test_a_search_step_is_adam_on_cross_entropy_and_bns(net, monkeypatch):
 
 
 def test_a_quantized_student_may_take_several_steps(net):
-    settings = TINY | {"epochs": 2, "iters": 1, "genotype": "random", "lr_q": 0.01}
+    settings = TINY | {"epochs": 2, "iters": 1, "genotype": "random", "lr_q": 0.01, "feature_weight": 1.0}
     one, three = (compress(net, config(**settings, student_steps=steps)) for steps in (1, 3))
     moved = [(student.fc.weight - net.fc.weight).abs().mean() for student in (one, three)]
     assert 0 < moved[0] < moved[1]
@@ -381,7 +380,7 @@ def test_a_search_alone_then_compression_with_what_it_found(tmp_path, on_the_com
     first = autorecon.main(alone)
     genotype = read_genotype(str(found))
     assert f"genotype: {to_short(genotype)}" in capsys.readouterr().out
-    assert (found / "genotype.svg").read_text() == draw_genotype(genotype)
+    assert (found / "genotype.svg").read_text() == draw(genotype, EDGES)
     assert json.loads((found / "result.json").read_text()).items() >= first.items()
     assert autorecon.main(alone)["genotype"] == to_short(genotype)
     printed = capsys.readouterr().out

@@ -153,9 +153,8 @@ def compress(model, images, cfg, run=None, added=None):
         return generator(torch.randn(len(y), cfg.kd_latent_dim, device=device)).float()
 
     def generator_step(chosen):
-        with run.autocast():
-            x = generator(torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device)).float()
-            logits = teacher(x).float()
+        x = run.compute(generator, torch.randn(cfg.kd_batch_size, cfg.kd_latent_dim, device=device))
+        logits = run.compute(teacher, x)
         loss = dafl_loss(logits, features.pop("latest").float(), cfg)
         if terms:
             loss = loss + terms.loss(x, logits.argmax(1), chosen)
@@ -165,13 +164,11 @@ def compress(model, images, cfg, run=None, added=None):
 
     def labelled_batch():
         x = jitter(batch, cfg.image_size // 8, flip=True)
-        with run.autocast():
-            return x, teacher(x).float()
+        return x, run.compute(teacher, x)
 
     def iteration(chosen):
         x, logits = generator_step(chosen) if images is None else labelled_batch()
-        with run.autocast():
-            ours = student(x).float()
+        ours = run.compute(student, x)
         loss = F.kl_div(F.log_softmax(ours, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
         run.update(sgd, loss)
         run.log(loss_q=loss)

@@ -14,7 +14,7 @@ Where the equations are:
     make_latent                            extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
     zaq_losses, common/zaq.py              L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
-    measure_paths, gather_features         distance ratio, intrusion score; PCA               Table 5, Figure 3, 5
+    common/boundaries.py                   distance ratio, intrusion score; PCA               Table 5, Figure 3, 5
 
     what                       paper                      released code               here
     teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
@@ -53,28 +53,24 @@ headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take
 """
 
 import argparse
-from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.analysis import TrainedRun, principal_axes, scatter
 from common.bns import BatchNormStatistics
+from common.boundaries import analyze
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
-from common.data import full_precision
 from common.distributed import whole_moments
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, superpose, superposed_labels, upsample_conv
-from common.progress import Progress
-from common.quant import describe, observe, quantize
-from common.report import execute, print_rows
+from common.quant import describe, quantize
+from common.report import execute
 from common.run import Run
 from common.trace import last_layer
 from common.zaq import FORMS, FeatureMaps, feature_distance
@@ -352,21 +348,17 @@ def compress(teacher, cfg, run=None):
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
 
     def synthesize(y):
-        with run.autocast():
-            return sample(generator, y, cfg).float()
+        return run.compute(sample, generator, y, cfg)
 
     def draw_batch(for_generator=True):
         labels = draw_labels(cfg, device)
-        with run.autocast():
-            with torch.set_grad_enabled(for_generator):
-                x = generator(labels).float()
-            return x, teacher(x).float(), labels.soft
+        with torch.set_grad_enabled(for_generator):
+            x = run.compute(generator, labels)
+        return x, run.compute(teacher, x), labels.soft
 
     def generator_step(x, teacher_logits, soft):
         if maps:
-            with run.autocast():
-                student_logits = student(x).float()
-            loss, _ = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
+            loss, _ = zaq_losses(teacher_logits, run.compute(student, x), maps.stages(), soft, cfg)
         else:
             bns = stats.loss(cfg.bns_form)
             if real:
@@ -379,10 +371,8 @@ def compress(teacher, cfg, run=None):
     def student_step(x, teacher_logits, soft):
         if cfg.mix != "none":
             x, soft = mix_images(x, soft, cfg.mix)
-            with torch.no_grad(), run.autocast():
-                teacher_logits = teacher(x).float()
-        with run.autocast():
-            student_logits = student(x).float()
+            teacher_logits = run.compute(teacher, x)
+        student_logits = run.compute(student, x)
         if maps:
             _, loss = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
         else:
@@ -405,122 +395,13 @@ def compress(teacher, cfg, run=None):
             maps.clear()
 
     run.announce(describe(student))
-    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
-    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
-    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
-    # --warmup-epochs; then both learn.
-    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        set_rates(cfg, epoch, optim_g, optim_q)
-        calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
-        observe(student.train(cfg.adversarial == "zaq"), calibrating)
+    step = run.capture(iteration, optim_g, optim_q)
+    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
+    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+        student.train(cfg.adversarial == "zaq")  # whose code trains its BatchNorm statistics, too
         for _ in run.steps():
             step(calibrating, tuning)
-        observe(student.eval(), False)
-        if epoch + 1 == calibrated_at:
-            run.measure("calibrated_top1", student)
     return keep_ranges(student)
-
-
-def path_metrics(features, logits, pair):
-    """Table 5's two figures of a path between the classes `pair`: the teacher's features (N, F) and logits (N, C) along it.
-
-    The distance ratio is the path's length over the distance of its ends, at least 1; the intrusion score is the probability
-    of all other classes, mean over the points.
-    """
-    length = (features[1:] - features[:-1]).norm(dim=1).sum()
-    others = 1 - logits.softmax(1)[:, list(pair)].sum(1)
-    return length / (features[-1] - features[0]).norm(), others.mean()
-
-
-def measure_paths(run, project, points=101, most_pairs=450, draws=4):
-    """Table 5, means over all pairs of classes or `most_pairs` drawn ones, and Figure 5: the paths' features as `project` sees
-    them, arrays (paths, points, 2) by name.
-
-    The paper leaves open where the noise comes from: superposed paths, which only Qimera's generators have, are measured for
-    z = 0 ("zero") and for one z per path ("shared", `draws` of them a pair). "mixup" mixes the pixels of two images of single
-    classes, which have noise of their own (`draws` times a pair).
-    """
-    pairs = torch.combinations(torch.arange(run.cfg.num_classes))
-    if len(pairs) > most_pairs:
-        pairs = pairs[torch.randperm(len(pairs))[:most_pairs]]
-    share = torch.linspace(1, 0, points, device=run.device)  # lambda of Eq. 6
-    found, paths = defaultdict(list), defaultdict(list)
-
-    def note(name, images):
-        features, logits = run.look(images)
-        found[name].append(path_metrics(features, logits, pair))
-        paths[name].append(project(features))
-
-    for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
-        y = torch.tensor(pair, device=run.device)
-        if run.cfg.method == "qimera":
-            shares = torch.stack([share, 1 - share], 1)
-            labels = superpose_labels(y.expand(points, 2), shares, run.cfg.num_classes)
-            note("zero", run.generator(labels, torch.zeros((), device=run.device)))
-            for _ in range(draws):
-                note("shared", run.generator(labels, run.generator.latent.draw_noise(labels.classes[:1])))
-        for _ in range(draws):
-            ends = run.sample(y)
-            note("mixup", torch.lerp(ends[1], ends[0], share.view(-1, 1, 1, 1)))
-    result = {"pairs": len(pairs), "points": points, "draws": draws}
-    for name, values in found.items():
-        ratio, intrusion = torch.tensor(values).mean(0).tolist()
-        result[name] = {"distance_ratio": round(ratio, 4), "intrusion": round(intrusion, 6)}
-    return result, {name: np.stack(values) for name, values in paths.items()}
-
-
-def gather_features(run, samples=2000):
-    """Figure 3: the teacher's features (N, F) by name: of images of single classes and of superpositions of two (where the
-    generator is Qimera's), of test images, and the labels (N,) of "single" and "real"."""
-    count = run.cfg.num_classes
-    y = torch.arange(samples) % count
-    clouds = {"single": torch.cat([run.look(images)[0] for images in run.images(y)]), "single_labels": y}
-    if run.cfg.method == "qimera":
-        classes = torch.rand(samples // 4, count).topk(2).indices.to(run.device)  # pairs of different classes
-        shares = torch.randn(len(classes), 2).softmax(1).to(run.device)
-        parts = [superpose_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
-        clouds["superposed"] = torch.cat([run.look(run.generator(labels))[0] for labels in parts])
-    if run.test_set:
-        parts = [(run.look(images)[0], labels.cpu()) for images, labels in run.test_set]
-        clouds["real"], clouds["real_labels"] = map(torch.cat, zip(*parts))
-    return clouds
-
-
-@torch.no_grad()
-@full_precision()
-def analyze(cfg):
-    """Table 5, Figure 3 and Figure 5 of a finished run, with K = 2; returns what analysis/qimera.json holds."""
-    run = TrainedRun(cfg)
-    clouds = gather_features(run)
-    project = principal_axes(clouds["single"])
-    result, paths = measure_paths(run, project)
-    points = {name: values.numpy() if "labels" in name else project(values) for name, values in clouds.items()}
-    names = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels of two images mixed"}
-    shown = {name: text for name, text in names.items() if name in paths}
-    rows = [(text, (f"{result[n]['distance_ratio']:.2f}", f"{result[n]['intrusion']:.5f}")) for n, text in shown.items()]
-    print_rows(f"{result['pairs']} paths between classes", ("distance ratio", "intrusion"), rows)
-
-    def classes(panel, name, **style):
-        scatter(panel, points[name], points[f"{name}_labels"], **style)
-
-    def synthetic(panel):
-        classes(panel, "single")
-        if "superposed" in points:
-            panel.scatter(*points["superposed"].T, c="black", s=4)
-
-    def between(panel, name=next(iter(shown))):
-        classes(panel, "single", alpha=0.2)
-        one_of_each = paths[name][:: len(paths[name]) // result["pairs"]]
-        panel.plot(*one_of_each[:45].transpose(2, 1, 0), c="black", lw=0.5)  # CIFAR-10's pairs, or as many
-
-    panels = {"test images": lambda panel: classes(panel, "real")} if "real" in points else {}
-    panels["synthetic: single classes" + (", superposed in black" if "superposed" in points else "")] = synthetic
-    panels[f"paths: {next(iter(shown.values()))}"] = between
-    arrays = points | {f"path_{name}": values for name, values in paths.items()}
-    run.write("qimera", result, arrays, panels, sharex=True, sharey=True)
-    return result
 
 
 RELEASED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
@@ -531,21 +412,7 @@ RELEASED = {  # p, K at up to four bits and from five on, and whether the releas
     "mobilenet_v2": (0.4, 100, 100, False),
 }
 
-
-SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
-    "epochs": 12,
-    "iters": 60,
-    "batch_size": 16,
-    "warmup_epochs": 4,
-    "bns_weight": 100.0,
-    "kd_weight": 20.0,
-    "kd_reduction": "batchmean",
-    "lr_q": 2e-4,
-    "optimizer": "adam",
-    "decay": "cosine",
-    "act_ranges": "learned",
-    "feature_weight": 200.0,
-}
+SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
 
 
 def parser():
@@ -594,16 +461,14 @@ def parser():
     add("--zaq-rho", **weight, default=0.1, help="rho of Eq. 11 and 12")
     steps = "student steps per generator step, all but the first on new images"
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
-    p.without_effect("--no-se", "--k", "--p")
+    p.without_effect("--no-se", "--k --p")
+    distilling = "--kd-weight --temperature --kd-reduction"
     for form in FORMS:
-        p.without_effect(
-            f"--adversarial {form}", *"--bns-weight --bns-form --kd-weight --temperature --kd-reduction --mix".split()
-        )
-    p.without_effect("--adversarial none", "--zaq-beta", "--zaq-gamma", "--zaq-rho")
+        p.without_effect(f"--adversarial {form}", "--bns-weight --bns-form", distilling, "--mix")
+    p.without_effect("--adversarial none", "--zaq-beta --zaq-gamma --zaq-rho")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
-    p.without_effect("--data-source real", *latent.split(), "--cbn", "--generator", "--adversarial")
-    learning = "--warmup-epochs --lr-q --weight-decay --student-steps --kd-weight --temperature --kd-reduction".split()
-    p.without_effect("--no-finetune", *learning)
+    p.without_effect("--data-source real", latent, "--cbn --generator --adversarial")
+    p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-steps", distilling)
     add_flags(p, SHORT)
     p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p

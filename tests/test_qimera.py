@@ -12,6 +12,7 @@ from torch import nn
 
 import qimera
 from common import InputError, zaq
+from common.boundaries import path_metrics
 from common.data import accuracy
 from common.export import load_quantized, save_quantized
 from common.models import build
@@ -20,7 +21,7 @@ from common.progress import close_all
 from common.quant import observe, quantize, quantized_activations
 from common.run import Run
 from common.trace import last_layer
-from qimera import Latent, compress, config, path_metrics, single_labels, superpose_labels
+from qimera import Latent, compress, config, single_labels, superpose_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}

@@ -16,7 +16,7 @@ Where the equations are:
     generator_loss          the generator's side of the game                        Eq. 9, 12
     student_loss            the student's side                                      Eq. 13
     game_figures            H', and the shares of the samples that are defined      Definitions 1, 2
-    disagreement            what an epoch of either side does to it: measure_gains  Figure 3(a)
+    measured_gains          what an epoch of either side does to disagreement       Figure 3(a)
     similarity, analyze     L1 norms between p_ds; H' of samples, losses, images    Figures 1, 3(b), 4(b), 5, 6
 
     what                  paper                        released code                           here
@@ -58,6 +58,7 @@ which costs more than a second forward, so it makes the second one once the rang
 
 import copy
 import math
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -70,11 +71,11 @@ from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
 from common.distributed import whole
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, set_ranges, set_rates, student_optimizer
+from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
-from common.quant import describe, observe, quantize
+from common.quant import describe, quantize
 from common.report import draw, execute, print_rows
 from common.run import Run
 
@@ -244,21 +245,24 @@ def game_figures(z_p, z_q, y):
 
 @torch.no_grad()
 @full_precision()
-def disagreement(run, teacher, students, labels):
+def disagreement(run, teacher, *students):
     """Figure 3(a)'s quantity for each student: the mean of 1 - H_info(p_ds) / ln C, 0 to 1, over images that the generator
-    makes of fixed noise for `labels`."""
-    at_once = len(labels) if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size
-    parts = draw(run, labels, seed=0).split(at_once)
+    makes of 256 fixed noise vectors."""
+    classes = run.cfg.num_classes
+    labels = torch.arange(256) * max(classes, 256) // 256 % classes
+    parts = draw(run, labels, seed=0).split(256 if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size)
     z_p = torch.cat([teacher(part) for part in parts])
     h = [entropy(z_p, torch.cat([student(part) for part in parts])) for student in students]
-    return [1 - values.mean().item() / math.log(run.cfg.num_classes) for values in h]
+    return [1 - values.mean().item() / math.log(classes) for values in h]
 
 
-def one_forward_serves_both(cfg, calibrating):
-    """Whether the student's step uses the logits of the generator's step (see the top of the file): not in a compiled step,
-    for which a second forward costs less, but there, too, while activation ranges move, which they do once an iteration; and
-    not where the student's images are mixed."""
-    return cfg.mix == "none" and (cfg.capture != "compile" or calibrating)
+@contextmanager
+def measured_gains(run, teacher, student):
+    """Figure 3(a) by epochs: notes how in an epoch the generator's, then the student's progress changes the disagreement."""
+    (before,), student_before = disagreement(run, teacher, student), copy.deepcopy(student)
+    yield
+    after_g, after_q = disagreement(run, teacher, student_before, student)
+    run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
 
 
 def compress(teacher, cfg, run=None):
@@ -289,17 +293,12 @@ def compress(teacher, cfg, run=None):
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
 
     def synthesize(y):
-        with run.autocast():
-            return sample(generator, y, cfg).float()
-
-    def logits(network, x):
-        with run.autocast():
-            return network(x).float()
+        return run.compute(sample, generator, y, cfg)
 
     def generator_step(keep_graph):
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        z_p, z_q = logits(teacher, x), logits(student, x)
+        z_p, z_q = run.compute(teacher, x), run.compute(student, x)
         bns = stats.loss(cfg.bns_form)
         if not real:
             loss = generator_loss(z_p, z_q, y, bns, cfg)
@@ -312,45 +311,26 @@ def compress(teacher, cfg, run=None):
     def student_step(x, z_p, z_q, y):
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
-            with torch.no_grad():
-                z_p = logits(teacher, x)
-        z_q = logits(student, x) if z_q is None else z_q
+            z_p = run.compute(teacher, x)
+        z_q = run.compute(student, x) if z_q is None else z_q
         loss = features.added_to(student_loss(z_p, z_q, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def iteration(calibrating, tuning):  # what ranges do is baked into a captured step, so it is an argument
-        one_forward = one_forward_serves_both(cfg, calibrating)
+        # a compiled step makes a forward for each side once the ranges are frozen, as mixed images do: see the top of the file
+        one_forward = cfg.mix == "none" and (cfg.capture != "compile" or calibrating)
         x, z_p, z_q, y = generator_step(keep_graph=tuning and one_forward)
         if tuning:
             student_step(x, z_p, z_q if one_forward else None, y)
 
-    def measure_gains(before, student_before):
-        """Figure 3(a) by epochs: how the generator's, then the student's progress changes the disagreement."""
-        after_g, after_q = disagreement(run, teacher, (student_before, student), probe_labels)
-        run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
-
     run.announce(describe(student))
-    step, run.rates = run.capture(iteration, optim_g, optim_q), "--lr-g or --lr-q"
-    probe_labels = torch.arange(256) * max(cfg.num_classes, 256) // 256 % cfg.num_classes
-    tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
-    calibrated_at = min(cfg.calibrate_epochs, tuned_from, cfg.epochs)
-    parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
-    # Epochs: the activation ranges follow the images in the first --calibrate-epochs; the generator learns alone in the first
-    # --warmup-epochs; then both learn.
-    for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
-        set_rates(cfg, epoch, optim_g, optim_q)
-        calibrating, tuning = epoch < cfg.calibrate_epochs, epoch >= tuned_from
-        if tuning and not calibrating:
-            before = *disagreement(run, teacher, (student,), probe_labels), copy.deepcopy(student)
-        observe(student, calibrating)
-        for _ in run.steps():
-            step(calibrating, tuning)
-        observe(student, False)
-        if tuning and not calibrating:
-            measure_gains(*before)
-        if epoch + 1 == calibrated_at:
-            run.measure("calibrated_top1", student)
+    step = run.capture(iteration, optim_g, optim_q)
+    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
+    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+        with measured_gains(run, teacher, student) if tuning and not calibrating else nullcontext():
+            for _ in run.steps():
+                step(calibrating, tuning)
     return keep_ranges(student)
 
 
@@ -410,19 +390,7 @@ RELEASED = {
     ("resnet50", 8): (50, 1e-4, (350, 400), 0.2, 0.3),
 }
 
-
-SHORT = {  # --schedule short; minutes on a CPU instead of hours on a GPU
-    "epochs": 12,
-    "iters": 60,
-    "batch_size": 16,
-    "warmup_epochs": 4,
-    "gamma": 10.0,
-    "lr_q": 2e-4,
-    "optimizer": "adam",
-    "decay": "cosine",
-    "act_ranges": "learned",
-    "feature_weight": 40.0,
-}
+SHORT = short_schedule(gamma=10.0, feature_weight=40.0)
 
 
 def parser():
@@ -461,12 +429,12 @@ def parser():
     p.without_effect("--no-ds", "--alpha-ds")
     p.without_effect("--no-as", "--alpha-as")
     p.without_effect("--no-ds and --no-as", "--beta")
-    p.without_effect("--no-margin", "--lambda-l", "--lambda-u")
-    p.without_effect("--no-bns", "--gamma", "--bns-form")
-    terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns".split()
-    p.without_effect("--generator-loss gdfq", *terms)
-    p.without_effect("--data-source real", "--generator-loss", *terms)
-    p.without_effect("--no-finetune", "--warmup-epochs", "--lr-q", "--weight-decay", "--student-loss", "--temperature")
+    p.without_effect("--no-margin", "--lambda-l --lambda-u")
+    p.without_effect("--no-bns", "--gamma --bns-form")
+    terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns"
+    p.without_effect("--generator-loss gdfq", terms)
+    p.without_effect("--data-source real", "--generator-loss", terms)
+    p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-loss --temperature")
     add_flags(p, SHORT)
     p.add_analysis("Figures 1, 3(b), 4(b), 5 and 6")
     return p

@@ -94,6 +94,7 @@ def analyze(cfg):
     project = principal_axes(features["single"])
     result, paths = measure_paths(run, project)
     points = {name: project(values) for name, values in features.items()}
+    labels = {name: y.numpy() for name, y in labels.items()}
     shown = [name for name in PATHS if name in paths]
     rows = [(PATHS[n], (f"{result[n]['distance_ratio']:.2f}", f"{result[n]['intrusion']:.5f}")) for n in shown]
     print_rows(f"{result['pairs']} paths between classes", ("distance ratio", "intrusion"), rows)

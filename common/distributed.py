@@ -49,12 +49,12 @@ class Unreachable(InputError):
 
 def started():
     """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
 
 
 def is_first():
     """Whether this is the first of them, which says what is to be said."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return started() == 1 or os.environ["RANK"] == "0"
 
 
 def join(cfg):
@@ -152,8 +152,9 @@ def add_up(tensor):
 
 
 def average(tensors):
-    """Replace tensors by their means over the processes, all at once."""
+    """Replace tensors, of an iterable, by their means over the processes, all at once."""
     if size > 1:
+        tensors = list(tensors)
         flat = add_up(torch.cat([tensor.flatten() for tensor in tensors])).div_(size)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view(tensor.shape))

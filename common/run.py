@@ -191,7 +191,7 @@ class Run:
         optimizer.zero_grad()
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss.backward(inputs=own, retain_graph=keep_graph)
-        distributed.average([parameter.grad for parameter in own if parameter.grad is not None])
+        distributed.average(parameter.grad for parameter in own if parameter.grad is not None)
         optimizer.step()
 
     def note(self, **figures):

@@ -53,7 +53,8 @@ def test_two_processes_compute_what_one_does_and_one_goes_on(tmp_path, monkeypat
 
 
 def test_what_several_processes_cannot_do_is_refused(fails, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
     sentence = fails(gdfq.main, *FLAGS)
     assert sentence.endswith("--batch-size is 8 and torchrun starts 3 processes, which share each batch; give a multiple of 3")
     assert "--capture compile works in one process" in fails(gdfq.main, *FLAGS, "--batch-size", "9", "--capture", "compile")

@@ -1,22 +1,24 @@
 """Several processes for one run, as torchrun starts them:  torchrun --nproc_per_node=2 gdfq.py ...
 
-mixmix.py divides its set of images: each process makes batches of its own. In the scripts with a generator the processes share
-every batch: each of N computes --batch-size / N images of it, and all take the same step. Whatever a step needs to know of a
-batch it is told of the whole batch, so that N processes compute what one does:
+In mixmix.py each process makes batches of its own. In the scripts with a generator the processes share every batch: each of N
+processes computes --batch-size / N of its images, and all of them take the step that one process would take:
 
     random numbers               every process draws those of the whole batch and keeps its own rows
-    BatchNorm while it trains,   means and variances over the whole batch, with gradients to all processes
+    BatchNorm in training mode,  means and variances are those of the whole batch; gradients flow to all processes
       BNS losses
-    activation ranges            extremes of the whole batch, or the range that a search finds for a sample of it
-    --mix, AdaDFQ's H'           partners from the whole batch; the smallest entropy of the whole batch
-    gradients                    means over the processes, before an optimizer steps (`Run.update`); of losses once an epoch
+    activation ranges            the extremes of the whole batch, or the result of a search in a sample of the whole batch
+    --mix, H' of AdaDFQ          partners and the smallest entropy are found in the whole batch
+    gradients                    are averaged over the processes before an optimizer steps (`Run.update`)
+    losses in metrics.jsonl      are averaged over the processes, once an epoch
 
-The first steps are equal to rounding: sums have another order, and training amplifies the difference. One thing differs more:
-where half of a batch is real (--data-source confusing, unconfusing), it is half of each process's part. Parameters and random
-numbers are the same in all processes to the bit, so a run may go on with another number of them.
+So N processes and one agree to rounding in the first steps. Sums are added up in another order, and quantization amplifies the
+difference as it does for another number of threads. There is one exception: with --data-source confusing or unconfusing, half
+of each process's part is real, not half of the batch. Parameters, ranges and random states are the same in all processes, bit
+for bit, so that a run can be resumed with another number of processes.
 
-Only the first process (rank 0) has the run folder, evaluates, prints and writes; the others wait for it in the next step. The
-exchanges are gloo's on a CPU and NCCL's on CUDA, where a CUDA graph may hold them; --capture compile is refused.
+Only the first process (rank 0) has the run folder, evaluates, prints and writes; the others wait for it at the next exchange.
+Exchanges use gloo on a CPU and NCCL on CUDA, where CUDA graphs can hold them (not run on a GPU yet). --capture compile
+is refused.
 """
 
 import os
@@ -221,7 +223,7 @@ def sample(values, count):
 def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5):
     """`F.batch_norm` in training, by the statistics of the whole batch."""
     dims, shape = [d for d in range(x.ndim) if d != 1], [-1] + [1] * (x.ndim - 2)
-    values = x.float()
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = values.mean(dims)
     mean, variance = whole_moments(mean, (values - mean.view(shape)).square().mean(dims))
     if running_mean is not None:

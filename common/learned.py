@@ -74,19 +74,20 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, bits, inside):
-        v, ends = x / scale, (-zero_point, 2**bits - 1 - zero_point)
-        ctx.save_for_backward(v, *ends)
-        ctx.lsq, ctx.shape = inside == "lsq", scale.shape
-        return torch.round(v).clamp_(*ends).mul_(scale)
+        v = x / scale
+        ctx.save_for_backward(v, zero_point)
+        ctx.lsq, ctx.top, ctx.shape = inside == "lsq", 2**bits - 1, scale.shape
+        steps = torch.round(v).add_(zero_point).clamp_(0, ctx.top).sub_(zero_point)
+        return steps.mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):
-        v, low, high = ctx.saved_tensors
-        nearest = torch.round(v)
-        steps = nearest.clamp(low, high)
-        within = (v > low) & (v < high) if ctx.lsq else steps == nearest
-        of_scale = steps.sub_(v * within).mul_(grad).sum_to_size(ctx.shape)
-        return grad * within, of_scale, None, None, None
+        v, zero_point = ctx.saved_tensors
+        steps = torch.round(v).add_(zero_point)
+        within = torch.ops.aten.hardtanh_backward  # (x, v, low, high): x where low < v < high, else 0
+        inside = (v + zero_point, 0, ctx.top) if ctx.lsq else (steps.clone(), -1, ctx.top + 1)
+        steps.clamp_(0, ctx.top).sub_(zero_point).sub_(within(v, *inside)).mul_(grad)
+        return within(grad, *inside), steps.sum_to_size(ctx.shape), None, None, None
 
 
 def learned_step(x, scale, zero_point, bits, inside):

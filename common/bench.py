@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.capture import CHOICES, compiler
+from common.capture import CHOICES, compiler, keep_freed_memory
 from common.cli import friendly_errors
 from common.models import load_teacher
 from common.ops import box_mix, channel_statistics, count_flops, plain_forms, superpose, superposed_labels
@@ -118,6 +118,7 @@ def reset_peak(device):
     else:
         with suppress(AttributeError):  # no glibc, so nothing is kept
             ctypes.CDLL(None).malloc_trim(0)
+            keep_freed_memory()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 

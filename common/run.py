@@ -25,6 +25,7 @@ FILES = "quantized.pt quantized.onnx student.pt result.json samples.png metrics.
 FILES = [*FILES.split(), "analysis"]  # beside config.json
 DEVICES = ("cpu", "cuda")
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
+SLOW = 2.0, 10.0  # an epoch is slow that takes this many times the fastest one's seconds, and this many seconds
 NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir eval_every".split()  # change no student
 
 
@@ -129,6 +130,7 @@ class Run:
         self.results, self.history, self.latest = {}, [], {}
         self.facts = {"processes": distributed.size} if distributed.size > 1 else {}
         self.seconds, self.iterations, self.peak = 0.0, 0, 0
+        self.fastest, self.advised = {}, False
         if self.folder:
             self._claim_folder()
         torch.manual_seed(cfg.seed)
@@ -232,7 +234,9 @@ class Run:
             before, self.phase = self.seconds, phases.get(epoch)
             self.bar.set_description(f"epoch {epoch + 1}/{count}", refresh=False)
             yield epoch
-            line = {"epoch": epoch, **self._mean_losses(), **self.noted, "seconds": round(self.seconds - before, 2)}
+            spent = self.seconds - before
+            self._advise(spent, epoch >= evaluate_from)
+            line = {"epoch": epoch, **self._mean_losses(), **self.noted, "seconds": round(spent, 2)}
             self._check_weights(student)
             due = (epoch + 1) % self.cfg.eval_every == 0 or epoch + 1 == count
             if self.test_set and due and epoch >= evaluate_from:
@@ -273,6 +277,15 @@ class Run:
             images = self.short["batch_size"] / self.cfg.batch_size
             line += f"; --schedule short takes about {duration(pace * steps * images)}"
         self.announce(line)
+
+    def _advise(self, spent, learning):
+        """Say once that an epoch was slow, among those in which the student learns or among the others, and why it may be."""
+        best = self.fastest.setdefault(learning, spent)
+        self.fastest[learning] = min(best, spent)
+        if self.cfg.capture == "none" and spent > SLOW[0] * best and spent > SLOW[1] and not self.advised:
+            took = f"epoch {self.epoch + 1} took {duration(spent)}, where the fastest one took {duration(best)}"
+            self.announce(f"{took}; where several runs share the processor, start each with --threads 1")
+            self.advised = True
 
     def log(self, **losses):
         """Note one step's losses (scalar tensors); they are read from the device once an epoch."""

@@ -115,8 +115,12 @@ def test_the_command_line_wins_over_the_short_schedule(fails):
 
 def test_a_run_tells_how_long_it_takes_and_what_the_short_schedule_would(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("common.run.PACE", (1, 2))
+    monkeypatch.setattr("common.run.SLOW", (0.0, 0.0))  # then every epoch is slow, and one of them is spoken of
     gdfq.main([*TINY, "--epochs", "4", "--calibrate-epochs", "1", "--out", str(tmp_path / "short")])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left on this machine" in line]
+    printed = capsys.readouterr().out.splitlines()
+    (advice,) = [line for line in printed if "--threads 1" in line]
+    assert "epoch 1 took" in advice and "where the fastest one took" in advice
+    lines = [line for line in printed if "left on this machine" in line]
     assert len(lines) == 2 and "first steps" in lines[0] and "the student learns" in lines[1]
     assert all("--schedule short" not in line for line in lines)  # which is longer than this run
     assert [duration(seconds) for seconds in (0.2, 89, 91, 3600, 8400)] == ["1 s", "89 s", "2 min", "60 min", "2 h 20 min"]

@@ -390,7 +390,7 @@ RELEASED = {
     ("resnet50", 8): (50, 1e-4, (350, 400), 0.2, 0.3),
 }
 
-SHORT = short_schedule(gamma=10.0, feature_weight=40.0)
+SHORT = short_schedule(gamma=10.0)
 
 
 def parser():

@@ -546,7 +546,7 @@ def find_genotype(teacher, cfg, run):
 
 
 SHORT = {"genotype": "published:resnet20-cifar10"}
-SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
+SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
 
 
 def parser():

@@ -412,7 +412,7 @@ RELEASED = {  # p, K at up to four bits and from five on, and whether the releas
     "mobilenet_v2": (0.4, 100, 100, False),
 }
 
-SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
+SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
 
 
 def parser():

@@ -29,6 +29,7 @@ from common.published import paper_drop
 from common.run import NOT_COMPARED, write_atomically
 
 METHODS = {"gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "adadfq": "AdaDFQ", "mixmix": "MixMix"}
+ORDER = {method: number for number, method in enumerate(METHODS)}
 SECONDS = [15, 30, 60, 120, 240, 480, 900, 1800, 3600]  # ticks
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -158,7 +159,7 @@ def collect(folders, place, machine=None):
 
 
 def _order(run):
-    return run["bits"], list(METHODS).index(run["method"]), tuple(run["flags"]), run["seed"]
+    return run["bits"], ORDER[run["method"]], tuple(run["flags"]), run["seed"]
 
 
 def read_table(file):
@@ -294,10 +295,11 @@ def draw_accuracy(place):
 
     def painter(bits, methods):
         def paint(axes):
-            for number, (method, runs) in enumerate(methods.items()):
-                _, seconds, top1 = np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
-                line = axes.plot(np.median(seconds, 0), np.median(top1, 0), "os^Dv"[number] + "-", ms=4, label=METHODS[method])
-                axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=line[0].get_color(), lw=0)
+            for method, runs in methods.items():
+                number, (_, seconds, top1) = ORDER[method], np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
+                look = {"color": f"C{number}", "marker": "os^Dv"[number], "ms": 4, "label": METHODS[method]}
+                axes.plot(np.median(seconds, 0), np.median(top1, 0), **look)
+                axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
             axes.axhline(full, color="black", lw=1, label="full precision")
             if bits.isdigit() and paper_drop("best", int(bits)) is not None:

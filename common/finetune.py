@@ -26,12 +26,11 @@ from common.quant import QuantAct, observe, quantized_activations
 SAMPLE = 2048  # values of a batch that a search looks at
 
 
-def short_schedule(feature_weight, **losses):
+def short_schedule(**losses):
     """What --schedule short sets, by names in Python: minutes on a CPU instead of hours on a GPU. `losses` are the weights and
     forms of the method's own terms."""
-    first = {"epochs": 12, "iters": 60, "batch_size": 16, "warmup_epochs": 4} | losses
-    last = {"lr_q": 2e-4, "optimizer": "adam", "decay": "cosine", "act_ranges": "learned", "feature_weight": feature_weight}
-    return first | last
+    first = {"epochs": 12, "iters": 60, "batch_size": 16, "warmup_epochs": 4}
+    return first | losses | {"lr_q": 2e-4, "optimizer": "adam", "decay": "cosine", "act_ranges": "learned"}
 
 
 def add_flags(parser, short):

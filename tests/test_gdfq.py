@@ -6,7 +6,7 @@ from conftest import FunctionalNet, trained
 import gdfq
 from common import InputError
 from common.models import input_channels
-from common.quant import quantized_activations, quantized_layers
+from common.quant import observe, quantized_activations, quantized_layers
 from gdfq import Generator, compress, config, generator_loss, kd_loss, mix_images, student_loss
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
@@ -97,7 +97,7 @@ def test_first_student_step_equals_one_computed_by_hand(net):
     y = torch.randint(5, (8,))
     x = generator(torch.randn(8, 100), y).detach()
     reference = gdfq.quantize(net, 4, 4)
-    gdfq.observe(reference, True)
+    observe(reference, True)
     logits, cfg = reference(x), config(**settings)
     student_loss(logits, net(x).detach(), y, cfg).backward()
     expected = net.fc.weight - 0.1 * 1.9 * reference.fc.weight.grad  # Nesterov: gradient + 0.9 * buffer

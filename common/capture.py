@@ -29,7 +29,8 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)  # tensors of any size from the heap
         libc.mallopt(trim_threshold, -1)  # whose end is never given back
-        libc.malloc.restype, size = ctypes.c_void_p, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        libc.malloc.restype = ctypes.c_void_p
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         if start := libc.malloc(ctypes.c_size_t(size)):  # addresses only: memory is taken when it is written to
             libc.free(ctypes.c_void_p(start))
             libc.madvise(ctypes.c_void_p(start + -start % page), ctypes.c_size_t(size - page), hugepage)

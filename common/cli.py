@@ -307,10 +307,17 @@ class Parser(argparse.ArgumentParser):
         return self.parse(argv)
 
 
+def as_flag(name, value):
+    """A setting by its name in Python, as a command line has it."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else "--no-" + flag[2:]
+    return " ".join([flag, *map(str, value if isinstance(value, list) else [value])])
+
+
 def as_flags(settings):
     """A dict of settings by their names in Python, as a command line has them."""
-    texts = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in settings.items())
-    return " ".join(texts)
+    return " ".join(as_flag(name, value) for name, value in settings.items())
 
 
 def fill_in(cfg, defaults):

@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 
 from common import InputError
 from common.analysis import draw
-from common.cli import friendly_errors
+from common.cli import as_flag, friendly_errors
 from common.data import read_slice
 from common.published import paper_drop
 from common.run import NOT_COMPARED, write_atomically
@@ -65,14 +65,6 @@ PICTURES = {
 
 
 # ------------------------------------------------------------------------------------------------- from a run to a line
-
-
-def as_flag(name, value):
-    """An argument as a command line has it."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return flag if value else "--no-" + flag[2:]
-    return " ".join([flag, *map(str, value if isinstance(value, list) else [value])])
 
 
 def changed_flags(arguments):

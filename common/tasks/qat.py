@@ -106,8 +106,7 @@ def augmented(x):
 
 
 def learn_steps(student):
-    """Let the weights of all layers have a learned step; returns the `LearnedStep`s in the places of
-    activations."""
+    """Let the weights of all layers have a learned step; returns the `LearnedStep`s in the places of activations."""
     for _, layer in quantized_layers(student):
         layer.quantizer = LearnedWeight(layer.weight, layer.bits)
         layer.packed = True  # so that it is left out when the network quantizes the weights of all its layers

@@ -253,14 +253,15 @@ def time_to_accuracy(name, bits, args):
 
     Returns:
         A row for the table: medians over the seeds of `seconds` and of the `drop` from full precision, its `worst`, and what
-        the method's own paper and the best published lose with CIFAR-10's ResNet-20 (None where there is no figure).
+        the method's own paper and the best published lose with this network (None where there is no figure).
     """
     seconds, drops, calibrated = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             out = Path(folder) / str(seed)
-            settings = {"schedule": "short", "arch": args.arch, "bits": bits, "seed": seed, "eval-every": 10**6, "out": out}
-            settings |= {"precision": args.precision, "data-dir": args.data_dir, "device": args.device}
+            settings = {"schedule": "short", "arch": args.arch, "dataset": args.dataset, "weights": args.weights, "bits": bits}
+            settings |= {"seed": seed, "eval-every": 10**6, "out": out, "precision": args.precision}
+            settings |= {"data-dir": args.data_dir, "device": args.device}
             flags = [text for flag, value in settings.items() if value is not None for text in (f"--{flag}", str(value))]
             extra = [text for flag, value in METHODS[name].items() for text in (f"--{flag}", value)]
             script, began = Path(__file__).parent.parent / f"{name}.py", time.time()
@@ -276,7 +277,8 @@ def time_to_accuracy(name, bits, args):
     steps = result["arguments"]["epochs"] * result["arguments"]["iters"]
     row = {"method": name, "bits": bits, "steps": steps, "batch_size": result["arguments"]["batch_size"]}
     row |= {"seconds": round(median(seconds)), "drop": round(median(drops), 2), "worst": round(max(drops), 2)}
-    row |= {"calibrated": round(median(calibrated), 2), "paper": paper_drop(name, bits), "best": paper_drop("best", bits)}
+    paper, best = (paper_drop(method, bits, args.dataset, args.arch) for method in (name, "best"))
+    row |= {"calibrated": round(median(calibrated), 2), "paper": paper, "best": best}
     return row | {"images": result["images"], "precision": result["arguments"]["precision"]}
 
 

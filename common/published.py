@@ -85,22 +85,22 @@ PAPER_TOP1 = {
     ("imagenet", "mobilenet_v2"): 73.03,
 }
 
-# Top-1 accuracy in percent of ResNet-20 on CIFAR-10, all layers at these bits, (method, bits) -> figure. At 3 bits AdaDFQ
-# reports GDFQ's and Qimera's, at 4 and 5 Qimera GDFQ's and AutoReCon's. "best" is the best published with a range per tensor
-# of activations and per channel of weights.
+# Top-1 accuracy in percent of ResNet-20 on CIFAR-10, all layers at these bits. At 3 bits AdaDFQ reports GDFQ's and Qimera's, at
+# 4 and 5 Qimera GDFQ's and AutoReCon's. "best" is the best published with a range per tensor of activations and per channel of
+# weights: SynQ (ICLR 2025), twice, and AdaDFQ + AKT.
 PAPER_CIFAR10 = {
-    ("gdfq", 3): 75.11, ("gdfq", 4): 90.25, ("gdfq", 5): 93.38,
-    ("qimera", 3): 74.43, ("qimera", 4): 91.26, ("qimera", 5): 93.46,
-    ("adadfq", 3): 84.89, ("adadfq", 4): 92.31, ("adadfq", 5): 93.81,
-    ("autorecon", 4): 88.55, ("autorecon", 5): 92.88,
-    ("best", 3): 88.11, ("best", 4): 92.76, ("best", 5): 93.83,  # SynQ (ICLR 2025), twice; AdaDFQ + AKT
-}  # fmt: skip
+    "gdfq": {3: 75.11, 4: 90.25, 5: 93.38},
+    "qimera": {3: 74.43, 4: 91.26, 5: 93.46},
+    "adadfq": {3: 84.89, 4: 92.31, 5: 93.81},
+    "autorecon": {4: 88.55, 5: 92.88},
+    "best": {3: 88.11, 4: 92.76, 5: 93.83},
+}
 
 
-def paper_drop(method, bits):
-    """Points of top-1 accuracy that a method loses in its paper on CIFAR-10's ResNet-20, or None."""
-    top1 = PAPER_CIFAR10.get((method, bits))
-    return None if top1 is None else round(PAPER_TOP1["cifar10", "resnet20"] - top1, 2)
+def paper_drop(method, bits, dataset, arch):
+    """Points of top-1 accuracy that a method loses in its paper with all layers at `bits`, or None where no figure is known."""
+    top1 = PAPER_CIFAR10.get(method, {}).get(bits) if (dataset, arch) == ("cifar10", "resnet20") else None
+    return None if top1 is None else round(PAPER_TOP1[dataset, arch] - top1, 2)
 
 
 def bundled_weights(arch, dataset):

@@ -199,11 +199,11 @@ def table(runs):
     lines = [f"## {arguments['arch']} on {arguments['dataset']}" + "".join(f", {flag}" for flag in protocol), ""]
     lines += ["; ".join(filter(None, shown)) + f"; versions: {all_of(versions)}.", "", "```bash", command, "```", ""]
     lines += [f"| {HEADS} |", "|---" * (HEADS.count("|") + 1) + "|"]
-    papers = (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20")
+    network = arguments["dataset"], arguments["arch"]
     for (bits, method, flags), seeds in rows.items():
         results = [run["result"] for run in seeds]
         calibrated, last, best = ([result[f"{n}_top1"] for result in results] for n in ("calibrated", "last", "best"))
-        published = [paper_drop(name, int(bits)) if papers and bits.isdigit() else None for name in (method, "best")]
+        published = [paper_drop(name, int(bits), *network) if bits.isdigit() else None for name in (method, "best")]
         cells = [
             bits,
             " ".join([METHODS[method], *(f"`{flag}`" for flag in flags)]),
@@ -294,8 +294,8 @@ def draw_accuracy(place):
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
             axes.axhline(full, color="black", lw=1, label="full precision")
-            if bits.isdigit() and paper_drop("best", int(bits)) is not None:
-                axes.axhline(full - paper_drop("best", int(bits)), color="grey", ls="--", lw=1, label="best published")
+            if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
+                axes.axhline(full - best, color="grey", ls="--", lw=1, label="best published")
             axes.set_xscale("log")
             axes.set_xticks(SECONDS, map(str, SECONDS))
             axes.set_xticks([], minor=True)

@@ -60,10 +60,10 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
 def test_whole_runs_are_timed_and_set_beside_the_papers(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    small = "--dataset folder --num-classes 5 --image-size 16 --epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1"
-    command = ["--time-to-accuracy", "--arch", "tiny:net", "--bits", "3", "--seeds", "1", "--precision", "fp32"]
+    small = "--num-classes 5 --image-size 16 --epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1"
+    command = "--time-to-accuracy --arch tiny:net --dataset folder --bits 3 --seeds 1 --precision fp32".split()
     (row,) = bench.main([*command, "--data-dir", str(data), "--", *small.split()])
-    assert (row["method"], row["steps"], row["images"], row["paper"], row["best"]) == ("gdfq", 4, 20, 18.78, 5.78)
+    assert (row["method"], row["steps"], row["images"], row["paper"], row["best"]) == ("gdfq", 4, 20, None, None)
     assert 1 < row["seconds"] < 300 and -100 <= row["drop"] == row["worst"] <= 100
     assert "calibrated" in capsys.readouterr().out
     assert "needs test images; give --data-dir" in fails(bench.main, *command, "--", *small.split())

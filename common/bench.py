@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -91,6 +91,7 @@ class _PlainRun(_FastRun):
     forms, layout, fused = staticmethod(plain_forms), torch.contiguous_format, None
 
 
+@cache
 def convolution_rate(device, dtype):
     """FLOPs per second of a large 3x3 convolution (128 to 128 channels, 64 images of 32x32), best layout, median of nine."""
     rates, count = [], 20 if device.type == "cuda" else 1  # at a time: a GPU needs less for one than to be waited for

@@ -30,11 +30,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def same_on_every_machine(request, monkeypatch):
-    """fp32 where a test does not say bf16, whatever the hardware computes."""
-    forced = request.config.getoption("--computes-bf16")
+    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads end with its test."""
+    threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
     monkeypatch.setitem(common.cli.DEFAULTS, "precision", "fp32")
+    yield
+    torch.set_num_threads(threads)
 
 
 class FunctionalNet(nn.Module):

@@ -23,7 +23,7 @@ from common.export import load_quantized, save_quantized
 
 def paused(folder, epochs, *flags):
     """A process that runs gdfq.py, stopped when it has saved so many epochs."""
-    process = start(folder, "--epochs", 60, *flags)
+    process = start(folder, "--epochs", 24, *flags)
     while process.poll() is None and len(read_metrics(folder)) < epochs:
         time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)
@@ -44,7 +44,7 @@ def ended(process, number=signal.SIGCONT):
 def test_nothing_is_lost_to_signals_a_full_disk_or_a_second_process(tmp_path, fails, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tests")
     folder, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint.pt"
-    arguments = [*TINY, "--epochs", "60", "--threads", "1"]  # as many as `start` gives
+    arguments = [*TINY, "--epochs", "24", "--threads", "1"]  # as many as `start` gives
     gdfq.main([*arguments, "--out", str(tmp_path / "whole")])
 
     def stands():

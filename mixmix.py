@@ -71,11 +71,10 @@ from torchvision.transforms.functional import gaussian_blur
 from common import InputError, distributed, synthesis, tasks
 from common.bns import BatchNormStatistics
 from common.cli import Parser, fill_in, friendly_errors, number, whole
-from common.data import as_tensors
+from common.data import ASSETS, as_tensors
 from common.images import jitter
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import box_mix
-from common.published import ASSETS
 from common.report import arithmetic, execute, per_channel
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
@@ -408,8 +407,10 @@ def parser():
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)
     add("--data-source", choices=sources, default="mixmix", help="where images come from; see the top of mixmix.py")
-    ready = "images that are there already: an images.npz, the run that made it, or a folder of pictures"
-    add("--images", nargs="+", metavar="FILE|RUN|FOLDER", help=ready)
+    ready = (
+        "images that are there already: an images.npz, the run that made it, a folder of pictures, or bundled (for CIFAR-10)"
+    )
+    add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
     zoo = "networks to invert: names, arch=weights or package.module:factory (default: by data set, without the held-out ones)"
     add("--zoo", nargs="+", help=zoo)
     judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())

@@ -29,8 +29,7 @@ NORMALISATION = {
     "chenyaofo-cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "chenyaofo-cifar100": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
 }
-SLICE = Path(__file__).parent / "assets" / "cifar10_test_2000.png"
-SLICE_GRID = (40, 50)  # rows and columns; four rows a class
+ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("val", "test")  # folders that hold test images
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 FROM_TRAINING_SET = ("real", "confusing", "unconfusing")  # values of --data-source that read real training images
@@ -359,12 +358,15 @@ def read_folder(folder):
     return images, labels
 
 
+def read_mosaic(path, rows, columns):
+    """The images of a picture with `rows` x `columns` of them, row by row: (N, 3, 32, 32) uint8."""
+    mosaic = torch.from_numpy(np.array(Image.open(path)))
+    return mosaic.view(rows, 32, columns, 32, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
+
+
 def read_slice():
     """The bundled 2,000 CIFAR-10 test images (2000, 3, 32, 32) uint8, the first 200 of each class, and labels."""
-    rows, columns = SLICE_GRID
-    mosaic = torch.from_numpy(np.array(Image.open(SLICE)))
-    images = mosaic.view(rows, 32, columns, 32, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
-    return images, torch.arange(10).repeat_interleave(len(images) // 10)
+    return read_mosaic(ASSETS / "cifar10_test_2000.png", 40, 50), torch.arange(10).repeat_interleave(200)
 
 
 def full_precision():

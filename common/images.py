@@ -8,7 +8,9 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import InputError, replacing
-from common.data import as_tensors, load_training_images, load_training_set, read_pictures
+from common.data import ASSETS, NORMALISATION, as_tensors, load_training_images, load_training_set, read_mosaic, read_pictures
+
+BUNDLED = ASSETS / "cifar10_mixmix_256.png"  # 256 images of MixMix, the i-th of class i mod 10
 
 
 class ImageSet:
@@ -40,7 +42,8 @@ def read_images(name, cfg, labelled=False):
     """The images of --images.
 
     Args:
-        name: an images.npz, the folder of the run that made it, or a folder of pictures, which need no labels.
+        name: an images.npz, the folder of the run that made it, a folder of pictures, which need no labels, or "bundled" for
+            those in common/assets.
         cfg: how many classes and how large images there must be; --mean and --std, by which pictures are normalised.
         labelled: refuse images without labels.
 
@@ -50,6 +53,11 @@ def read_images(name, cfg, labelled=False):
     Raises:
         InputError: no such file, a damaged one, or images of another data set.
     """
+    if str(name) == "bundled":
+        if cfg.dataset != "cifar10":
+            raise InputError(f"--images bundled are of CIFAR-10, and --dataset is {cfg.dataset}; give others")
+        normalisation = tuple(map(list, NORMALISATION["cifar10"]))
+        return normalise(read_mosaic(BUNDLED, 16, 16), normalisation), torch.arange(256) % 10, normalisation
     places = Path(name) / "images.npz", Path(name) / "images" / "images.npz", Path(name)  # a run's own, or for its task
     path = next((place for place in places if place.is_file()), Path(name))
     if path.is_dir() and not (path / "config.json").exists():

@@ -8,10 +8,9 @@ import torch
 import torchvision
 
 from common import InputError, timm_models
-from common.data import IMAGE_SIZE, download
+from common.data import ASSETS, IMAGE_SIZE, download
 from common.timm_models import is_timm, stated
 
-ASSETS = Path(__file__).parent / "assets"
 GITHUB = "https://github.com"
 _CHENYAOFO = GITHUB + "/chenyaofo/pytorch-cifar-models/releases/download/"
 

@@ -225,6 +225,15 @@ def test_inverted_images_are_classified_and_have_the_statistics(net):
     assert lines[0]["lambda_prior"] != lines[-1]["lambda_prior"]
 
 
+def test_the_bundled_images_are_classified():
+    images, labels, normalisation = read_images("bundled", config())
+    zoo, shared = load_zoo(["resnet20", "vgg11_bn_x0_25"], config())
+    assert normalisation == shared and labels.bincount().tolist() == [26] * 6 + [25] * 4
+    assert all((model(images.float()).argmax(1) == labels).float().mean() > 0.95 for model in zoo)
+    with pytest.raises(InputError, match="--images bundled are of CIFAR-10, and --dataset is folder; give"):
+        read_images("bundled", config(**TINY))
+
+
 def test_labels_are_balanced_or_random():
     labels = make_labels(config(**TINY | {"count": 100}))
     assert labels.bincount().tolist() == [20] * 5 and labels.tolist() != sorted(labels.tolist())

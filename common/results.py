@@ -275,27 +275,32 @@ def draw_methods(place):
 
 
 def draw_accuracy(place):
-    """accuracy.png: of each number of bits a panel with the runs of the plain methods that were evaluated more than once."""
+    """accuracy.png: of each number of bits a panel with the methods' runs that were evaluated more than once, solid lines for
+    --schedule short and dashed ones for the papers' schedules. Of a table's rows, those with the fewest flags are drawn."""
     panels, times = defaultdict(dict), []
     for file in sorted(place.glob("*.jsonl")):
-        for (bits, method, flags), runs in rows_of(read_table(file))[0].items():
-            arguments = runs[0]["arguments"]
+        rows, _ = rows_of(read_table(file))
+        for bits, method, flags in sorted(rows, key=lambda row: len(row[2])):
+            runs, arguments = rows[bits, method, flags], rows[bits, method, flags][0]["arguments"]
             alike = len({len(run["curve"]) for run in runs}) == 1 < len(runs[0]["curve"])
-            if not flags and alike and (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20"):
-                panels[bits][method] = runs
+            line = method, arguments.get("schedule") == "short"
+            if alike and (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20") and line not in panels[bits]:
+                panels[bits][line] = runs
                 times += [seconds for run in runs for _, seconds, _ in run["curve"]]
 
-    def painter(bits, methods):
+    def painter(bits, lines):
         def paint(axes):
-            for method, runs in methods.items():
+            for (method, short), runs in sorted(lines.items(), key=lambda line: (not line[0][1], ORDER[line[0][0]])):
                 number, (_, seconds, top1) = ORDER[method], np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
-                look = {"color": f"C{number}", "marker": "os^Dv"[number], "ms": 4, "label": METHODS[method]}
-                axes.plot(np.median(seconds, 0), np.median(top1, 0), **look)
+                look = {"color": f"C{number}", "marker": "os^Dv"[number], "ms": 4, "ls": "-" if short else "--"}
+                axes.plot(np.median(seconds, 0), np.median(top1, 0), **look, label=METHODS[method] if short else None)
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
+            if not all(short for _, short in lines):
+                axes.plot([], [], color="black", ls="--", label="the paper's schedule")
             axes.axhline(full, color="black", lw=1, label="full precision")
             if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
-                axes.axhline(full - best, color="grey", ls="--", lw=1, label="best published")
+                axes.axhline(full - best, color="grey", ls=":", lw=1, label="best published")
             axes.set_xscale("log")
             axes.set_xticks(SECONDS, map(str, SECONDS))
             axes.set_xticks([], minor=True)

@@ -37,6 +37,10 @@ Where the equations are:
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
+    generator alone       not said                     4 epochs, on ImageNet 50, ResNet-50 at  --warmup-epochs
+                                                       three bits 100
+    quantizer             Eq. 18, called symmetric     the same with an integer zero point     as released (common.quant),
+                                                       for outputs of activation functions     --act-placement relu
     Figure 3(a)           H_info, by iteration         not released                            1 - H_info / ln C, by epoch,
                                                                                                of 256 fixed noise vectors
     Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
@@ -70,7 +74,7 @@ from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
-from common.distributed import whole
+from common.distributed import whole as whole_batch
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
@@ -165,7 +169,8 @@ def entropy(z_p, z_q, temperature=1.0):
 
 
 def normalised_entropy(z_p, z_q, detach_least=False):
-    """H'_info(p_ds) (B,), 0 to 1: 0 for the sample of the batch that teacher and student disagree about most (Eq. 3).
+    """H'_info(p_ds) (B,), 0 to 1; H_nor of Eq. 3 is 1 - H'. It is 0 for the sample of the batch that the two networks
+    disagree about most.
 
     Args:
         z_p, z_q: the teacher's and the student's logits, (B, C), B at least 2.
@@ -173,7 +178,7 @@ def normalised_entropy(z_p, z_q, detach_least=False):
             the released code. In the student's loss that gradient would reward parting from the teacher on that sample.
     """
     h = entropy(z_p, z_q)
-    least = whole(h).min().detach() if detach_least else whole(h).min()
+    least = whole_batch(h).min().detach() if detach_least else whole_batch(h).min()
     return (h - least) / (math.log(z_p.shape[1]) - least).clamp(min=1e-4)  # below it, rounding is all there is
 
 
@@ -237,7 +242,7 @@ def game_figures(z_p, z_q, y):
     and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar tensors by name."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     known = p == y
-    ordered = whole(h).sort().values
+    ordered = whole_batch(h).sort().values
     low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.1, 0.5, 0.9))
     shares = {"ds_samples": (known & (p != q)).float().mean(), "as_samples": (known & (p == q)).float().mean()}
     return {"h_mean": h.mean(), "h_q10": low, "h_q50": middle, "h_q90": high, **shares, "train_loss": F.cross_entropy(z_q, y)}
@@ -406,15 +411,15 @@ def parser():
         beta1={"released": 0.5, "paper": 0.9}, lr_q="1e-4, ImageNet 1e-5, ResNet-50 1e-4",
         decay_epochs="CIFAR 100 200 300, ImageNet by network and bits", bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
-    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1, released code on ImageNet by network and bits)"
+    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1; released on ImageNet by network and bits)"
     add("--lambda-l", type=number(0, 1), help=low)
     add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
-    about = "weight of L_ds (Eq. 9; default: 0.2, released code on ImageNet by network and bits)"
+    about = "weight of L_ds (Eq. 9; default: 0.2; released on ImageNet by network and bits)"
     add("--alpha-ds", type=number(0), help=about)
     add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")
     add("--gamma", type=number(0), default=1.0, help="weight of the BatchNorm statistics loss L_BNS (Eq. 12)")
-    sides = "loss of the student: of the paper, of the released code, or of GDFQ"
+    sides = "loss of the student: the paper's (eq13), the released code's (entropy-t) or GDFQ's (gdfq)"
     by_variant = {"released": "entropy-t", "paper": "eq13"}
     p.add_derived(group, "--student-loss", by_variant, sides, choices=("eq13", "entropy-t", "gdfq"))
     temperature = "temperature T of the student losses entropy-t and gdfq (default: CIFAR 20, ImageNet 5; gdfq 20)"

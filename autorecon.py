@@ -30,6 +30,9 @@ networks they stand for, from which the macro-architecture is known exactly. The
     its weights           start anew in stage 2, and train on through it                            GDFQ
     scale s (Table 3)     64 s channels                                                             published networks
     inner BatchNorms      eps 0.8                                                                   published networks
+    up- and cross-edges   conditional BatchNorm, LeakyReLU and a 1x1 convolution behind             published networks
+                          the interpolation, which is all that Table 1 has
+    generator alone       4 epochs of stage 2, on ImageNet 50                                       GDFQ
     activation ranges     plain moving average over the first four epochs                           GDFQ, without feedback
     Table 4's settings    500 epochs of 50 batches of 256, student's rate 0.1 and weight decay      DFAD's CIFAR script
                           5e-4, five student steps, L1 of the logits
@@ -76,7 +79,7 @@ from common.cli import Parser, check_image_size, checked_schedule, friendly_erro
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import count_flops, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
+from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
 from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run, write_atomically
@@ -241,7 +244,7 @@ class HumanDesigned(nn.Module):
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
-CONTROLS = ("acgan", "gdfq")  # human-designed: with the label in conditional BatchNorms, and as GDFQ has it
+CONTROLS = ("acgan", "gdfq")  # the label in conditional BatchNorms, as the paper has SN-GAN (Sec. 4.1), or as in GDFQ
 
 
 def build_generator(genotype, cfg, channels):
@@ -393,21 +396,9 @@ def derive(probabilities):
 # ----------------------------------------------------------------------------------------------- stage 2: compression
 
 
-def kd_loss(student_logits, teacher_logits, temperature, reduction):
-    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T; logits (B, C).
-
-    `reduction` "batchmean" divides it by B, "mean" by B * C as the released code does.
-    """
-    teacher_log = F.log_softmax(teacher_logits / temperature, 1)
-    student_log = F.log_softmax(student_logits / temperature, 1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum()
-    count = teacher_logits.shape[0] if reduction == "batchmean" else teacher_logits.numel()
-    return temperature**2 * divergence / count
-
-
 def compression_loss(student_logits, teacher_logits, y, cfg):
     """L_c: cross-entropy and distillation for quantization; for distillation alone the mean absolute difference of the
-    logits, as DFAD has it, whose reconstruction Table 4 replaces. Logits (B, C), labels (B,)."""
+    logits, as in DFAD, whose generator loss Table 4 replaces by L_r. Logits (B, C), labels (B,)."""
     if cfg.task == "kd":
         return F.l1_loss(student_logits, teacher_logits)
     kd = kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
@@ -552,7 +543,7 @@ SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmea
 def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
-    sources = "search the generator, or take a genotype.json, a run folder's, published:NETWORK-DATASET"
+    sources = "search for the generator, or take a genotype.json, the folder of a run that has one, published:NETWORK-DATASET"
     add("--genotype", default="search", help=f"{sources}, or a control: random, acgan, gdfq (for large images as acgan)")
     add("--search-only", action="store_true", help="stop after stage 1")
     add("--search-epochs", type=whole(1, 10**6), default=25, help="epochs of the search, L1 of Algorithm 1")
@@ -601,7 +592,7 @@ def parser():
 def _complete(cfg):
     if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
         found = f"--task is {cfg.task} and --student-arch {cfg.student_arch}"
-        raise InputError(f"{found}; give both (kd and an architecture) to distil, none to quantize")
+        raise InputError(f"{found}; give --task kd and --student-arch to distil, or neither to quantize")
     if cfg.latent_dim < 3:
         raise InputError(f"--latent-dim is {cfg.latent_dim}; each of three blocks gets a third of it, so give at least 3")
     if cfg.tau_end > cfg.tau_start:

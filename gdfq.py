@@ -11,8 +11,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     generator_loss                  L(G) = L_CE + alpha * L_BNS                          Eq. 1
     BatchNormStatistics.loss        L_BNS                                               Eq. 11 of AdaDFQ
     student_loss                    L(Q) = L_CE + delta * L_KD                          Eq. 3
-    kd_loss                         L_KD, Kullback-Leibler divergence at temperature T
-    common.quant                    the quantizer
+    common.ops.kd_loss              L_KD, Kullback-Leibler divergence at temperature T
+    common.quant                    the quantizer                                       Eq. 10, Eq. 18 of AdaDFQ
 
     what                     paper                      released code               here
     L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
@@ -21,7 +21,10 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     inner BatchNorms, eps    not given                  0.8 (CIFAR and ImageNet)    0.8
     activation ranges        moving average             one that feeds its bias     plain moving average
                                                         correction back
+    quantized are            all layers, activations    all layers, outputs of      --act-placement relu
+                                                        activation functions
     calibration              not given                  first 4 epochs              --calibrate-epochs 4
+    generator alone          not given                  4 epochs, on ImageNet 50    --warmup-epochs
     temperature              not given                  20                          20 (--temperature)
     precision                fp32                       fp32                        --precision; auto: bf16 where the
                                                                                     hardware computes it
@@ -33,7 +36,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
-the first `--calibrate-epochs` epochs and are frozen then, although on ImageNet the generator trains alone until epoch 50.
+the first `--calibrate-epochs` epochs and are frozen then, on ImageNet too, where the generator trains alone for longer.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
@@ -50,7 +53,7 @@ from common.data import TestSet, evaluation_batch, full_precision
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import mix_images, upsample_conv
+from common.ops import kd_loss, mix_images, upsample_conv
 from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run
@@ -126,33 +129,10 @@ def sample(generator, y, cfg):
     return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
 
 
-def generator_loss(teacher_logits, y, bns, bns_weight, use_ce=True, use_bns=True):
-    """L(G) = L_CE + alpha * L_BNS, Eq. 1: images of class y with the statistics the teacher knows.
-
-    Args:
-        teacher_logits: (B, C).
-        y: labels (B,).
-        bns: L_BNS of the same batch, a scalar.
-        bns_weight: alpha.
-        use_ce, use_bns: leave a term out.
-    """
-    loss = F.cross_entropy(teacher_logits, y) if use_ce else 0.0
-    return loss + bns_weight * bns if use_bns else loss
-
-
-def kd_loss(student_logits, teacher_logits, temperature, reduction):
-    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T.
-
-    Args:
-        student_logits, teacher_logits: (B, C).
-        temperature: T.
-        reduction: "batchmean" divides by B, "mean" by B * C as the released code does.
-    """
-    teacher_log = F.log_softmax(teacher_logits / temperature, 1)
-    student_log = F.log_softmax(student_logits / temperature, 1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum()
-    count = teacher_logits.shape[0] if reduction == "batchmean" else teacher_logits.numel()
-    return temperature**2 * divergence / count
+def generator_loss(teacher_logits, y, bns, cfg):
+    """L(G) = L_CE + alpha * L_BNS, Eq. 1: images of labels y (B,) with the statistics the teacher knows; bns is a scalar."""
+    loss = 0.0 if cfg.no_ce else F.cross_entropy(teacher_logits, y)
+    return loss if cfg.no_bns else loss + cfg.bns_weight * bns
 
 
 def student_loss(student_logits, teacher_logits, target, cfg):
@@ -228,7 +208,7 @@ def compress(teacher, cfg, run=None):
         x = synthesize(y)
         logits, bns = run.compute(teacher, x), stats.loss(cfg.bns_form)
         if train_generator:
-            loss = generator_loss(logits, y, bns, cfg.bns_weight, not cfg.no_ce, not cfg.no_bns)
+            loss = generator_loss(logits, y, bns, cfg)
             run.update(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y

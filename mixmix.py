@@ -1,7 +1,7 @@
 """MixMix: All You Need for Data-Free Compression Are Feature and Data Mixing (Li et al., ICCV 2021).
 
 Images are optimised until several trained networks at once see their labels in them and find the BatchNorm statistics they
-stored (feature mixing), while parts of every image are covered by a shrunk other one (data mixing). Images made once serve
+stored (feature mixing), while a part of every image is covered by another one, shrunk (data mixing). Images made once serve
 to compress any network.
 
     python mixmix.py --arch resnet20 --dataset cifar10 --bits 4
@@ -19,12 +19,13 @@ Where the equations are:
                              ptq (BRECQ), qat (LSQ), prune, transfer, kd (DAFL)        Tables 3, 4, 5 and 8, 6, 7
     DaflTerms                Eq. 6 in DAFL's loop                                      Sec. 5.4, Table 7
 
-No code of it was published; this is the first. What the paper leaves open or has otherwise, and what stands here:
+No code of it was published. What the paper leaves open or has otherwise, and what stands here:
 
     what                 here                                                          why
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
-    5,000 iterations     two thirds at half the resolution, the rest at full size      DeepInversion's ratio, 2 to 1
+    5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
+                         (CIFAR: 2,000, all at full size)
     learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
                          default (--weights-form)                                      fixed ones measured as good
     lambda_3             of the whole prior; --tv-weight and --l2-weight are its       the form is not said
@@ -32,7 +33,8 @@ No code of it was published; this is the first. What the paper leaves open or ha
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    held out             without MobileNet-b                                           its weights are not public
+    held out             without MobileNet-b; the first one's predictions make         its weights are not public; Table 2
+                         the Inception Score (of ten classes, at most 10)              does not say whose
     teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper's are not published
                          MobileNetV2 72.49; CIFAR-10 94.31, 95.42)
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
@@ -88,21 +90,21 @@ ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitatio
 }
 HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
 RECIPE = {  # DeepInversion's for CIFAR-10 and ImageNet; where its published settings disagree on the latter, its README's
-    "--batch-size": (256, 32, "images that are optimised together"),
-    "--iterations": (2000, 5000, "steps per batch"),
-    "--lr": (0.25, 0.25, "peak learning rate of the pixels (Adam, cosine decay)"),
-    "--beta1": (0.9, 0.5, "beta1 of Adam"),
-    "--beta2": (0.999, 0.9, "beta2 of Adam"),
-    "--ce-weight": (1.0, 1.0, "lambda_1, weight of the cross-entropy"),
-    "--bn-weight": (1.0, 0.01, "lambda_2, weight of L_BN"),
-    "--first-bn": (1.0, 10.0, "factor of the first BatchNorm's part of L_BN"),
-    "--tv-weight": (2.5e-5, 1e-4, "lambda_3, weight of the total variation"),
-    "--l2-weight": (0.0, 1e-5, "weight of the L2 norm"),
-    "--kl-weight": (100.0, 100.0, "lambda_2 of kw, weight of the Kullback-Leibler divergence"),
-    "--blur-weight": (10.0, 10.0, "lambda_3 of kw, weight of the squared difference from the blurred images"),
-    "--jitter": (2, 30, "largest shift in pixels"),
-    "--flip": (False, True, "mirror the images in half of the steps"),
-    "--clip": (False, True, "keep pixels in the range of images"),
+    "--batch-size": (256, 32, whole(1), "images that are optimised together"),
+    "--iterations": (2000, 5000, whole(0), "steps per batch"),
+    "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
+    "--beta1": (0.9, 0.5, number(0, 0.9999), "beta1 of Adam"),
+    "--beta2": (0.999, 0.9, number(0, 0.9999), "beta2 of Adam"),
+    "--ce-weight": (1.0, 1.0, number(0), "lambda_1, weight of the cross-entropy"),
+    "--bn-weight": (1.0, 0.01, number(0), "lambda_2, weight of L_BN"),
+    "--first-bn": (1.0, 10.0, number(0), "factor of the first BatchNorm's term in L_BN"),
+    "--tv-weight": (2.5e-5, 1e-4, number(0), "lambda_3, weight of the total variation"),
+    "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm"),
+    "--kl-weight": (100.0, 100.0, number(0), "lambda_2 of kw, weight of the Kullback-Leibler divergence"),
+    "--blur-weight": (10.0, 10.0, number(0), "lambda_3 of kw, weight of the squared difference from the blurred images"),
+    "--jitter": (2, 30, whole(0), "largest shift in pixels"),
+    "--flip": (False, True, None, "mirror the images in half of the steps"),
+    "--clip": (False, True, None, "keep pixels in the range of images"),
 }
 
 
@@ -407,25 +409,22 @@ def parser():
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)
     add("--data-source", choices=sources, default="mixmix", help="where images come from; see the top of mixmix.py")
-    ready = (
-        "images that are there already: an images.npz, the run that made it, a folder of pictures, or bundled (for CIFAR-10)"
-    )
+    ready = "use existing images: an images.npz, the run that made it, a folder of pictures, or bundled (for CIFAR-10)"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
     zoo = "networks to invert: names, arch=weights or package.module:factory (default: by data set, without the held-out ones)"
     add("--zoo", nargs="+", help=zoo)
     judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())
-    add("--held-out", nargs="*", help=f"networks that only judge (default: {judges})")
+    add("--held-out", nargs="*", help=f"networks that only evaluate the images (default: {judges})")
     add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3)")
-    add("--no-dmix", action="store_true", help="no data mixing (Table 8)")
+    add("--no-dmix", action="store_true", help="do not mix images (Table 8)")
     add("--kd-bn-weight", type=number(0), default=0.1, help="weight of L_BN beside DAFL's losses (--task kd; Sec. 5.4)")
     synthesis.add_flags(p)
     group = p.add_argument_group("MixMix, defaults by data set")
-    for flag, (small, large, about) in RECIPE.items():
-        how = {"type": (whole if isinstance(small, int) else number)(flag == "--batch-size")}
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(small, bool) else how
+    for flag, (small, large, kind, about) in RECIPE.items():
+        how = {"type": kind} if kind else {"action": argparse.BooleanOptionalAction}
         p.add_derived(group, flag, (small, large), about, **how)
     add = group.add_argument
-    low = "first iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
+    low = "initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
     add("--low-iterations", type=whole(0), help=low)
     add("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="whether the three lambdas are fixed or learned")
@@ -474,7 +473,7 @@ def _complete(cfg):
     if not any(weights_of(cfg).values()):
         raise InputError(f"--data-source {cfg.data_source} with these weights minimises nothing; raise one of them")
     if cfg.low_iterations > cfg.iterations:
-        raise InputError(f"--low-iterations is {cfg.low_iterations}, of --iterations {cfg.iterations} in all; lower it")
+        raise InputError(f"--low-iterations is {cfg.low_iterations}, more than the {cfg.iterations} of --iterations; lower it")
     several = cfg.task in ("evaluate", "transfer")
     if several and not cfg.images:
         raise InputError(f"--task {cfg.task} needs --images; give the runs that made some")

@@ -14,6 +14,7 @@ Where the equations are:
     make_latent                            extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
     zaq_losses, common/zaq.py              L_o, L_f, L_a; L(G), L(Q) of ZAQ with L_CE         Eq. 2, 4, 11, 12
+    common.quant                           the quantizer                                      Eq. 10
     common/boundaries.py                   distance ratio, intrusion score; PCA               Table 5, Figure 3, 5
 
     what                       paper                      released code               here
@@ -39,6 +40,9 @@ Where the equations are:
     activation ranges          not given                  moving average that feeds   plain moving average
                                                           its correction back
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
+    generator alone            not given                  4 epochs, on ImageNet 50    --warmup-epochs
+    quantized are              all layers and             all layers, outputs of      --act-placement relu
+                               activations                activation functions
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
     ZAQ's game (Table 3)       Eq. 11, 12 and rho only    not released; ZAQ's own is  --adversarial zaq (ZAQ's code) or
@@ -68,7 +72,7 @@ from common.distributed import whole_moments
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import mix_images, superpose, superposed_labels, upsample_conv
+from common.ops import kd_loss, mix_images, superpose, superposed_labels, upsample_conv
 from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run
@@ -285,18 +289,6 @@ def generator_loss(teacher_logits, soft, bns, bns_weight):
     return F.cross_entropy(teacher_logits, soft) + bns_weight * bns
 
 
-def kd_loss(student_logits, teacher_logits, temperature, reduction):
-    """L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T; logits (B, C).
-
-    `reduction` "batchmean" divides it by B, "mean" by B * C as the released code does.
-    """
-    teacher_log = F.log_softmax(teacher_logits / temperature, 1)
-    student_log = F.log_softmax(student_logits / temperature, 1)
-    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum()
-    count = teacher_logits.shape[0] if reduction == "batchmean" else teacher_logits.numel()
-    return temperature**2 * divergence / count
-
-
 def student_loss(student_logits, teacher_logits, soft, cfg):
     """L(Q) = L_CE + delta * L_KD, Eq. 3, with soft labels (B, C)."""
     kd = kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
@@ -440,18 +432,18 @@ def parser():
     add = group.add_argument
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
-    add("--eei", **switch, help="embeddings start as the last layer's weights (default: on; released by network)")
+    add("--eei", **switch, help="embeddings start as the last layer's weights (default: paper on; released by network)")
     noise = "where the noise is added: after the mapping or before it, once per sample, or in each slot, once per embedding"
     p.add_derived(group, "--noise", {"paper": "after", "released": "slot"}, noise, choices=("after", "before", "slot"))
     add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
     add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
     group = p.add_argument_group("ablations and combinations")
     add = group.add_argument
-    add("--no-se", action="store_true", help="no superposed embeddings: every batch of single classes")
+    add("--no-se", action="store_true", help="do not superpose embeddings: every image is of a single class")
     add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
     add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
-    discovered = "qimera, or autorecon:GENOTYPE, one that autorecon.py --genotype takes or a search has left (Table 3)"
+    discovered = "qimera, or autorecon:GENOTYPE, where GENOTYPE is as for autorecon.py --genotype (Table 3)"
     add("--generator", default="qimera", help=discovered)
     game = "play ZAQ's game (Table 3): as in ZAQ's released code (zaq), or as Eq. 11 and 12 are printed (zaq-paper)"
     add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py tells them apart")

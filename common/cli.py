@@ -68,8 +68,8 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "epochs": (whole(1), "number of epochs, including warm-up"),
     "iters": (whole(1), "number of iterations per epoch"),
     "batch_size": (whole(1), "number of images per iteration"),
-    "warmup_epochs": (whole(0, 10**6), "number of first epochs in which only the generator learns"),
-    "calibrate_epochs": (whole(1, 10**6), "number of first epochs in which the activation ranges follow the images"),
+    "warmup_epochs": (whole(0, 10**6), "number of initial epochs in which only the generator learns"),
+    "calibrate_epochs": (whole(1, 10**6), "number of initial epochs in which the activation ranges follow the images"),
     "lr_g": (number(0), "learning rate of the generator (Adam)"),
     "beta1": (number(0, 0.9999), "beta1 of the generator's Adam"),
     "lr_q": (number(0), "learning rate of the student (SGD, momentum 0.9)"),
@@ -113,24 +113,24 @@ class Parser(argparse.ArgumentParser):
         self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, timm:NAME"
-        add("--arch", help=f"architecture: {names}, or package.module:factory (default: resnet20, for ImageNet resnet18)")
+        add("--arch", help=f"architecture: {names}, or package.module:factory (default: resnet20; resnet18 for ImageNet)")
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
         images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
         add("--data-dir", help=f"{images} (default: ./data; for CIFAR-10 then the bundled 2,000 images)")
-        add("--download", action="store_true", help="download the full CIFAR test set")
+        add("--download", action="store_true", help="download CIFAR, training and test images")
         sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: by data set and architecture)"
         weights = f"weights of the network: a file (of PyTorch or .safetensors), a URL, or {sources}"
         add("--weights", help=weights)
         add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
         add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
-        add("--mean", type=float, nargs="+", help="per-channel mean of the normalisation (default: by weights)")
-        add("--std", type=float, nargs="+", help="per-channel standard deviation of the normalisation (default: by weights)")
+        add("--mean", type=float, nargs="+", help="per-channel mean of the normalisation (default: that of the weights)")
+        add("--std", type=float, nargs="+", help="per-channel standard deviation of the normalisation (default: as --mean)")
         add = self.add_argument_group("quantization").add_argument
         add("--bits", type=whole(2, 8), default=4, help="number of bits of weights and activations, 2 to 8")
         add("--wbits", type=whole(2, 8), help="number of bits of the weights (default: --bits)")
         add("--abits", type=whole(2, 8), help="number of bits of the activations (default: --bits)")
-        placement = "quantize outputs of activation functions (relu, as in the papers) or inputs of all layers (input)"
+        placement = "quantize outputs of activation functions (relu, as in the papers' code) or inputs of all layers (input)"
         add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
         about = "stop the gradient of activations outside their range; in the papers it passes"
         add("--clipped-ste", action="store_true", help=about)

@@ -251,6 +251,18 @@ def superpose(soft_labels, table):
         return soft_labels @ table
 
 
+def kd_loss(student_logits, teacher_logits, temperature, reduction):
+    """GDFQ's L_KD: T^2 times the Kullback-Leibler divergence from teacher to student, both softened by T; logits (B, C).
+
+    `reduction` "batchmean" divides it by B, "mean" by B * C as the released code does.
+    """
+    teacher_log = F.log_softmax(teacher_logits / temperature, 1)
+    student_log = F.log_softmax(student_logits / temperature, 1)
+    divergence = (teacher_log.exp() * (teacher_log - student_log)).sum()
+    count = teacher_logits.shape[0] if reduction == "batchmean" else teacher_logits.numel()
+    return temperature**2 * divergence / count
+
+
 def mix_images(x, soft, how):
     """Mixup or CutMix of synthetic images with a random partner, lambda ~ U(0, 1) per sample (Table 2 of Qimera).
 

@@ -471,7 +471,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--no-finetune", "--student-steps", 2], "--student-steps has no effect with --no-finetune"),
         ([*kd, "--abits", 4], "--abits has no effect with --task kd"),
         ([*kd, "--no-finetune"], "--no-finetune has no effect with --task kd"),
-        (["--task", "kd"], "--student-arch None; give both (kd and an architecture) to distil"),
+        (["--task", "kd"], "--student-arch None; give --task kd and --student-arch to distil"),
         (["--tau-end", 9], "--tau-end is 9.0, above --tau-start 5.0"),
         (["--search-epochs", 0], "; give a whole number from 1 to 1e+06"),
         (["--scale", 0], "; give a number from 0.015625 to 64"),

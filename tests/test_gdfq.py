@@ -6,8 +6,9 @@ from conftest import FunctionalNet, trained
 import gdfq
 from common import InputError
 from common.models import input_channels
+from common.ops import kd_loss, mix_images
 from common.quant import observe, quantized_activations, quantized_layers
-from gdfq import Generator, compress, config, generator_loss, kd_loss, mix_images, student_loss
+from gdfq import Generator, compress, config, generator_loss, student_loss
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -47,9 +48,9 @@ def test_losses_against_double_precision_formulas(reduction):
     cfg = config(**TINY, kd_reduction=reduction, kd_weight=0.5)
     torch.testing.assert_close(student_loss(q, t, y, cfg).double(), ce + 0.5 * expected, atol=1e-5, rtol=1e-4)
     bns = torch.tensor(3.0)
-    torch.testing.assert_close(generator_loss(q, y, bns, 0.1).double(), ce + 0.3, atol=1e-5, rtol=1e-4)
-    assert generator_loss(q, y, bns, 0.1, use_ce=False) == pytest.approx(0.3)
-    torch.testing.assert_close(generator_loss(q, y, bns, 0.1, use_bns=False).double(), ce, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(generator_loss(q, y, bns, cfg).double(), ce + 0.3, atol=1e-5, rtol=1e-4)
+    assert generator_loss(q, y, bns, config(**TINY, no_ce=True)) == pytest.approx(0.3)
+    torch.testing.assert_close(generator_loss(q, y, bns, config(**TINY, no_bns=True)).double(), ce, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["mixup", "cutmix"])

@@ -462,7 +462,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*own, "--task", "prune", "--no-refit", "--ridge", 1], "--ridge has no effect with --no-refit"),
         ([*own, "--part", "0/2"], "--part has no effect with --task ptq"),
         ([*tiny, "--part", "2/2"], "--part is '2/2'; give I/N"),
-        ([*tiny, "--low-iterations", 7], "--low-iterations is 7, of --iterations 6 in all"),
+        ([*tiny, "--low-iterations", 7], "--low-iterations is 7, more than the 6 of --iterations"),
         (judge, "--task evaluate needs --images"),
         ([*judge, "--images", "absent"], "--images absent is not a file, a folder of pictures"),
         ([*judge, "--images", "damaged.npz"], "--images damaged.npz is damaged"),

@@ -613,5 +613,5 @@ def test_a_generator_needs_a_linear_layer_and_small_images(net):
         kd.plan(tiny.grey(), cfg, Run(cfg), generates=True)
     cfg = config("kd", **KD)
     cfg.image_size = 18
-    with pytest.raises(InputError, match="--image-size is 18; DAFL's generator makes up to 64, in fours"):
+    with pytest.raises(InputError, match="--image-size is 18, and DAFL's generator needs a multiple of 4, at most 64"):
         kd.plan(net, cfg, Run(cfg), generates=True)

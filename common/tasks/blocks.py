@@ -19,7 +19,7 @@ ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul"}
 
 
 class Block(NamedTuple):
-    """Consecutive nodes of a traced network through whose last value alone the rest of the network sees them."""
+    """Consecutive nodes of a traced network; later nodes use only the value of the last."""
 
     name: str
     nodes: tuple

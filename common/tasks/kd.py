@@ -71,7 +71,8 @@ def plan(model, cfg, run, generates=False):
     teacher, example = run.adopt(model)
     student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
     if generates and (cfg.image_size > SMALL_IMAGE or cfg.image_size % 4):
-        raise InputError(f"--image-size is {cfg.image_size}; DAFL's generator makes up to {SMALL_IMAGE}, in fours")
+        sides = f"a multiple of 4, at most {SMALL_IMAGE}"
+        raise InputError(f"--image-size is {cfg.image_size}, and DAFL's generator needs {sides}; distil with --images")
     if generates and not any(isinstance(m, nn.Linear) for m in teacher.modules()):
         raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
     run.settle_layout(student, example, retrace=False)

@@ -48,7 +48,9 @@ No code of it was published. What the paper leaves open or has otherwise, and wh
     KW                   Eq. 3, not mixed, with KL(N of the images || N stored), mean  Sec. 3.1 names both losses only;
                          over channels and layers, and a 3x3 blur of sigma 1; lambdas  weights measured, see below
                          1, 100, 10; the rest as in the recipe
-    precision            bf16 where the hardware has it (--precision); float16 images  not said
+    precision            bf16 where the hardware has it (--precision), but on a CPU    not said; depthwise convolutions
+                         fp32 for networks with depthwise convolutions; float16        are slower in bf16 there
+                         images
 
 CIFAR: with DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as their class after 200 iterations,
 at rates of 0.05 to 0.25; with 1, and the paper's rate of 0.25, all of them, at the same distance of the BatchNorm statistics.
@@ -64,6 +66,7 @@ N(0, 1).
 import argparse
 import functools
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +75,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from common import InputError, distributed, synthesis, tasks
 from common.bns import BatchNormStatistics
+from common.capture import compiled
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
@@ -127,6 +131,7 @@ class ZooModel(nn.Module):
         self.stats = BatchNormStatistics(model)
         (own_mean, own_std), (mean, std) = as_tensors(normalisation), as_tensors(shared)
         self.same = normalisation == shared
+        self.depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
 
@@ -191,6 +196,21 @@ def bn_loss(model, first=1.0, form="norm"):
     return model.stats.loss(form, first)  # Eq. 2
 
 
+def look(model, x, cfg, autocast):
+    """Logits (B, C) that a `ZooModel` returns for images (B, channels, H, W), and L_BN, a scalar. On a CPU, where depthwise
+    convolutions are slower in bf16, a network that has some computes in fp32."""
+    with nullcontext() if model.depthwise and x.device.type == "cpu" else autocast():
+        logits = model(x).float()
+    return logits, bn_loss(model, cfg.first_bn, "kl" if cfg.data_source == "kw" else "norm")
+
+
+@functools.cache
+def compiled_look(run):
+    """`look` for --capture compile: compiled once for each network, in whichever batch it comes first."""
+    run.announce("compiling the networks: the first iteration of each takes a minute or two")
+    return compiled(look)
+
+
 def image_prior(x):
     """Total variation and L2 norm of images (B, channels, H, W), as DeepInversion has them: the sum of the Frobenius norms,
     over the whole batch, of the differences in four directions; the mean of the images' norms."""
@@ -239,7 +259,7 @@ def weights_of(cfg):
     return {"ce": cfg.ce_weight, "bn": bn, "prior": float(prior > 0)}
 
 
-def mixmix_loss(models, x, y, weigh, cfg, autocast):
+def mixmix_loss(models, x, y, weigh, cfg, autocast, look=look):
     """Eq. 6, with the prior of Eq. 3: what a batch of images minimises.
 
     Args:
@@ -248,6 +268,7 @@ def mixmix_loss(models, x, y, weigh, cfg, autocast):
         weigh: a `LossWeights`.
         cfg: from `config(...)`, or the command line.
         autocast: function that returns the context the models run in.
+        look: `look`, or what computes the same.
 
     Returns:
         The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the others, where it counts.
@@ -258,10 +279,9 @@ def mixmix_loss(models, x, y, weigh, cfg, autocast):
         x, partner, beta = mix_data(x)
     ce, bn = [], []
     for model in models:
-        with autocast():
-            logits = model(x).float()
+        logits, distance = look(model, x, cfg, autocast)
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
-        bn.append(bn_loss(model, cfg.first_bn, "kl" if cfg.data_source == "kw" else "norm"))
+        bn.append(distance)
     losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()} | losses  # Eq. 6
     return weigh(losses), losses
 
@@ -320,11 +340,13 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     weigh = LossWeights(weights_of(cfg), cfg.weights_form == "learned").to(run.device)
     mean, std = as_tensors((cfg.mean, cfg.std), run.device)
     low, high = ((pixel - mean) / std for pixel in (0, 1))
+    compiling = cfg.capture == "compile"  # the networks, which all batches share, not the step
+    see = compiled_look(run) if compiling else look
 
     def iteration(shrink, optimizer):
         seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
         seen = jitter(seen, cfg.jitter // shrink, cfg.flip)
-        loss, losses = mixmix_loss(models, seen, y, weigh, cfg, run.autocast)
+        loss, losses = mixmix_loss(models, seen, y, weigh, cfg, run.autocast, see)
         run.log(**losses, **weigh.learned())
         run.update(optimizer, loss)
         if cfg.clip:
@@ -336,7 +358,8 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
         rates = [torch.tensor(peak, device=run.device) for peak in peaks]  # which a CUDA graph reads anew
         groups = [{"params": p, "lr": rate} for p, rate in zip(([x], list(weigh.parameters())), rates) if p]
         optimizer = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), fused=run.fused)
-        step = run.capture(functools.partial(iteration, shrink, optimizer), optimizer)
+        step = functools.partial(iteration, shrink, optimizer)
+        step = step if compiling else run.capture(step, optimizer)
         for index in range(steps):
             warm = min((index + 1) / cfg.warmup_iterations, 1.0) if cfg.warmup_iterations else 1.0
             for rate, peak in zip(rates, peaks):
@@ -484,8 +507,8 @@ def _complete(cfg):
         raise InputError(f"--dataset {cfg.dataset} has no zoo of its own; give --zoo")
     if cfg.task == "transfer" and not cfg.targets:
         raise InputError("--task transfer has no networks to quantize; give --targets")
-    if cfg.capture == "compile":
-        raise InputError("--capture compile would compile anew for every batch's networks; give auto, none or cudagraph")
+    if cfg.capture == "compile" and cfg.task != "synth":
+        raise InputError(f"--capture compile is for --task synth, and --task is {cfg.task}; give auto, none or cudagraph")
     synthesis.complete(cfg)
     cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images; the task may have its own
     if task := TASKS.get("ptq" if cfg.task == "transfer" else cfg.task):

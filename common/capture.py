@@ -43,7 +43,7 @@ def compiler():
     return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
 
 
-def pick_capture(name, device, steps):
+def pick_capture(name, device, steps, worth=WORTH_COMPILING):
     """What --capture means on this machine: "none", "compile" or "cudagraph".
 
     "auto" is a CUDA graph on CUDA. On a CPU it compiles where a compiler is installed and the run is long enough to earn
@@ -53,6 +53,7 @@ def pick_capture(name, device, steps):
         name: one of CHOICES.
         device: torch.device.
         steps: training steps of the whole run.
+        worth: how many steps it takes to earn the compilation back.
 
     Raises:
         InputError: a graph without CUDA, or compilation without a compiler.
@@ -65,7 +66,7 @@ def pick_capture(name, device, steps):
         return name
     if device.type == "cuda":
         return "cudagraph"
-    return "compile" if device.type == "cpu" and steps >= WORTH_COMPILING and compiler() else "none"
+    return "compile" if device.type == "cpu" and steps >= worth and compiler() else "none"
 
 
 def compiled(step):

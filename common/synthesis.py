@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 from common import InputError, first_line
+from common.capture import pick_capture
 from common.cli import fill_in, resumable, whole
 from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
 from common.report import show_finished
-from common.run import Run, seed_of_part, write_atomically
+from common.run import Run, pick_device, seed_of_part, write_atomically
 
 READY = ("real", "noise")  # values of --data-source that no network makes
 COUNT, QAT_COUNT, QAT_IMAGENET = 1024, 4096, 100_000  # Sec. 5.2 of MixMix; 4,096 is as much of CIFAR's training set
 CURVE = 100  # points of a batch's loss curves, about
+STEPS = 2000  # of all batches together that are worth compiling for: a step has several networks, hundreds of images
 
 
 def add_flags(parser):
@@ -163,6 +165,9 @@ def make_set(cfg, load, make, begin=lambda: None):
     if joins:
         wait_for_all()  # the first process downloads what there is to download, and begins the folder
     networks, labels = load(cfg), make_labels(cfg)
+    parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
+    if cfg.data_source not in READY:
+        cfg.capture = pick_capture(cfg.capture, pick_device(cfg.device), cfg.iterations * len(parts), worth=STEPS)
     run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), free=("part",))
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
@@ -174,7 +179,6 @@ def make_set(cfg, load, make, begin=lambda: None):
         wait_for_all()
     if run.finished:
         return run
-    parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     if cfg.data_source not in READY:
         files = [run.folder / "batches" / f"{index:05}.npz" for index in range(len(parts))]
         placed = [network.place(run.device) for network in networks]

@@ -486,7 +486,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*judge, "--images", "damaged.npz"], "--images damaged.npz is damaged"),
         *(([*judge, "--images", f"{name}.npz"], f"{name}.npz is damaged") for name in broken),
         ([*judge, "--images", "other.npz"], "has images of 8x8 pixels and labels up to 0"),
-        ([*data, "--capture", "compile"], "--capture compile is for --task synth, and --task is ptq"),
+        ([*data, "--images", "other.npz", "--capture", "compile"], "--capture compile is for --task synth, and --task is ptq"),
         ([*tiny, "--clipped-ste"], "--clipped-ste has no effect with --task synth"),
         ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
         ([*data, "--task", "kd", "--zoo", "tiny:net"], "--task kd needs --student-arch"),

@@ -54,7 +54,7 @@ def add_flags(parser):
     add("--qat-recipe", choices=("lsq", "short"), default="lsq", help=recipe)
     add("--qat-steps", type=whole(1), help="training steps, rounded up to whole epochs (default: lsq 44000, short 800)")
     add("--qat-batch-size", type=whole(1), help="images per step (default: lsq 128, short 32)")
-    rate = "peak learning rate, which decays by a cosine (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003)"
+    rate = "peak rate, which decays by a cosine (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003, from 4 bits on 0.0001)"
     add("--qat-lr", type=number(0), help=rate)
     decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
     add("--qat-weight-decay", type=number(0), help=decay)
@@ -67,7 +67,8 @@ def complete(cfg):
     """Fill in the defaults that depend on the network, and LSQ's placement."""
     mobile, short = cfg.arch.startswith("mobilenet_v2"), cfg.qat_recipe == "short"
     fill_in(cfg, {"act_placement": "input", "qat_weight_decay": 0.0 if mobile else 1e-4})
-    fill_in(cfg, {"qat_lr": 3e-4 if short else 1e-4 if mobile else 1e-3, "qat_steps": 800 if short else 44000})
+    rate = (3e-4 if cfg.wbits < 4 else 1e-4) if short else 1e-4 if mobile else 1e-3
+    fill_in(cfg, {"qat_lr": rate, "qat_steps": 800 if short else 44000})
     fill_in(cfg, {"qat_batch_size": 32 if short else 128, "temperature": 20.0 if short else 3.0})
     fill_in(cfg, {"feature_weight": 40.0 if short else 1.0})
 

@@ -272,7 +272,7 @@ def evaluate_file(cfg):
     check_export(cfg)
     meta = read_quantized(cfg.eval)["meta"]
     if missing := [name for name in ("method", "dataset", "mean", "std") if meta.get(name) is None]:
-        raise InputError(f"--eval {cfg.eval} was saved without {', '.join(missing)}; give save_quantized a `meta` that has them")
+        raise InputError(f"--eval {cfg.eval} was saved without {', '.join(missing)}; give save_quantized's `meta` these, too")
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)
     if cfg.threads:

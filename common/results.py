@@ -48,10 +48,10 @@ measurements, such as how settings were chosen, speed and MixMix's tasks, are in
 
 Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is before the student
 learns. Quote the last epoch; the best one is chosen on the test images and stands there for comparison. "Drop" is what the last
-epoch lost from full precision, in points. "Published" is what has been published for the method, and "best published" for any
-method whose ranges are those of a tensor or channel (SynQ at 3 and 4 bits, AdaDFQ + AKT at 5): both with CIFAR-10's ResNet-20 of
-93.89 %, after 80,000 iterations, and most from the best epoch. Minutes are those of training; other runs may have had a share of
-the machine. KB is the size of the written network.
+epoch lost from full precision, in points. "Published" is the loss that has been published for the method, and "best published"
+for any method whose ranges are those of a tensor or channel (SynQ at 3 and 4 bits, AdaDFQ + AKT at 5): both with CIFAR-10's
+ResNet-20 of 93.89 %, after 80,000 iterations, and most from the best epoch. Minutes are those of training; other runs may have
+had a share of the machine. KB is the size of the written network.
 
 A command stands above each table. The other rows differ from it in the script, `--bits` and `--seed`, and in the flags shown in
 the method column. `DIR` is a folder with the test images.

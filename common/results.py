@@ -152,7 +152,7 @@ def collect(folders, place, machine=None):
 
 
 def _order(run):
-    return run["bits"], ORDER[run["method"]], tuple(run["flags"]), run["seed"]
+    return run["bits"], ORDER[run["method"]], len(run["flags"]), tuple(run["flags"]), run["seed"]
 
 
 def read_table(file):
@@ -222,7 +222,7 @@ def table(runs):
 def page(place):
     """The text of RESULTS.md, from the folder `place` of its tables and the pictures beside it."""
     tables = [read_table(file) for file in sorted(place.glob("*.jsonl"), key=lambda file: file.name)]
-    tables.sort(key=lambda runs: -len({run["method"] for run in runs}))
+    tables.sort(key=lambda runs: (runs[0]["arguments"]["arch"] != "resnet20", -len({run["method"] for run in runs})))
     shown = {name: about for name, about in PICTURES.items() if (place.parent / name).exists()}
     pictures = "\n\n".join(f"![{about}]({name})\n\n*{about}*" for name, about in shown.items())
     return "\n\n".join(filter(None, [HEADER.strip(), *map(table, tables), "## Pictures" if shown else "", pictures])) + "\n"
@@ -297,8 +297,10 @@ def draw_accuracy(place):
                 axes.plot(np.median(seconds, 0), np.median(top1, 0), **look, label=METHODS[method] if short else None)
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
-            if not all(short for _, short in lines):
-                axes.plot([], [], color="black", ls="--", label="the paper's schedule")
+            others = [line[0]["arguments"] for (_, short), line in lines.items() if not short]
+            if others:
+                steps = max(arguments["epochs"] * arguments["iters"] for arguments in others)
+                axes.plot([], [], color="black", ls="--", label=f"the papers', {steps:,} steps")
             axes.axhline(full, color="black", lw=1, label="full precision")
             if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
                 axes.axhline(full - best, color="grey", ls=":", lw=1, label="best published")

@@ -289,18 +289,16 @@ def draw_accuracy(place):
                 panels[bits][line] = runs
                 times += [seconds for run in runs for _, seconds, _ in run["curve"]]
 
+    def look(method):
+        return {"color": f"C{ORDER[method]}", "marker": "os^Dv"[ORDER[method]], "ms": 4}
+
     def painter(bits, lines):
         def paint(axes):
-            for (method, short), runs in sorted(lines.items(), key=lambda line: (not line[0][1], ORDER[line[0][0]])):
-                number, (_, seconds, top1) = ORDER[method], np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
-                look = {"color": f"C{number}", "marker": "os^Dv"[number], "ms": 4, "ls": "-" if short else "--"}
-                axes.plot(np.median(seconds, 0), np.median(top1, 0), **look, label=METHODS[method] if short else None)
-                axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look["color"], lw=0)
+            for (method, short), runs in lines.items():
+                _, seconds, top1 = np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
+                axes.plot(np.median(seconds, 0), np.median(top1, 0), ls="-" if short else "--", **look(method))
+                axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look(method)["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
-            others = [line[0]["arguments"] for (_, short), line in lines.items() if not short]
-            if others:
-                steps = max(arguments["epochs"] * arguments["iters"] for arguments in others)
-                axes.plot([], [], color="black", ls="--", label=f"the papers', {steps:,} steps")
             axes.axhline(full, color="black", lw=1, label="full precision")
             if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
                 axes.axhline(full - best, color="grey", ls=":", lw=1, label="best published")
@@ -310,8 +308,18 @@ def draw_accuracy(place):
             axes.set_xlim(0.8 * min(times), 1.25 * max(times))
             axes.set_xlabel("seconds of training")
             axes.set_ylabel("top-1 accuracy, %")
-            if bits == min(panels):
-                axes.legend(fontsize=7, loc="lower right")
+            if bits == max(panels):  # for all panels, where there are the fewest lines
+                drawn = {line: runs for lines in panels.values() for line, runs in lines.items()}
+                for method in sorted({method for method, _ in drawn}, key=ORDER.get):
+                    axes.plot([], [], label=METHODS[method], **look(method))
+                for steps in {
+                    run["arguments"]["epochs"] * run["arguments"]["iters"]
+                    for line in drawn
+                    if not line[1]
+                    for run in drawn[line]
+                }:
+                    axes.plot([], [], color="black", ls="--", label=f"the papers' schedules, {steps:,} steps")
+                axes.legend(fontsize=6.5, loc="center right")
 
         return paint
 

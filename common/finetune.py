@@ -38,7 +38,7 @@ def add_flags(parser, short):
     group = parser.add_argument_group("beyond the papers (common/finetune.py)")
     parser.add_schedule(group, short)
     add = group.add_argument
-    ranges = "activation ranges: those of each batch, those that a search finds best, or searched ones whose step is learned"
+    ranges = "activation ranges: each batch's (extremes), the best that a search finds (search), or with learned steps"
     add("--act-ranges", default="extremes", type=one_of("extremes", "search", "learned"), help=ranges)
     add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student")
     decay = "how learning rates fall: tenfold at --decay-epochs (steps), or smoothly to 0 after the warm-up (cosine)"

@@ -278,7 +278,7 @@ def draw_methods(place):
 def draw_accuracy(place):
     """accuracy.png: of each number of bits a panel with the methods' runs that were evaluated more than once, solid lines for
     --schedule short and dashed ones for the papers' schedules. Of a table's rows, those with the fewest flags are drawn."""
-    panels, times = defaultdict(dict), []
+    panels, times, lengths = defaultdict(dict), [], set()
     for file in sorted(place.glob("*.jsonl")):
         rows, _ = rows_of(read_table(file))
         for bits, method, flags in sorted(rows, key=lambda row: len(row[2])):
@@ -287,6 +287,7 @@ def draw_accuracy(place):
             line = method, arguments.get("schedule") == "short"
             if alike and (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20") and line not in panels[bits]:
                 panels[bits][line] = runs
+                lengths |= set() if line[1] else {arguments["epochs"] * arguments["iters"]}
                 times += [seconds for run in runs for _, seconds, _ in run["curve"]]
 
     def look(method):
@@ -309,15 +310,9 @@ def draw_accuracy(place):
             axes.set_xlabel("seconds of training")
             axes.set_ylabel("top-1 accuracy, %")
             if bits == max(panels):  # for all panels, where there are the fewest lines
-                drawn = {line: runs for lines in panels.values() for line, runs in lines.items()}
-                for method in sorted({method for method, _ in drawn}, key=ORDER.get):
+                for method in sorted({method for drawn in panels.values() for method, _ in drawn}, key=ORDER.get):
                     axes.plot([], [], label=METHODS[method], **look(method))
-                for steps in {
-                    run["arguments"]["epochs"] * run["arguments"]["iters"]
-                    for line in drawn
-                    if not line[1]
-                    for run in drawn[line]
-                }:
+                for steps in sorted(lengths):
                     axes.plot([], [], color="black", ls="--", label=f"the papers' schedules, {steps:,} steps")
                 axes.legend(fontsize=6.5, loc="center right")
 

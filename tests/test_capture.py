@@ -16,8 +16,8 @@ from common.capture import WARMUP_STEPS, GraphedStep, pick_capture
 from common.run import Run
 from gdfq import config
 
-TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4, "lr_q": 0.01}
-TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "precision": "fp32", "decay_epochs": [2]}
+TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 4, "iters": 4, "lr_q": 0.01}
+TINY |= {"warmup_epochs": 2, "calibrate_epochs": 1, "precision": "fp32", "decay_epochs": [3]}
 STEPS = [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq", "student_steps": 2}), (adadfq, {})]
 STEPS.append((autorecon, {"genotype": "published:resnet20-cifar10", "scale": 0.125}))
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,7 +28,7 @@ class SecondStepRun(Run):
 
     def steps(self):
         for step in super().steps():
-            with torch._dynamo.config.patch(error_on_recompile=step >= 2 or self.epoch == 2):  # the rate decays in epoch 2
+            with torch._dynamo.config.patch(error_on_recompile=step >= 2 or self.epoch == 3):  # the rate decays in epoch 3
                 yield step
 
 
@@ -50,7 +50,7 @@ def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeyp
         monkeypatch.setattr(BatchNormStatistics, "_record", record_as_compiled)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
     for key, value in states[1].items():
-        torch.testing.assert_close(states[0][key], value, atol=1e-4, rtol=1e-4)  # rounding, grown over 12 steps
+        torch.testing.assert_close(states[0][key], value, atol=1e-4, rtol=1e-4)  # rounding, grown over 16 steps
     assert [list(line) for line in runs[0].history] == [list(line) for line in runs[1].history]
     for key in ("loss_g", "loss_q"):
         assert runs[0].history[-1][key] == pytest.approx(runs[1].history[-1][key], rel=1e-4)

@@ -54,10 +54,8 @@ predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --a
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
 
 Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
-both: each side's gradient is taken only with respect to its own parameters. Three things follow. While activation ranges
-move, one forward moves them once an iteration where the released code moves them twice. A student whose own forward draws
-random numbers would get the same for both sides. And a compiled step (--capture compile) differentiates its graph as a whole,
-which costs more than a second forward, so it makes the second one once the ranges are frozen.
+both (`OneForward`). Two things follow. While activation ranges move, one forward moves them once an iteration where the
+released code moves them twice. A student whose own forward draws random numbers would get the same for both sides.
 """
 
 import copy
@@ -72,6 +70,7 @@ from torch import nn
 from common import InputError
 from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
+from common.capture import OneForward
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
 from common.distributed import whole as whole_batch
@@ -296,38 +295,37 @@ def compress(teacher, cfg, run=None):
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    both = OneForward(run, student)  # the student's logits of either side
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
 
-    def generator_step(keep_graph):
+    def generator_step():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        z_p, z_q = run.compute(teacher, x), run.compute(student, x)
+        z_p, z_q = run.compute(teacher, x), both.first(x)
         bns = stats.loss(cfg.bns_form)
         if not real:
             loss = generator_loss(z_p, z_q, y, bns, cfg)
             if loss.requires_grad:
-                run.update(optim_g, loss, keep_graph)
+                both.update(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
         run.log(**game_figures(z_p.detach(), z_q.detach(), y))
-        return x.detach(), z_p.detach(), z_q, y
+        return x.detach(), z_p.detach(), y
 
-    def student_step(x, z_p, z_q, y):
+    def student_step(x, z_p, y):
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
             z_p = run.compute(teacher, x)
-        z_q = run.compute(student, x) if z_q is None else z_q
-        loss = features.added_to(student_loss(z_p, z_q, y, cfg))
+        loss = features.added_to(student_loss(z_p, both.second(x), y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def iteration(calibrating, tuning):  # what ranges do is baked into a captured step, so it is an argument
-        # a compiled step makes a forward for each side once the ranges are frozen, as mixed images do: see the top of the file
-        one_forward = cfg.mix == "none" and (cfg.capture != "compile" or calibrating)
-        x, z_p, z_q, y = generator_step(keep_graph=tuning and one_forward)
+        both.begin(calibrating, tuning)
+        batch = generator_step()
         if tuning:
-            student_step(x, z_p, z_q if one_forward else None, y)
+            student_step(*batch)
 
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)

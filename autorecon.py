@@ -77,9 +77,10 @@ from common import InputError, genotypes
 from common.bns import BatchNormStatistics
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
+from common.generators import HumanDesigned
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, upsample_conv, weighted_operation
+from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, weighted_operation
 from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run, write_atomically
@@ -215,44 +216,17 @@ class Generator(nn.Module):
         return self.standardise(torch.tanh(self.conv(F.leaky_relu(self.norm(above, y), 0.2))))
 
 
-class HumanDesigned(nn.Module):
-    """GDFQ's generator after ACGAN, as a control for the discovered ones; arguments as for `Generator`, but image_size is a
-    multiple of 4 and the last stage has half of the width.
-
-    Args:
-        conditional: the label enters through conditional BatchNorm, else as an embedding that multiplies the noise.
-    """
-
-    def __init__(self, conditional, num_classes, image_size=32, channels=3, latent_dim=100, width=128):
-        super().__init__()
-        self.side, half = image_size // 4, width // 2
-        norm = partial(ConditionalBatchNorm, num_classes) if conditional else nn.BatchNorm2d
-        self.embedding = None if conditional else nn.Embedding(num_classes, latent_dim)
-        self.linear = nn.Linear(latent_dim, width * self.side**2)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, half, 3, padding=1)
-        self.conv3 = nn.Conv2d(half, channels, 3, padding=1)
-        self.bn0, self.bn1, self.bn2 = norm(width, eps=1e-5), norm(width, eps=BN_EPS), norm(half, eps=BN_EPS)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, z, y):
-        """As `Generator.forward`, for labels (B,)."""
-        z, label = (z, (y,)) if self.embedding is None else (self.embedding(y) * z, ())
-        x = self.bn0(self.linear(z).view(len(z), -1, self.side, self.side), *label)
-        x = F.leaky_relu(self.bn1(upsample_conv(x, self.conv1), *label), 0.2)
-        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2), *label), 0.2)
-        return self.bn3(torch.tanh(self.conv3(x)))
-
-
 CONTROLS = ("acgan", "gdfq")  # the label in conditional BatchNorms, as the paper has SN-GAN (Sec. 4.1), or as in GDFQ
 
 
 def build_generator(genotype, cfg, channels):
     """The generator of a genotype (None for the super net) or of a control, of the sizes that `cfg` says."""
-    sizes = cfg.num_classes, cfg.image_size, channels, cfg.latent_dim
-    if genotype in CONTROLS:
-        return HumanDesigned(genotype == "acgan" or cfg.image_size > SMALL_IMAGE, *sizes, 2 * round(64 * cfg.scale))
-    return Generator(genotype, *sizes, round(64 * cfg.scale))
+    sizes, width = (cfg.image_size, channels, cfg.latent_dim), round(64 * cfg.scale)
+    if genotype == "acgan" or (genotype == "gdfq" and cfg.image_size > SMALL_IMAGE):
+        return HumanDesigned(*sizes, 2 * width, norm=partial(ConditionalBatchNorm, cfg.num_classes))
+    if genotype == "gdfq":
+        return HumanDesigned(*sizes, 2 * width, cfg.num_classes)
+    return Generator(genotype, cfg.num_classes, *sizes, width)
 
 
 def make_generator(teacher, cfg, channels, example=None):
@@ -425,9 +399,7 @@ def compress(teacher, cfg, run=None):
     device, distilling = run.device, cfg.task == "kd"
     teacher, example = run.adopt(teacher)
     if distilling:
-        student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(device)
-        run.settle_layout(student, example, retrace=False)
-        student = run.place(student)
+        student = run.adopt_student(build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size), example)
         run.record(student="distilled")
     else:
         student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)

@@ -28,8 +28,8 @@ No code of it was published. What the paper leaves open or has otherwise, and wh
                          (CIFAR: 2,000, all at full size)
     learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
                          default (--weights-form)                                      fixed ones measured as good
-    lambda_3             of the whole prior; --tv-weight and --l2-weight are its       the form is not said
-                         parts at the start and keep their ratio
+    lambda_3             of the mean of both parts of the prior; --tv-weight and       the form is not said
+                         --l2-weight add up to it, and keep their ratio
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
@@ -81,7 +81,7 @@ from common.data import ASSETS, as_tensors
 from common.images import jitter
 from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
 from common.ops import box_mix
-from common.report import arithmetic, execute, per_channel
+from common.report import alone, arithmetic, execute, per_channel
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
 from common.trace import memory_layout
@@ -155,14 +155,13 @@ def load_zoo(names, cfg, shared=None):
     """
     zoo = []
     for name in names:
-        arch, _, weights = name.partition("=")
+        own = alone(cfg, name)
         try:
-            model, normalisation, _ = load_teacher(arch, cfg.dataset, cfg.num_classes, cfg.image_size, weights or None)
+            model, normalisation, _ = load_teacher(own.arch, cfg.dataset, cfg.num_classes, cfg.image_size, own.weights)
             layout = memory_layout(model, probe(model, cfg.num_classes, cfg.image_size))
-            channels, own = input_channels(model), argparse.Namespace(mean=None, std=None)
+            channels = input_channels(model)
             shared = shared or tuple(per_channel(cfg, normalisation, channels))
-            given = cfg if (arch, weights or None) == (cfg.arch, cfg.weights) else own
-            normalisation = tuple(per_channel(given, normalisation, channels))
+            normalisation = tuple(per_channel(own, normalisation, channels))
             if len(shared[0]) != channels:
                 raise InputError(f"it takes images of {channels} channels and the others of {len(shared[0])}")
             zoo.append(ZooModel(name, model, normalisation, shared, layout))
@@ -225,10 +224,11 @@ def blur_prior(x):
 
 
 def prior_loss(x, cfg):
-    """L_prior of images as `image_prior` takes them, weighted as in the recipe: a learned lambda_3 multiplies both parts."""
+    """L_prior of images as `image_prior` takes them: the mean of its two parts, weighted by the recipe; KW has its own."""
     if cfg.data_source == "kw":
-        return cfg.blur_weight * blur_prior(x)
-    return sum(weight * part for weight, part in zip((cfg.tv_weight, cfg.l2_weight), image_prior(x)) if weight)
+        return blur_prior(x)
+    weights = cfg.tv_weight, cfg.l2_weight
+    return sum(weight / sum(weights) * part for weight, part in zip(weights, image_prior(x)) if weight)
 
 
 class LossWeights(nn.Module):
@@ -254,9 +254,9 @@ class LossWeights(nn.Module):
 
 
 def weights_of(cfg):
-    """The lambdas of Eq. 3 as a `LossWeights` takes them. That of the prior counts from the recipe's, which is in the loss."""
+    """The lambdas of Eq. 3 as a `LossWeights` takes them."""
     bn, prior = (cfg.kl_weight, cfg.blur_weight) if cfg.data_source == "kw" else (cfg.bn_weight, cfg.tv_weight + cfg.l2_weight)
-    return {"ce": cfg.ce_weight, "bn": bn, "prior": float(prior > 0)}
+    return {"ce": cfg.ce_weight, "bn": bn, "prior": prior}
 
 
 def mixmix_loss(models, x, y, weigh, cfg, autocast, look=look):

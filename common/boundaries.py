@@ -4,7 +4,7 @@
     measure_paths     both, mean over pairs of classes; features along the paths              Table 5, Figure 5
     gather_features   features of single classes, of superpositions of two and of test images Figure 3
 
-What needs superpositions is left out where the run is of another script than qimera.py.
+What needs superpositions is left out where the script of the run has no `superpose_labels`, as qimera.py has it.
 """
 
 from collections import defaultdict
@@ -18,6 +18,11 @@ from common.progress import Progress
 from common.report import print_rows
 
 PATHS = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels of two images mixed"}
+
+
+def superposing(run):
+    """The function of a run's script that makes labels of superpositions; None where it has none."""
+    return getattr(run.script, "superpose_labels", None)
 
 
 def path_metrics(features, logits, pair):
@@ -52,9 +57,9 @@ def measure_paths(run, project, points=101, most_pairs=450, draws=4):
 
     for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
         y = torch.tensor(pair, device=run.device)
-        if run.cfg.method == "qimera":
+        if superpose_labels := superposing(run):
             shares = torch.stack([share, 1 - share], 1)
-            labels = run.script.superpose_labels(y.expand(points, 2), shares, run.cfg.num_classes)
+            labels = superpose_labels(y.expand(points, 2), shares, run.cfg.num_classes)
             note("zero", run.generator(labels, torch.zeros((), device=run.device)))
             for _ in range(draws):
                 note("shared", run.generator(labels, run.generator.latent.draw_noise(labels.classes[:1])))
@@ -74,10 +79,10 @@ def gather_features(run, samples=2000):
     count = run.cfg.num_classes
     y = torch.arange(samples) % count
     features, labels = {"single": torch.cat([run.look(images)[0] for images in run.images(y)])}, {"single": y}
-    if run.cfg.method == "qimera":
+    if superpose_labels := superposing(run):
         classes = torch.rand(samples // 4, count).topk(2).indices.to(run.device)  # pairs of different classes
         shares = torch.randn(len(classes), 2).softmax(1).to(run.device)
-        parts = [run.script.superpose_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
+        parts = [superpose_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
         features["superposed"] = torch.cat([run.look(run.generator(part))[0] for part in parts])
     if run.test_set:
         parts = [(run.look(images)[0], y.cpu()) for images, y in run.test_set]

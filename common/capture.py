@@ -148,3 +148,35 @@ class GraphedStep:
         if failure:
             reason = f"the step cannot be captured as a CUDA graph ({first_line(failure)})"
             raise InputError(f"{reason}; give --capture none") from failure
+
+
+class OneForward:
+    """The student's logits for the generator's side of an iteration and then for its own, from one forward where that is
+    possible and quicker: each side's gradient is taken only with respect to its own parameters.
+
+    Mixed images (--mix) need a forward of their own. So does a compiled step (--capture compile) once the ranges are frozen: it
+    differentiates its graph as a whole, which costs more.
+    """
+
+    def __init__(self, run, student):
+        self.run, self.student = run, student
+        self.shared, self.logits = False, None
+
+    def begin(self, calibrating, tuning):
+        """An iteration begins; arguments as `finetune.phases` yields them."""
+        self.shared = tuning and self.run.cfg.mix == "none" and (self.run.cfg.capture != "compile" or calibrating)
+
+    def first(self, x):
+        """Logits (B, C), with a graph to the images x."""
+        logits = self.run.compute(self.student, x)
+        self.logits = logits if self.shared else None
+        return logits
+
+    def update(self, optimizer, loss):
+        """The first side's update, through the logits that `first` has returned."""
+        self.run.update(optimizer, loss, keep_graph=self.shared)
+
+    def second(self, x):
+        """Logits (B, C) of x, which are the same images where --mix is none; what they share is used up by it."""
+        logits, self.logits = self.logits, None
+        return self.run.compute(self.student, x) if logits is None else logits

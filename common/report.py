@@ -11,7 +11,7 @@ import torch
 from common import InputError, distributed, replacing
 from common.check import print_check
 from common.cli import resumable
-from common.data import agreement, evaluate, find_test_set
+from common.data import FROM_TRAINING_SET, agreement, evaluate, find_test_set
 from common.deploy import check_export, deploy
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
@@ -29,6 +29,16 @@ def load(cfg):
     return teacher, source
 
 
+def alone(cfg, name):
+    """The arguments for another network than --arch, by name or "arch=weights": its own normalisation is to be found, unless it
+    is that network after all."""
+    arch, _, weights = name.partition("=")
+    own = {"arch": arch, "weights": weights or None}
+    if (arch, own["weights"]) != (cfg.arch, cfg.weights):
+        own |= {"mean": None, "std": None}
+    return argparse.Namespace(**vars(cfg) | own)
+
+
 def prepare(cfg, **about):
     """What every script's main begins with: load the network and the test set, and say what they are.
 
@@ -40,7 +50,8 @@ def prepare(cfg, **about):
         The teacher, on its device, and the run. Where the run is finished, nothing is said yet.
     """
     teacher, source = load(cfg)
-    run = Run(cfg, cfg.out, **about)
+    fixed = ("data_dir",) if cfg.data_source in FROM_TRAINING_SET else ()
+    run = Run(cfg, cfg.out, fixed=fixed, **about)
     if run.finished:
         return teacher, run
     run.test_set = test_set = find_test_set(cfg, run.device, input_channels(teacher)) if distributed.rank == 0 else None

@@ -16,7 +16,7 @@ import torchvision
 from common import InputError, distributed, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
-from common.data import FROM_TRAINING_SET, evaluate
+from common.data import evaluate
 from common.models import probe, refuse_infinite
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
@@ -93,7 +93,8 @@ class Run:
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
         short: what `--schedule short` sets, by name, for methods that have it.
-        free: names of arguments of the method in which a resumed run may differ.
+        free, fixed: names of arguments in which a resumed run may or may not differ, beside or among NOT_COMPARED.
+        part: which part of a run that several processes make together is this process's; each part has a lock of its own.
 
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.
     """
@@ -107,13 +108,11 @@ class Run:
     images = None  # (N, channels, H, W) that the student is made with, where there is no generator to draw samples from
     folded = False  # whether the student's BatchNorms are folded
 
-    def __init__(self, cfg, folder=None, files=(), result="result.json", short=None, free=()):
+    def __init__(self, cfg, folder=None, files=(), result="result.json", short=None, free=(), fixed=(), part=None):
         self.cfg, self.test_set, self.short = cfg, None, short
         self.folder = Path(folder) if folder and distributed.rank == 0 else None
         self.files, self.result_file = (*FILES, *files, result), result
-        self.may_differ = {*NOT_COMPARED, *free}
-        if getattr(cfg, "data_source", None) in FROM_TRAINING_SET:
-            self.may_differ.remove("data_dir")
+        self.may_differ, self.part = {*NOT_COMPARED, *free} - {*fixed}, part
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         self.device = pick_device(cfg.device)
@@ -160,10 +159,16 @@ class Run:
         refuse_infinite(model, "the network")
         model = baked_copy(model).eval().requires_grad_(False).to(self.device, torch.float32)
         example = probe(model, self.cfg.num_classes, self.cfg.image_size)
-        self.settle_layout(model, example)
+        self._settle_layout(model, example)
         return self.place(model), example
 
-    def settle_layout(self, model, example, retrace=True):
+    def adopt_student(self, student, example):
+        """A network that is to be trained, on the run's device, as `adopt` says; `example` is what that returned."""
+        student = student.to(self.device)
+        self._settle_layout(student, example, retrace=False)
+        return self.place(student)
+
+    def _settle_layout(self, model, example, retrace=True):
         """Give up channels-last for the run if `model` cannot be computed in it; arguments as for `memory_layout`."""
         if self.layout is torch.channels_last and memory_layout(model, example, retrace) is not self.layout:
             self.layout = torch.contiguous_format
@@ -189,7 +194,8 @@ class Run:
         return step
 
     def update(self, optimizer, loss, keep_graph=False):
-        """One step of `optimizer` down the gradient of `loss`, which goes to its own parameters only."""
+        """One step of `optimizer` down the gradient of `loss`, which goes to its own parameters only; with `keep_graph` the
+        gradient of another loss can be taken through the same forward."""
         optimizer.zero_grad()
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         loss.backward(inputs=own, retain_graph=keep_graph)
@@ -390,13 +396,12 @@ class Run:
         return 0
 
     def _take_folder(self):
-        """Make the folder and keep other processes out of it, or, of a set of images that several make, of this one's part."""
+        """Make the folder and keep other processes out of it, or out of this one's part."""
         if self.held and self.folder.exists():  # one that lies in another run's may have been removed with its lock
             return
-        part = getattr(self.cfg, "part", None)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.held = lock(self.folder / ".lock", part[0] if part and self.joins and self.cfg.resume else None)
+            self.held = lock(self.folder / ".lock", self.part if self.joins and self.cfg.resume else None)
         except BlockingIOError:
             advice = "wait until it ends, or give another --out"
             raise InputError(f"--out {self.folder} is in use by another process; {advice}") from None
@@ -418,7 +423,7 @@ class Run:
         if not self.cfg.resume:
             for path in (self.folder / name for name in self.files):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if getattr(self.cfg, "part", None):
+        if self.part is not None:
             share(self.held)
 
     def _save_checkpoint(self, epoch, stateful):

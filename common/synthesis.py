@@ -168,7 +168,9 @@ def make_set(cfg, load, make, begin=lambda: None):
     parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     if cfg.data_source not in READY:
         cfg.capture = pick_capture(cfg.capture, pick_device(cfg.device), cfg.iterations * len(parts), worth=STEPS)
-    run = Run(cfg, cfg.out, files=("images.npz", "grid.png", "batches"), free=("part",))
+    fixed = ("data_dir",) if cfg.data_source == "real" else ()
+    files = ("images.npz", "grid.png", "batches")
+    run = Run(cfg, cfg.out, files, free=("part",), fixed=fixed, part=cfg.part and cfg.part[0])
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
     if not joins:

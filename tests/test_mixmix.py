@@ -126,9 +126,9 @@ def test_kw_has_a_divergence_and_a_blur_in_its_loss(net):
     x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 5
     loss, losses = mixmix_loss([ZooModel("a", net, NORMAL, NORMAL)], x, y, LossWeights(weights_of(cfg)), cfg, Run(cfg).autocast)
     stats, logits = BatchNormStatistics(net), net(x)
-    expected = {"ce": F.cross_entropy(logits, y), "bn": stats.loss("kl"), "prior": 0.2 * blur_prior(x)}
+    expected = {"ce": F.cross_entropy(logits, y), "bn": stats.loss("kl"), "prior": blur_prior(x)}
     torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(loss, expected["ce"] + 3 * expected["bn"] + expected["prior"])
+    torch.testing.assert_close(loss, expected["ce"] + 3 * expected["bn"] + 0.2 * expected["prior"])
 
 
 def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypatch):
@@ -160,7 +160,7 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     torch.testing.assert_close(losses["ce"], ce, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(losses["bn"], bn, atol=1e-4, rtol=1e-4)
     tv, l2 = image_prior(x)  # of the images as they are
-    torch.testing.assert_close(losses["prior"], 1e-4 * tv + 1e-5 * l2)
+    torch.testing.assert_close(losses["prior"], (10 * tv + l2) / 11)
     torch.testing.assert_close(loss, 2 * ce + 0.5 * bn + 3 * losses["prior"], atol=1e-4, rtol=1e-4)
     _, plain = mixmix_loss(zoo, x, y, weigh, config(**TINY, no_dmix=True), run.autocast)
     torch.testing.assert_close(plain["ce"], sum(F.cross_entropy(model(x), y) for model in (net, other)) / 2)

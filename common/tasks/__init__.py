@@ -1,4 +1,5 @@
-"""What images are good for: one module per cited paper. Each module of TASKS has
+"""What images are good for: one module per cited paper, and two that compare sets of images, as MixMix's Tables 1, 2 and 6 do
+(evaluate, transfer). Each module of TASKS has
 
     STUDENT                                   a word for the network that comes of it
     add_flags(parser)                         declares its flags; returns the groups of `parser` that hold them

@@ -1,7 +1,6 @@
 """Distillation of a network into a small one with a generator of its images (DAFL: Chen et al., ICCV 2019), or with images.
 
     one_hot, activation, information    what the generator minimises, in `dafl_loss`          Eq. 4 to 7
-    Generator                           noise -> images
     compress                            the student learns from the teacher's outputs        Eq. 1
 
 With images, the student learns from them alone: shifted and mirrored, labelled anew by the teacher each time. A method that
@@ -14,7 +13,7 @@ The settings are those of the released code, whose recipe MixMix starts from; wh
     weights of the terms   0.05, 5, 0.01; CIFAR-100 0.5, 20, 0.1             the same
     learning rates         0.1, a tenth at 800 and 1,600 of 2,000 epochs;    the same, at 2/5 and 4/5 of --kd-epochs
                            generator 0.02
-    generator              the layers of GDFQ's, without a label             the same
+    generator              the layers of GDFQ's, without a label             the same (common/generators.py)
     reported accuracy      best epoch on test images                         last epoch (best beside it)
     with images            -                                                 shifts of an eighth of the side, mirrored
 """
@@ -25,9 +24,9 @@ from torch import nn
 
 from common import InputError
 from common.cli import fill_in, number, whole
+from common.generators import HumanDesigned
 from common.images import jitter, sampler
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import upsample_conv
 from common.run import Run
 
 GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()
@@ -69,42 +68,13 @@ def complete(cfg):
 def plan(model, cfg, run, generates=False):
     """The student as the distillation begins, with random weights; `generates`: there will be a generator, not images."""
     teacher, example = run.adopt(model)
-    student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size).to(run.device)
+    student = build_student(cfg.student_arch, teacher, cfg.num_classes, cfg.image_size)
     if generates and (cfg.image_size > SMALL_IMAGE or cfg.image_size % 4):
         sides = f"a multiple of 4, at most {SMALL_IMAGE}"
         raise InputError(f"--image-size is {cfg.image_size}, and DAFL's generator needs {sides}; distil with --images")
     if generates and not any(isinstance(m, nn.Linear) for m in teacher.modules()):
         raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
-    run.settle_layout(student, example, retrace=False)
-    return run.place(student)
-
-
-class Generator(nn.Module):
-    """DAFL's generator for small images: noise (B, latent_dim) -> images (B, channels, size, size), standardised.
-
-    Args:
-        image_size: side of the images, a multiple of 4.
-        channels: of the images.
-        latent_dim: length of the noise vector.
-    """
-
-    def __init__(self, image_size=32, channels=3, latent_dim=1000):
-        super().__init__()
-        self.side = image_size // 4
-        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
-        self.bn0 = nn.BatchNorm2d(128)
-        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(128, eps=0.8)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(64, eps=0.8)
-        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.bn3 = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, z):
-        x = self.linear(z).view(len(z), 128, self.side, self.side)
-        x = F.leaky_relu(self.bn1(upsample_conv(self.bn0(x), self.conv1)), 0.2)
-        x = F.leaky_relu(self.bn2(upsample_conv(x, self.conv2)), 0.2)
-        return self.bn3(torch.tanh(self.conv3(x)))
+    return run.adopt_student(student, example)
 
 
 def dafl_loss(logits, features, cfg):
@@ -140,7 +110,7 @@ def compress(model, images, cfg, run=None, added=None):
     sgd = torch.optim.SGD(student.parameters(), cfg.kd_lr, momentum=0.9, weight_decay=5e-4, fused=run.fused)
     stateful, features = {"sgd": sgd}, {}
     if images is None:
-        generator = run.place(Generator(cfg.image_size, input_channels(teacher), cfg.kd_latent_dim))
+        generator = run.place(HumanDesigned(cfg.image_size, input_channels(teacher), cfg.kd_latent_dim))
         adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
         stateful |= {"generator": generator, "adam": adam}
         last = [m for m in teacher.modules() if isinstance(m, nn.Linear)][-1]

@@ -1,14 +1,12 @@
 """Whether images of one network serve others (MixMix, Sec. 5.5, Table 6): post-training quantization of every network of
 --targets with the images of each of --images."""
 
-import argparse
-
 from common import InputError
 from common.cli import resumable
 from common.data import accuracy, find_test_set
 from common.images import read_images, renormalise
 from common.models import input_channels
-from common.report import load, print_rows, show_finished, write_result
+from common.report import alone, load, print_rows, show_finished, write_result
 from common.run import Run
 from common.tasks import ptq
 
@@ -32,9 +30,7 @@ def load_targets(cfg):
     """
     targets = []
     for name in cfg.targets:
-        arch, _, weights = name.partition("=")
-        normalisation = {} if (arch, weights or None) == (cfg.arch, cfg.weights) else {"mean": None, "std": None}  # as the zoo
-        own = argparse.Namespace(**vars(cfg) | {"arch": arch, "weights": weights or None} | normalisation)
+        own = alone(cfg, name)
         try:
             model, _ = load(own)
             run = Run(own)

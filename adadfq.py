@@ -29,7 +29,7 @@ Where the equations are:
     rates' decay          every 100 epochs, on         by network and bits                     --variant, --decay-epochs
                           ImageNet once, at 350
     generator's beta1     0.9                          0.5                                     --variant, --beta1
-    student's forward     not said                     once for each side                      once for both, see below
+    student's forward     not said                     once for each side                      once for both where it can be
     teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
     precision             fp32                         fp32                                    --precision; auto: bf16 where
                                                                                                the hardware computes it
@@ -54,8 +54,9 @@ predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --a
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
 
 Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
-both (`OneForward`). Two things follow. While activation ranges move, one forward moves them once an iteration where the
-released code moves them twice. A student whose own forward draws random numbers would get the same for both sides.
+both, but for mixed images and for a compiled step with frozen ranges (`OneForward`). Two things follow. While activation ranges
+move, one forward moves them once an iteration where the released code moves them twice. A student whose own forward draws
+random numbers would get the same for both sides.
 """
 
 import copy
@@ -295,7 +296,7 @@ def compress(teacher, cfg, run=None):
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
-    both = OneForward(run, student)  # the student's logits of either side
+    both = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits of either side
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)

@@ -8,13 +8,13 @@ to compress any network.
 
 Where the equations are:
     bn_loss                  L_BN                                                      Eq. 2
-    image_prior, blur_prior  L_prior: total variation and L2 norm; that of KW          Sec. 3.1
+    prior_loss               L_prior: total variation and L2 norm; that of KW          Sec. 3.1
     LossWeights              lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior          Eq. 3
     mixmix_loss              the same, with the mean over m' models, of mixed images   Eq. 6
     draw_boxes               the box of the mask alpha                                 Eq. 7
     mix_data                 (1 - alpha) X1 + alpha g(X2)                              Eq. 8
     mixed_cross_entropy      (1 - beta) L_CE(Y1) + beta L_CE(Y2)                       Eq. 9
-    invert                   one batch of images                                       Algorithm 1
+    invert                   one batch of images; common/synthesis.py: a set of them   Algorithm 1
     common/tasks/            evaluate, what networks see in images                     Tables 1 and 2
                              ptq (BRECQ), qat (LSQ), prune, transfer, kd (DAFL)        Tables 3, 4, 5 and 8, 6, 7
     DaflTerms                Eq. 6 in DAFL's loop                                      Sec. 5.4, Table 7
@@ -23,7 +23,7 @@ No code of it was published. What the paper leaves open or has otherwise, and wh
 
     what                 here                                                          why
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
-    rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              measured, see below
+    rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              docs/MEASUREMENTS.md
     5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
                          (CIFAR: 2,000, all at full size)
     learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
@@ -46,17 +46,11 @@ No code of it was published. What the paper leaves open or has otherwise, and wh
     images               1,024; for qat 100,000 on ImageNet, elsewhere 4,096, as       Sec. 5.2 has ImageNet only
                          large a share of CIFAR's training images
     KW                   Eq. 3, not mixed, with KL(N of the images || N stored), mean  Sec. 3.1 names both losses only;
-                         over channels and layers, and a 3x3 blur of sigma 1; lambdas  weights measured, see below
+                         over channels and layers, and a 3x3 blur of sigma 1; lambdas  weights: docs/MEASUREMENTS.md
                          1, 100, 10; the rest as in the recipe
     precision            bf16 where the hardware has it (--precision), but on a CPU    not said; depthwise convolutions
                          fp32 for networks with depthwise convolutions; float16        are slower in bf16 there
                          images
-
-CIFAR: with DeepInversion's weight of 10, two networks recognised 8 to 30 % of 64 images as their class after 200 iterations,
-at rates of 0.05 to 0.25; with 1, and the paper's rate of 0.25, all of them, at the same distance of the BatchNorm statistics.
-No test image was looked at for it.
-KW: ResNet-20 recognised all of 64 images after 200 iterations with each of four pairs of weights (lambda_2, lambda_3). L_BN
-(Eq. 2) was 104 with (1, 1), 25 with (10, 1), 28 with (10, 10) and 15 with (100, 10), which is the default.
 
 Baselines (--data-source): "single" inverts the network itself (DeepInversion), "kw" too, with the losses of The Knowledge
 Within (Sec. 3.1), "zeroq" matches its BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws
@@ -93,20 +87,20 @@ ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitatio
     "cifar100": "resnet20 resnet56 vgg11_bn vgg16_bn shufflenet_v2_x0_5 shufflenet_v2_x1_0".split(),
 }
 HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
-RECIPE = {  # DeepInversion's for CIFAR-10 and ImageNet; where its published settings disagree on the latter, its README's
-    "--batch-size": (256, 32, whole(1), "images that are optimised together"),
-    "--iterations": (2000, 5000, whole(0), "steps per batch"),
+RECIPE = {  # DeepInversion's for CIFAR-10 and ImageNet (where its settings differ, its README's), but for KW's two weights
+    "--batch-size": (256, 32, whole(1), "number of images that are optimised together"),
+    "--iterations": (2000, 5000, whole(0), "number of steps per batch"),
     "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
     "--beta1": (0.9, 0.5, number(0, 0.9999), "beta1 of Adam"),
     "--beta2": (0.999, 0.9, number(0, 0.9999), "beta2 of Adam"),
     "--ce-weight": (1.0, 1.0, number(0), "lambda_1, weight of the cross-entropy"),
     "--bn-weight": (1.0, 0.01, number(0), "lambda_2, weight of L_BN"),
     "--first-bn": (1.0, 10.0, number(0), "factor of the first BatchNorm's term in L_BN"),
-    "--tv-weight": (2.5e-5, 1e-4, number(0), "lambda_3, weight of the total variation"),
-    "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm"),
+    "--tv-weight": (2.5e-5, 1e-4, number(0), "weight of the total variation, a part of lambda_3"),
+    "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm, the other part of lambda_3"),
     "--kl-weight": (100.0, 100.0, number(0), "lambda_2 of kw, weight of the Kullback-Leibler divergence"),
     "--blur-weight": (10.0, 10.0, number(0), "lambda_3 of kw, weight of the squared difference from the blurred images"),
-    "--jitter": (2, 30, whole(0), "largest shift in pixels"),
+    "--jitter": (2, 30, whole(0), "shift the images by up to this many pixels in every step"),
     "--flip": (False, True, None, "mirror the images in half of the steps"),
     "--clip": (False, True, None, "keep pixels in the range of images"),
 }
@@ -449,7 +443,7 @@ def parser():
     add = group.add_argument
     low = "initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
     add("--low-iterations", type=whole(0), help=low)
-    add("--warmup-iterations", type=whole(0), default=100, help="steps of linear warm-up, per resolution")
+    add("--warmup-iterations", type=whole(0), default=100, help="number of steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="whether the three lambdas are fixed or learned")
     add("--lr-weights", type=number(0), default=0.01, help="learning rate of learned lambdas (Adam)")
     tasks.add_flags(p, kd={"--kd-bn-weight"}, synth={"--part"}, evaluate=set())

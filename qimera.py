@@ -8,7 +8,7 @@ such images lie near the teacher's decision boundaries, which images of single c
     python qimera.py --arch resnet20 --dataset cifar100 --bits 4
 
 Where the equations are:
-    Latent                                 S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
+    Latent (ReleasedLatent)                S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
     superpose_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
     make_latent                            extracted embedding initialization                 Sec. 4.4
@@ -169,32 +169,50 @@ class Latent(nn.Module):
         num_classes: C.
         width: D, the dimension of an embedding.
         mapped: d, the dimension to which embeddings are mapped; None leaves the mapping out.
-        noise: where z enters: "after" the mapping, in R^d (Eq. 8, Sec. 4.3); "before" it, in R^D, after the superposition
-            (Sec. 4.4, 5.1); "slot" before both, one vector for each of the K embeddings (the released code).
+        noise: where z enters: "after" the mapping, in R^d (Eq. 8, Sec. 4.3), or "before" it, in R^D, after the superposition
+            (Sec. 4.4, 5.1).
         noise_scale: factor on z.
-        normalise: standardise the sums of embeddings and noise, of one sample in a batch of single classes, of the whole
-            batch (slot by slot) in a superposed one, as the released code does.
     """
 
-    def __init__(self, num_classes, width, mapped=None, noise="after", noise_scale=1.0, normalise=False):
+    def __init__(self, num_classes, width, mapped=None, noise="after", noise_scale=1.0):
         super().__init__()
         self.embedding = nn.Embedding(num_classes, width)  # E
         self.mapping = nn.Linear(width, mapped) if mapped else nn.Identity()  # M
         self.out_features = mapped or width
-        self.noise, self.noise_scale, self.normalise = noise, noise_scale, normalise
+        self.noise, self.noise_scale = noise, noise_scale
 
     def draw_noise(self, classes):
-        """z for the classes (B, K) of `Labels`: (B, d) after the mapping, (B, D) before it, (B, K, D) for slots."""
-        shape = classes.shape if self.noise == "slot" else classes.shape[:1]
+        """z for the classes (B, K) of `Labels`: (B, d) after the mapping, (B, D) before it."""
         width = self.out_features if self.noise == "after" else self.embedding.embedding_dim
-        return self.noise_scale * torch.randn(*shape, width, device=classes.device)  # z ~ N(0, 1)
+        return self.noise_scale * torch.randn(len(classes), width, device=classes.device)  # z ~ N(0, 1)
 
     def forward(self, labels, z):
         if self.noise == "after":
             m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
-            return self.normalised(z + superpose(labels.soft, m), labels)  # S(m) = z + sum_k lambda_k m_k
+            return z + superpose(labels.soft, m)  # S(m) = z + sum_k lambda_k m_k
+        return self.mapping(z + superpose(labels.soft, self.embedding.weight))  # M(S(e))
+
+
+class ReleasedLatent(Latent):
+    """The released code's input: `noise` "slot" adds one vector to each of the K embeddings, before they are mapped and then
+    superposed; `normalise` standardises the sums of embeddings and noise, of one sample in a batch of single classes, of the
+    whole batch (slot by slot) in a superposed one."""
+
+    def __init__(self, *args, normalise=True):
+        super().__init__(*args)
+        self.normalise = normalise
+
+    def draw_noise(self, classes):
+        """As `Latent.draw_noise`; (B, K, D) for slots."""
+        if self.noise != "slot":
+            return super().draw_noise(classes)
+        return self.noise_scale * torch.randn(*classes.shape, self.embedding.embedding_dim, device=classes.device)
+
+    def forward(self, labels, z):
+        if self.noise == "after":
+            return self.normalised(super().forward(labels, z), labels)
         if self.noise == "before":
-            return self.mapping(self.normalised(z + superpose(labels.soft, self.embedding.weight), labels))  # M(S(e))
+            return self.mapping(self.normalised(z + superpose(labels.soft, self.embedding.weight), labels))
         slots = self.normalised(z + self.embedding(labels.classes), labels)  # (B, K, D)
         return (labels.shares[:, :, None] * self.mapping(slots)).sum(1)
 
@@ -220,7 +238,9 @@ def make_latent(teacher, cfg, example=None):
         rows = None
     width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # Sec. 5.1
     mapped = cfg.mapped_dim if cfg.dm else None
-    latent = Latent(cfg.num_classes, width, mapped, cfg.noise, cfg.noise_scale, cfg.normalise)
+    about = cfg.num_classes, width, mapped, cfg.noise, cfg.noise_scale
+    as_released = cfg.noise == "slot" or cfg.normalise
+    latent = ReleasedLatent(*about, normalise=cfg.normalise) if as_released else Latent(*about)
     latent.embedding.requires_grad_(not cfg.freeze_embeddings)
     if cfg.eei:
         if len(rows) != cfg.num_classes:

@@ -154,17 +154,22 @@ class OneForward:
     """The student's logits for the generator's side of an iteration and then for its own, from one forward where that is
     possible and quicker: each side's gradient is taken only with respect to its own parameters.
 
-    Mixed images (--mix) need a forward of their own. So does a compiled step (--capture compile) once the ranges are frozen: it
-    differentiates its graph as a whole, which costs more.
+    A compiled step (--capture compile) makes one for each side once the ranges are frozen: it differentiates its graph as a
+    whole, which costs more.
+
+    Args:
+        run: of the method.
+        student: the network.
+        same_images: whether both sides have the same ones.
     """
 
-    def __init__(self, run, student):
-        self.run, self.student = run, student
+    def __init__(self, run, student, same_images=True):
+        self.run, self.student, self.same_images = run, student, same_images
         self.shared, self.logits = False, None
 
     def begin(self, calibrating, tuning):
         """An iteration begins; arguments as `finetune.phases` yields them."""
-        self.shared = tuning and self.run.cfg.mix == "none" and (self.run.cfg.capture != "compile" or calibrating)
+        self.shared = tuning and self.same_images and (self.run.cfg.capture != "compile" or calibrating)
 
     def first(self, x):
         """Logits (B, C), with a graph to the images x."""
@@ -177,6 +182,6 @@ class OneForward:
         self.run.update(optimizer, loss, keep_graph=self.shared)
 
     def second(self, x):
-        """Logits (B, C) of x, which are the same images where --mix is none; what they share is used up by it."""
+        """Logits (B, C) of x for the second side; what both share is used up by it."""
         logits, self.logits = self.logits, None
         return self.run.compute(self.student, x) if logits is None else logits

@@ -72,7 +72,7 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "calibrate_epochs": (whole(1, 10**6), "number of initial epochs in which the activation ranges follow the images"),
     "lr_g": (number(0), "learning rate of the generator (Adam)"),
     "beta1": (number(0, 0.9999), "beta1 of the generator's Adam"),
-    "lr_q": (number(0), "learning rate of the student (SGD, momentum 0.9)"),
+    "lr_q": (number(0), "learning rate of the student"),
     "weight_decay": (number(0), "weight decay of the student"),
     "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
     "latent_dim": (whole(1, 10**6), "length of the noise vector"),
@@ -89,7 +89,10 @@ def _in_words(default):
     if isinstance(default, dict):
         return "; ".join(f"{setting} {_in_words(value)}" for setting, value in default.items())
     if isinstance(default, tuple):
-        return "CIFAR {}, ImageNet {}".format(*default)
+        small, large = map(_in_words, default)
+        return small if small == large else f"CIFAR {small}, ImageNet {large}"
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 

@@ -21,7 +21,7 @@ from common.progress import close_all
 from common.quant import observe, quantize, quantized_activations
 from common.run import Run
 from common.trace import last_layer
-from qimera import Latent, compress, config, single_labels, superpose_labels
+from qimera import Latent, ReleasedLatent, compress, config, single_labels, superpose_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -62,7 +62,7 @@ def standardised(x):
 @pytest.mark.parametrize("noise, shape", [("after", (6, 3)), ("before", (6, 5)), ("slot", (6, 4, 5))])
 def test_the_latent_with_noise_after_or_before_the_mapping_or_in_each_slot(noise, shape, normalise):
     """Eq. 8 sample by sample, Eq. 5 for one class; standardised over the batch, but single classes each by itself."""
-    latent, (classes, shares, _) = Latent(9, 5, 3, noise, 0.5, normalise).double(), make_superposition()
+    latent, (classes, shares, _) = ReleasedLatent(9, 5, 3, noise, 0.5, normalise=normalise).double(), make_superposition()
     z, rows = latent.draw_noise(classes).double(), latent.embedding.weight
     assert z.shape == shape
     single = F.one_hot(torch.zeros(6, dtype=torch.int64), 4).double()
@@ -80,16 +80,20 @@ def test_the_latent_with_noise_after_or_before_the_mapping_or_in_each_slot(noise
             expected = latent.mapping(over(summed(weights, embedded) + z))
         else:
             expected = summed(weights, [latent.mapping(over(e + z[:, k])) for k, e in enumerate(embedded)])
-        torch.testing.assert_close(latent(superpose_labels(classes, weights, 9, superposed), z), expected)
-    plain = Latent(9, 5, noise=noise)
-    one = single_labels(classes[:, 0], 1, 9)
+        labels = superpose_labels(classes, weights, 9, superposed)
+        torch.testing.assert_close(latent(labels, z), expected)
+        if noise != "slot" and not normalise:  # the paper's
+            paper = Latent(9, 5, 3, noise, 0.5).double()
+            paper.load_state_dict(latent.state_dict())
+            assert torch.equal(paper(labels, z), latent(labels, z)) and paper.draw_noise(classes).shape == shape
+    one, plain = single_labels(classes[:, 0], 1, 9), Latent(9, 5)
     assert torch.equal(plain(one, torch.zeros(())), plain.embedding(classes[:, 0])) and plain.out_features == 5
 
 
 def test_flags_choose_the_latent(net):
     def latent(**flags):
         made = qimera.make_generator(net, config(**TINY, **flags), 3).latent
-        return made.noise, made.noise_scale, made.normalise, made.out_features
+        return made.noise, made.noise_scale, getattr(made, "normalise", False), made.out_features
 
     assert latent() == ("after", 1, False, 64) and latent(no_dm=True) == ("after", 1, False, 8)
     assert latent(noise="before", mapped_dim=3, noise_scale=0.5) == ("before", 0.5, False, 3)

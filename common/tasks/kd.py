@@ -4,13 +4,14 @@
     compress                            the student learns from the teacher's outputs        Eq. 1
 
 With images, the student learns from them alone: shifted and mirrored, labelled anew by the teacher each time. A method that
-has terms of its own for the generator hands them over as a function; MixMix does (its Sec. 5.4).
+has terms of its own for the generator hands them over as a class (see `compress`); MixMix does (its Sec. 5.4).
 
 The settings are those of the released code, whose recipe MixMix starts from; what is other here, or is left open:
 
     what                   released code                                     here
     student's loss         Kullback-Leibler divergence, temperature 1        the same
     weights of the terms   0.05, 5, 0.01; CIFAR-100 0.5, 20, 0.1             the same
+    information entropy    to base 10, where the paper does not say          the same
     learning rates         0.1, a tenth at 800 and 1,600 of 2,000 epochs;    the same, at 2/5 and 4/5 of --kd-epochs
                            generator 0.02
     generator              the layers of GDFQ's, without a label             the same (common/generators.py)
@@ -39,9 +40,9 @@ def add_flags(parser):
     group = parser.add_argument_group("distillation (DAFL)")
     add = group.add_argument
     add("--student-arch", help="architecture of the student, as for --arch")
-    add("--kd-epochs", type=whole(1), default=2000, help="epochs")
-    add("--kd-iters", type=whole(1), default=120, help="iterations per epoch")
-    add("--kd-batch-size", type=whole(1), default=1024, help="images per iteration")
+    add("--kd-epochs", type=whole(1), default=2000, help="number of epochs")
+    add("--kd-iters", type=whole(1), default=120, help="number of iterations per epoch")
+    add("--kd-batch-size", type=whole(1), default=1024, help="number of images per iteration")
     add("--kd-latent-dim", type=whole(1), default=1000, help="length of the generator's noise vector")
     student = "learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs"
     add("--kd-lr", type=number(0), default=0.1, help=student)

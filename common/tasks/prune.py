@@ -45,11 +45,12 @@ def add_flags(parser):
     add = group.add_argument
     kinds = ("unstructured", "structured")
     add("--prune", choices=kinds, default="unstructured", help="prune single weights or whole channels")
-    add("--sparsity", type=number(0, 0.99), help="share that is pruned (default: unstructured 0.5, structured 0.2)")
-    add("--points", type=whole(1), default=10, help="pixels per image for the least-squares reconstruction")
+    share = "share of the weights or channels that is pruned (default: unstructured 0.5, structured 0.2)"
+    add("--sparsity", type=number(0, 0.99), help=share)
+    add("--points", type=whole(1), default=10, help="number of pixels per image for the least-squares reconstruction")
     ridge = "ridge of the least-squares reconstruction, relative to the inputs' variance"
     add("--ridge", type=number(1e-12), default=1e-4, help=ridge)
-    add("--no-refit", action="store_true", help="no reconstruction after pruning")
+    add("--no-refit", action="store_true", help="leave out the least-squares reconstruction after pruning")
     parser.without_effect("--no-refit", "--points", "--ridge")
     return (group,)
 

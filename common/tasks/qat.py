@@ -4,15 +4,15 @@ One step per weight tensor and one per activation are learned with the weights; 
 
     learned.learned_step    x = s round(clip(x / s, -Q_N, Q_P)) and its gradient to s      Eq. 1 to 3
     learned._ScaledGradient the gradient of s times 1 / sqrt(N Q_P)                        Sec. 2.2
-    kd_loss                 Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
+    common.ops.kd_loss      Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
     feature_loss            intermediate features (Haroush et al., CVPR 2020)              MixMix, Sec. 5.2
 
 What MixMix leaves open, and what stands here:
 
     what                  here                                              why
     optimizer             SGD, Nesterov momentum 0.9, cosine decay          LSQ's, which does not mention Nesterov
-    weight decay          1e-4 at all numbers of bits                       LSQ's at 4; it has half at 3, a quarter at 2
-    learning rate         a tenth of LSQ's                                  networks with fixed statistics do not bear more:
+    weight decay          1e-4 at all numbers of bits; MobileNetV2 0        LSQ's at 4; it has half at 3, a quarter at 2
+    learning rate         a tenth of LSQ's; MobileNetV2 a hundredth         networks with fixed statistics do not bear more:
                                                                             ResNet-20, 4 bits, real images: 0.01 leaves 22 %
     BatchNorm             statistics stay fixed                             those of synthetic images are no better
     feature loss          blocks' outputs, squared difference over the      Haroush et al. do not say
@@ -37,7 +37,7 @@ from common.cli import fill_in, number, whole
 from common.finetune import MatchedFeatures, keep_ranges, set_ranges, student_optimizer
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
-from common.ops import mix_images
+from common.ops import kd_loss, mix_images
 from common.quant import describe, observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
@@ -53,7 +53,7 @@ def add_flags(parser):
     recipe = "LSQ's (lsq), or one for a few hundred images and steps (short); the top of common/tasks/qat.py tells them apart"
     add("--qat-recipe", choices=("lsq", "short"), default="lsq", help=recipe)
     add("--qat-steps", type=whole(1), help="training steps, rounded up to whole epochs (default: lsq 44000, short 800)")
-    add("--qat-batch-size", type=whole(1), help="images per step (default: lsq 128, short 32)")
+    add("--qat-batch-size", type=whole(1), help="number of images per step (default: lsq 128, short 32)")
     rate = "peak rate, which decays by a cosine (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003, from 4 bits on 0.0001)"
     add("--qat-lr", type=number(0), help=rate)
     decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
@@ -85,12 +85,6 @@ def _begin(model, cfg, run):
         raise InputError("the model cannot be traced, so its blocks cannot be found; give one whose forward does not branch")
     raise_ends(student, cfg.ends_bits, "lsq")
     return teacher, example, student
-
-
-def kd_loss(student_logits, teacher_logits, temperature):
-    """tau^2 times the Kullback-Leibler divergence from teacher to student, mean over the batch; logits (B, C)."""
-    p, q = (F.log_softmax(logits.float() / temperature, 1) for logits in (teacher_logits, student_logits))
-    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def feature_loss(ours, theirs):
@@ -162,7 +156,7 @@ def compress(model, images, cfg, run=None):
         seen = augmented(x) if short else x
         with run.autocast():
             theirs, ours = outputs(seen, full, False), outputs(seen, modules, True)
-        kd = kd_loss(ours[-1], theirs[-1], cfg.temperature)
+        kd = kd_loss(ours[-1].float(), theirs[-1].float(), cfg.temperature, "batchmean")
         if short and cfg.feature_weight:
             features = matched.distance()
         else:

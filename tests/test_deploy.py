@@ -134,8 +134,8 @@ assert torch.equal(program.module()(x), expected)
 @pytest.mark.parametrize("placement", ["relu", "input"])
 def test_torch_export_leaves_a_file_that_runs_without_this_project(tmp_path, placement):
     student = loaded(tmp_path / "q.pt", tiny.inverted, 4, placement)
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(student, (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes)
+    how = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "strict": False}  # the strict mode of torch 2.6 fails
+    program = torch.export.export(student, (torch.randn(2, 3, 16, 16),), **how)
     x = torch.randn(5, 3, 16, 16)
     torch.export.save(program, tmp_path / "student.pt2")
     torch.save((x, student(x)), tmp_path / "expected.pt")

@@ -314,7 +314,7 @@ def draw_accuracy(place):
                     axes.plot([], [], label=METHODS[method], **look(method))
                 for steps in sorted(lengths):
                     axes.plot([], [], color="black", ls="--", label=f"the papers' schedules, {steps:,} steps")
-                axes.legend(fontsize=6.5, loc="center right")
+                axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 
         return paint
 

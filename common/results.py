@@ -39,6 +39,13 @@ ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say 
 APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device"}  # arguments that no row's name has
 PROTOCOL = {"--weights", "--task", "--schedule", "--epochs", "--iters", "--batch-size"}  # with another one, another table
 
+PAPERS = {  # by the task of MixMix: the table that has such an experiment
+    None: "Table 2 of Qimera and of AdaDFQ",
+    "ptq": "Table 3 of MixMix, which has ImageNet",
+    "qat": "Table 4 of MixMix, which has ImageNet",
+    "prune": "Table 5 of MixMix, which has ImageNet",
+    "kd": "Table 7 of MixMix",
+}
 HEADS = "bits | method | seeds | calibrated | last epoch | best epoch | drop | published | best published | minutes | KB"
 HEADER = """# Results
 
@@ -192,7 +199,10 @@ def table(runs):
               for run in runs if "epochs" in run["arguments"])  # fmt: skip
     machines = (f"{run['machine']['processor'] or 'not recorded'}, threads: {run['machine']['threads']}" for run in runs)
     versions = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs)
-    shown = [all_of(epochs), f"{runs[0]['result']['images']:,} test images"]
+    task = arguments["task"] if first_method == "mixmix" else None
+    known = task or paper_drop(first_method, 4, arguments["dataset"], arguments["arch"])
+    shown = [f"As in {PAPERS[task]} ([PAPERS.md](PAPERS.md))"] if known else []
+    shown += [all_of(epochs), f"{runs[0]['result']['images']:,} test images"]
     shown += ["full precision: " + all_of(f"{run['result']['fp_top1']:.2f} %" for run in runs), "machine: " + all_of(machines)]
     numbers = re.findall(r"\d+", first_bits)
     bits = [f"--{kind}bits {number}" for kind, number in zip("wa" if len(numbers) == 2 else [""], numbers)]

@@ -51,7 +51,7 @@ def test_a_table_from_run_folders(tmp_path, fails):
     (file,) = (tmp_path / "docs" / "results").glob("*.jsonl")
     assert "/home/me" not in file.read_text() + page
     assert json.loads(file.read_text().splitlines()[0])["curve"] == [[4, 40, 70.0], [12, 120, 87.0]]
-    assert "2,000 test images; full precision: 92.41 %; machine: avx2, threads: 2" in page
+    assert "2,000 test images; full precision: 92.41 %; machine: avx2, threads: 2" in page and "As in Table 2 of Qimera" in page
     command = re.search(r"python gdfq.py .*", page)[0].split()[2:]
     assert vars(gdfq.parse_args(command)) == vars(gdfq.parse_args([*argv, "0"])) | {"data_dir": "DIR"}
     spread = " | ".join(f"{mean + plus:.2f} ± {np.std(top1, ddof=1):.2f}" for plus in (0, 1))

@@ -513,7 +513,7 @@ SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmea
 
 
 def parser():
-    p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",))
+    p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",), settings=("variant", "task"))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
     sources = "search for the generator, or take a genotype.json, the folder of a run that has one, published:NETWORK-DATASET"
     add("--genotype", default="search", help=f"{sources}, or a control: random, acgan, gdfq (for large images as acgan)")

@@ -250,6 +250,7 @@ def parser():
     add = p.add_argument_group("GDFQ").add_argument
     variant = "use the losses and settings of the released code or of the paper: sets --bns-form, --kd-reduction and --beta1"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
+    half = "; confusing or unconfusing: half of the images are real ones with low or high confidence"  # Table 1 of Qimera
     p.add_training(
         "GDFQ: schedule and losses",
         epochs=400, iters=200, batch_size=(200, 16), warmup_epochs=(4, 50), calibrate_epochs=4,
@@ -257,7 +258,7 @@ def parser():
         latent_dim=100,
         bns_weight=0.1, bns_form={"released": "gdfq", "paper": "sum"},  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction={"released": "mean", "paper": "batchmean"},  # delta of Eq. 3
-        sources=("generator", "real", *HALF_REAL),  # Table 1 of Qimera
+        sources=("generator", "real", *HALF_REAL), about_sources=half,
     )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
     add("--real-per-class", type=whole(1), default=15, help="number of real images of each class (confusing, unconfusing)")

@@ -428,7 +428,7 @@ SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean
 
 
 def parser():
-    p = Parser("qimera", __doc__.split("\n\n")[0])
+    p = Parser("qimera", __doc__.split("\n\n")[0], settings=("adversarial", "variant"))
     add = p.add_argument_group("Qimera").add_argument
     variant = "use the settings of the paper or of the released code; the table at the top of qimera.py lists them"
     add("--variant", choices=("paper", "released"), default="paper", help=variant)

@@ -20,7 +20,6 @@ from common.timm_models import stated
 
 DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
-SETTINGS = ("adversarial", "variant", "task")  # that defaults of other flags go by
 
 
 # ------------------------------------------------------------------------------------------------ what a flag may be
@@ -109,11 +108,13 @@ class Parser(argparse.ArgumentParser):
         method: name of the script, as in the run folder.
         description: first paragraph of --help.
         unquantized: values of the script's --task that leave a full-precision network.
+        settings: names of the flags by which defaults of others go, see `add_derived`.
     """
 
-    def __init__(self, method, description, unquantized=()):
+    def __init__(self, method, description, unquantized=(), settings=("variant",)):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
         self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
+        self.settings = settings
         add = self.add_argument_group("network and data").add_argument
         names = "resnet20|32|44|56|110, vgg11_bn_x0_25, regnet_y_narrow (CIFAR), torchvision's, timm:NAME"
         add("--arch", help=f"architecture: {names}, or package.module:factory (default: resnet20; resnet18 for ImageNet)")
@@ -172,18 +173,18 @@ class Parser(argparse.ArgumentParser):
         """A flag whose default goes by others.
 
         Args:
-            default: (for images up to 64 pixels, for larger ones), or a dict of values or such pairs by what --variant, --task
-                or --adversarial is, of which the first that fits counts; "otherwise" always fits.
+            default: (for images up to 64 pixels, for larger ones), or a dict of values or such pairs by what the flags of
+                `settings` are, of which the first that fits counts; "otherwise" always fits.
         """
         action = group.add_argument(flag, help=f"{help} (default: {_in_words(default)})", **kwargs)
         self.derived[action.dest] = default
 
-    def add_training(self, title, sources=("generator", "real"), **defaults):
+    def add_training(self, title, sources=("generator", "real"), about_sources="", **defaults):
         """Flags of TRAINING with a method's own defaults, in the order given, and --data-source.
 
         Args:
             title: of their group in --help.
-            sources: what the method takes for --data-source.
+            sources, about_sources: what the method takes for --data-source, and what --help adds about others than these two.
             defaults: a value; as for `add_derived`; text where the method works it out from more.
         """
         group = self.add_argument_group(title)
@@ -197,8 +198,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 group.add_argument(flag, help=about, default=default, **how)
         about = "what the student learns from: the generator's images, or the training images in --data-dir (real)"
-        half = "; with confusing or unconfusing, half of the images are real ones with low or high confidence"
-        group.add_argument("--data-source", choices=sources, default="generator", help=about + half * (len(sources) > 2))
+        group.add_argument("--data-source", choices=sources, default="generator", help=about + about_sources)
         idle = {"lr_g", "beta1", "latent_dim", "bns_weight", "bns_form", "warmup_epochs"} & set(defaults)
         self.without_effect("--data-source real", *("--" + name.replace("_", "-") for name in sorted(idle)))
 
@@ -255,7 +255,7 @@ class Parser(argparse.ArgumentParser):
             setattr(args, name, given if given is not None else expected)
         for name, default in self.derived.items():
             if isinstance(default, dict):
-                keys = ("otherwise", *(vars(args).get(setting) for setting in SETTINGS))
+                keys = ("otherwise", *(vars(args)[setting] for setting in self.settings))
                 default = next((value for key, value in default.items() if key in keys), None)
             fill_in(args, {name: default[args.image_size > SMALL_IMAGE] if isinstance(default, tuple) else default})
         args.method = self.method

@@ -291,12 +291,12 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     student = set_ranges(student, cfg.act_ranges)
+    both = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits of either side
     stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
     optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
-    both = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits of either side
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)

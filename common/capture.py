@@ -1,5 +1,6 @@
 """Making a training step fast without changing how it reads: a CUDA graph, torch.compile, or the step as it is."""
 
+import copy
 import ctypes
 import os
 import shutil
@@ -8,6 +9,8 @@ from contextlib import suppress
 
 import torch
 import torch._functorch.config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import CheckpointPolicy
 
 from common import InputError, first_line
 
@@ -16,10 +19,27 @@ WARMUP_STEPS = 3  # run before a graph is captured, so that libraries have chose
 # Steps: compiling costs two minutes and saves GDFQ 13 to 70 ms of each, on two cores. Where PyTorch's cache has the code it
 # costs 20 s; the number is the same all the same, so that what a command computes does not depend on what ran before it.
 WORTH_COMPILING = 10_000
-COMPILER = {"options": {"fallback_random": True}}  # the eager step's random numbers
 # The backward pass computes cheap things anew from what is stored for it anyway: the compiler would rather store masks of the
 # ReLUs, and on a CPU its code for storing booleans takes twenty times as long as the ReLU.
 PARTITIONER = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
+
+
+class RecomputedMasks(CustomGraphPass):
+    """Forbids the compiler to store tensors of booleans for the backward pass."""
+
+    def __call__(self, graph):
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype is torch.bool and value.ndim:
+                node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
+    def uuid(self):
+        """What the compiler's cache knows it by."""
+        return "recomputed masks"
+
+
+# fallback_random: the eager step's random numbers
+COMPILER = {"options": {"fallback_random": True, "joint_custom_post_pass": RecomputedMasks()}}
 
 
 def keep_freed_memory():
@@ -155,7 +175,7 @@ class OneForward:
     possible and quicker: each side's gradient is taken only with respect to its own parameters.
 
     A compiled step (--capture compile) makes one for each side once the ranges are frozen: it differentiates its graph as a
-    whole, which costs more.
+    whole, which costs more. The generator's side then goes through a student whose parameters have no gradient.
 
     Args:
         run: of the method.
@@ -165,15 +185,18 @@ class OneForward:
 
     def __init__(self, run, student, same_images=True):
         self.run, self.student, self.same_images = run, student, same_images
+        self.splits = run.cfg.capture == "compile"
+        self.constant = without_gradients(student) if self.splits else student
         self.shared, self.logits = False, None
 
     def begin(self, calibrating, tuning):
         """An iteration begins; arguments as `finetune.phases` yields them."""
-        self.shared = tuning and self.same_images and (self.run.cfg.capture != "compile" or calibrating)
+        self.shared = tuning and self.same_images and (calibrating or not self.splits)
+        self.seen_by_generator = self.student if calibrating else self.constant
 
     def first(self, x):
         """Logits (B, C), with a graph to the images x."""
-        logits = self.run.compute(self.student, x)
+        logits = self.run.compute(self.seen_by_generator, x)
         self.logits = logits if self.shared else None
         return logits
 
@@ -185,3 +208,14 @@ class OneForward:
         """Logits (B, C) of x for the second side; what both share is used up by it."""
         logits, self.logits = self.logits, None
         return self.run.compute(self.student, x) if logits is None else logits
+
+
+def without_gradients(network):
+    """A copy of a network that has its parameters and buffers in the same memory, the parameters without gradients."""
+    view = copy.deepcopy(network)
+    for module, original in zip(view.modules(), network.modules()):
+        module._buffers.update(original._buffers)
+        for name, parameter in original._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return view

@@ -56,6 +56,26 @@ def test_a_compiled_run_does_not_recompile_and_equals_the_eager_one(net, monkeyp
         assert runs[0].history[-1][key] == pytest.approx(runs[1].history[-1][key], rel=1e-4)
 
 
+def test_masks_are_computed_again_and_nothing_else_is():
+    def step(x):
+        return torch.where(x > 0, x.exp(), 0.0)
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step)(torch.randn(3)).graph
+    capture.RecomputedMasks()(graph)
+    marked = [node.name for node in graph.nodes if "recompute" in node.meta]
+    assert marked == [node.name for node in graph.nodes if "gt" in node.name] and len(marked) == 1
+
+
+def test_a_view_without_gradients_sees_what_the_network_learns():
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
+    view, x = capture.without_gradients(network), torch.randn(2, 2, 4, 4, requires_grad=True)
+    before = view.eval()(x)
+    network(x).square().sum().backward()  # moves the running statistics
+    torch.optim.SGD(network.parameters(), 0.1).step()
+    assert torch.equal(view(x), network.eval()(x)) and not torch.equal(view(x), before)
+    assert view(x).requires_grad and not any(parameter.requires_grad for parameter in view.parameters())
+
+
 def test_capture_is_decided_by_flags_device_and_length(monkeypatch):
     monkeypatch.setattr(capture, "compiler", lambda: "g++")
     assert pick_capture("auto", CUDA, 1) == "cudagraph"

@@ -60,7 +60,8 @@ Published accuracies of stage 2 were made with GDFQ's released losses (`--varian
 Not in the paper are two extensions of the search, `--gumbel logits` and `--search-mode hard` (see `Architecture`), and
 `--schedule short` (SHORT), which takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and
 with other weights of the losses' terms. With both extensions and `--lr-alpha 3e-2` 5,000 batches of 16 are enough for a search
-that decides, for a generator of GDFQ's cost; with the paper's form 1,500 left every edge open (docs/MEASUREMENTS.md).
+that decides, for a generator of GDFQ's cost that is no better than a random draw, on CIFAR-10 in the short schedule; with the
+paper's form 1,500 batches left every edge open (docs/MEASUREMENTS.md).
 """
 
 import argparse

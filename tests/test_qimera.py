@@ -86,7 +86,8 @@ def test_the_latent_with_noise_after_or_before_the_mapping_or_in_each_slot(noise
             paper = Latent(9, 5, 3, noise, 0.5).double()
             paper.load_state_dict(latent.state_dict())
             assert torch.equal(paper(labels, z), latent(labels, z)) and paper.draw_noise(classes).shape == shape
-    one, plain = single_labels(classes[:, 0], 1, 9), Latent(9, 5)
+    plain = Latent(9, 5, noise=noise) if noise != "slot" else ReleasedLatent(9, 5, None, noise, normalise=False)
+    one = single_labels(classes[:, 0], 1, 9)
     assert torch.equal(plain(one, torch.zeros(())), plain.embedding(classes[:, 0])) and plain.out_features == 5
 
 

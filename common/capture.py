@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch
 import torch._functorch.config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
 from common import InputError, first_line
@@ -34,8 +34,8 @@ class RecomputedMasks(CustomGraphPass):
                 node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
     def uuid(self):
-        """What the compiler's cache knows it by."""
-        return "recomputed masks"
+        """What the compiler's cache knows it by: this file's contents."""
+        return get_hash_for_files((__file__,))
 
 
 # fallback_random: the eager step's random numbers
@@ -67,7 +67,7 @@ def pick_capture(name, device, steps, worth=WORTH_COMPILING):
     """What --capture means on this machine: "none", "compile" or "cudagraph".
 
     "auto" is a CUDA graph on CUDA. On a CPU it compiles where a compiler is installed and the run is long enough to earn
-    the compilation back.
+    the compilation back. "compile" on CUDA makes a graph of the compiled step.
 
     Args:
         name: one of CHOICES.

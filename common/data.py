@@ -36,6 +36,11 @@ FROM_TRAINING_SET = ("real", "confusing", "unconfusing")  # values of --data-sou
 MOST_REAL = 50_000  # of them; as many as CIFAR has, and 7.5 GB of ImageNet's
 
 
+def fixed_paths(cfg):
+    """Names of the paths among the arguments that a resumed run may not change: that of training images which it reads."""
+    return ("data_dir",) if cfg.data_source in FROM_TRAINING_SET else ()
+
+
 def download(address, path, digest=None):
     """Fetch a file once and check it.
 

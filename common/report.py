@@ -11,7 +11,7 @@ import torch
 from common import InputError, distributed, replacing
 from common.check import print_check
 from common.cli import resumable
-from common.data import FROM_TRAINING_SET, agreement, evaluate, find_test_set
+from common.data import agreement, evaluate, find_test_set, fixed_paths
 from common.deploy import check_export, deploy
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
@@ -50,8 +50,7 @@ def prepare(cfg, **about):
         The teacher, on its device, and the run. Where the run is finished, nothing is said yet.
     """
     teacher, source = load(cfg)
-    fixed = ("data_dir",) if cfg.data_source in FROM_TRAINING_SET else ()
-    run = Run(cfg, cfg.out, fixed=fixed, **about)
+    run = Run(cfg, cfg.out, fixed=fixed_paths(cfg), **about)
     if run.finished:
         return teacher, run
     run.test_set = test_set = find_test_set(cfg, run.device, input_channels(teacher)) if distributed.rank == 0 else None

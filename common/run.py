@@ -185,12 +185,12 @@ class Run:
         """
         if distributed.size > 1:
             step = distributed.WholeBatch(self.cfg.batch_size)(step)
-        if self.cfg.capture == "cudagraph":
-            return GraphedStep(step, optimizers, self.latest)
         if self.cfg.capture == "compile":
             self.announce("compiling the step: the first iterations take a minute or two")
             self.update, self.log = torch.compiler.disable(self.update), torch.compiler.disable(self.log)
-            return compiled(step)
+            step = compiled(step)
+        if self.cfg.capture != "none" and self.device.type != "cpu":
+            step = GraphedStep(step, optimizers, self.latest)
         return step
 
     def update(self, optimizer, loss, keep_graph=False):

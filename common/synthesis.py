@@ -16,6 +16,7 @@ import torch
 from common import InputError, first_line
 from common.capture import pick_capture
 from common.cli import fill_in, resumable, whole
+from common.data import fixed_paths
 from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
@@ -168,9 +169,8 @@ def make_set(cfg, load, make, begin=lambda: None):
     parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     if cfg.data_source not in READY:
         cfg.capture = pick_capture(cfg.capture, pick_device(cfg.device), cfg.iterations * len(parts), worth=STEPS)
-    fixed = ("data_dir",) if cfg.data_source == "real" else ()
     files = ("images.npz", "grid.png", "batches")
-    run = Run(cfg, cfg.out, files, free=("part",), fixed=fixed, part=cfg.part and cfg.part[0])
+    run = Run(cfg, cfg.out, files, free=("part",), fixed=fixed_paths(cfg), part=cfg.part and cfg.part[0])
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
     if not joins:

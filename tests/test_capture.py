@@ -115,10 +115,12 @@ def test_a_graph_knows_the_learning_rates_of_a_resumed_run():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method, flags", STEPS)
-def test_a_graphed_run_equals_the_eager_one(method, flags):
+@pytest.mark.parametrize("kind", ["cudagraph", "compile"])
+def test_a_graphed_run_equals_the_eager_one(monkeypatch, method, flags, kind):
     """Same random numbers, same phases, learning rates that decay, losses of every step."""
+    monkeypatch.setattr(capture, "COMPILER", {"backend": "aot_eager"})  # without code of its own, which takes minutes
     net, histories, states = trained(FunctionalNet()), [], []
-    for name in ("cudagraph", "none"):
+    for name in (kind, "none"):
         cfg = method.config(**TINY | {"iters": 3 * WARMUP_STEPS}, **flags, capture=name, device="cuda")
         run = Run(cfg)
         states.append(method.compress(net, cfg, run).state_dict())

@@ -41,10 +41,10 @@ def watched(device):
     return capture_and_watch
 
 
-def on_second_device(monkeypatch, make):
+def on_second_device(monkeypatch, make, graphed="cudagraph"):
     """The tensors that `make()` returns, step by step and as graphs, on the host."""
     results = []
-    for kind in ("none", "cudagraph"):
+    for kind in ("none", graphed):
         with monkeypatch.context() as patch, second_device(monkeypatch) as device:
             patch.setattr(common.run, "pick_capture", lambda *_, kind=kind: kind)
             patch.setattr(Run, "capture", watched(device))
@@ -97,6 +97,18 @@ def test_a_search_on_the_device(net, monkeypatch):
 
     monkeypatch.setattr(autorecon.Architecture, "probabilities", noted)
     assert_same(*on_second_device(monkeypatch, make))
+
+
+def test_a_compiled_step_becomes_a_graph(monkeypatch):
+    """PyTorch compiles nothing for this device, so that the graph holds the step as it was."""
+    net = trained(FunctionalNet())
+
+    def make():
+        run = Run(gdfq.config(**TINY | {"iters": COUNT}, device="meta"))
+        assert run.cfg.capture == "none" or isinstance(capture(run, print), GraphedStep)
+        return gdfq.compress(net, run.cfg, run).state_dict()
+
+    assert_same(*on_second_device(monkeypatch, make, "compile"))
 
 
 @pytest.mark.parametrize("task", ["qat", "kd"])

@@ -83,8 +83,13 @@ def changed_flags(arguments):
     if arguments["dataset"] != "folder":
         selected -= {"num_classes", "image_size"}
     chosen = [text for name in selected for text in as_flag(name, arguments[name]).split()]
-    defaults = json.loads(json.dumps(vars(parse(chosen))))
-    changed = {n for n, value in arguments.items() if value is not None and n in defaults and value != defaults[n]}
+
+    def unlike(flags):
+        defaults = json.loads(json.dumps(vars(parse(flags))))
+        return {n for n, value in arguments.items() if value is not None and n in defaults and value != defaults[n]}
+
+    switches = {n for n in unlike(chosen) if isinstance(arguments[n], bool)}  # they may set other arguments: --no-se sets --k
+    changed = switches | unlike(chosen + [as_flag(name, arguments[name]) for name in switches])
     changed |= selected | (LENGTH if changed & LENGTH else set())  # the same for all methods, whatever their defaults
     return [as_flag(name, value) for name, value in arguments.items() if name in changed - APART]
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import adadfq
 import gdfq
+import qimera
 from common import results
 
 DOCS = ROOT / "docs"
@@ -36,6 +37,12 @@ def write_run(folder, cfg, top1, calibrated=70.0, machine=None):
     (folder / "result.json").write_text(json.dumps(figures | about))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
+
+
+def test_a_row_names_the_flags_that_make_it_again():
+    """--no-se also sets --k and --p, which may not be given beside it."""
+    arguments = vars(qimera.parse_args(["--no-se", "--noise", "before"]))
+    assert results.changed_flags(arguments | {"out": None}) == ["--noise before", "--no-se"]
 
 
 def test_a_table_from_run_folders(tmp_path, fails):

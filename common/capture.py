@@ -67,7 +67,7 @@ def pick_capture(name, device, steps, worth=WORTH_COMPILING):
     """What --capture means on this machine: "none", "compile" or "cudagraph".
 
     "auto" is a CUDA graph on CUDA. On a CPU it compiles where a compiler is installed and the run is long enough to earn
-    the compilation back. "compile" on CUDA makes a graph of the compiled step.
+    the compilation back. On CUDA, "compile" also captures the compiled step as a graph.
 
     Args:
         name: one of CHOICES.
@@ -212,10 +212,7 @@ class OneForward:
 
 def without_gradients(network):
     """A copy of a network that has its parameters and buffers in the same memory, the parameters without gradients."""
-    view = copy.deepcopy(network)
-    for module, original in zip(view.modules(), network.modules()):
-        module._buffers.update(original._buffers)
-        for name, parameter in original._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
-    return view
+    instead = {id(buffer): buffer for buffer in network.buffers()}
+    for parameter in network.parameters():
+        instead[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(network, instead)

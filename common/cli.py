@@ -144,7 +144,7 @@ class Parser(argparse.ArgumentParser):
         precision = "precision of convolutions in training; auto is bf16 where the hardware has it, fp32 is TF32 on a GPU"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
         capture = "how the training step is executed; auto is a CUDA graph on CUDA, on a CPU torch.compile for long runs"
-        capture += "; compile on CUDA makes a graph of the compiled step"
+        capture += "; on CUDA, compile also captures the compiled step as a graph"
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
         threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
         add("--threads", type=whole(1, 4096), help=threads)

@@ -78,16 +78,19 @@ PICTURES = {
 def changed_flags(arguments):
     """The flags of a run that has these arguments, a dict, as far as they are not its script's defaults or in APART."""
     parse = importlib.import_module(arguments["method"]).parse_args
-    plain = json.loads(json.dumps(vars(parse([]))))
+
+    def settings(flags):  # as config.json has them
+        return json.loads(json.dumps(vars(parse(flags))))
+
+    def unlike(flags):
+        defaults = settings(flags)
+        return {n for n, value in arguments.items() if value is not None and n in defaults and value != defaults[n]}
+
+    plain = settings([])
     selected = {n for n in SELECTING if arguments.get(n) not in (None, plain.get(n))}
     if arguments["dataset"] != "folder":
         selected -= {"num_classes", "image_size"}
     chosen = [text for name in selected for text in as_flag(name, arguments[name]).split()]
-
-    def unlike(flags):
-        defaults = json.loads(json.dumps(vars(parse(flags))))
-        return {n for n, value in arguments.items() if value is not None and n in defaults and value != defaults[n]}
-
     switches = {n for n in unlike(chosen) if isinstance(arguments[n], bool)}  # they may set other arguments: --no-se sets --k
     changed = switches | unlike(chosen + [as_flag(name, arguments[name]) for name in switches])
     changed |= selected | (LENGTH if changed & LENGTH else set())  # the same for all methods, whatever their defaults

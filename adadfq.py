@@ -45,18 +45,18 @@ Where the equations are:
                                                                                                of 256 fixed noise vectors
     Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
       training loss                                                                            labels, mean over an epoch
-    reported accuracy     not said                     best epoch on test images               last epoch (best beside it)
+    reported accuracy     not said                     best epoch on test images               last epoch (best also recorded)
 
-The released code does not run as it was uploaded; its published figures cannot be traced to either column. `--variant
-released` is the default, because only its values are given by network and number of bits (three bits on CIFAR stand for
-four and five, too; on ImageNet a network other than ResNet-18, ResNet-50 and MobileNetV2 takes ResNet-18's). AdaSG, the
-predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
+The released code does not run as uploaded, and the published figures cannot be traced to either column. `--variant
+released` is the default, because only the code has values by network and number of bits. On CIFAR its values for three bits
+are also those for four and five; on ImageNet other networks than ResNet-18, ResNet-50 and MobileNetV2 take ResNet-18's.
+AdaSG, the predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
 
-Both sides need the student's logits on the same images. The generator's step leaves the student alone, so one forward serves
-both, but for mixed images and for a compiled step with frozen ranges (`OneForward`). Two things follow. While activation ranges
-move, one forward moves them once an iteration where the released code moves them twice. A student whose own forward draws
-random numbers would get the same for both sides.
+Both losses need the student's logits on the same images. The generator's step does not change the student, so one forward
+serves both, except for mixed images and for a compiled step with frozen ranges (`OneForward`). Two things follow. While
+activation ranges move, they are updated once per iteration, where the released code updates them twice. And a student whose
+forward draws random numbers uses the same ones for both losses.
 """
 
 import copy

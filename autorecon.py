@@ -40,9 +40,9 @@ networks they stand for, from which the macro-architecture is known exactly. The
       student's steps     after the generator's, the first on its images                            DFAD: before it, all
                                                                                                     on fresh images
       latent vector       100 entries (--latent-dim)                                                GDFQ (DFAD: 256)
-    reported accuracy     last epoch (best beside it)
+    reported accuracy     last epoch (best also recorded)
 
-and fixes these:
+and gives these:
 
     what                  paper                                 here
     L_KD                  as in GDFQ                            temperature 20
@@ -538,7 +538,7 @@ def parser():
     variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
-        "AutoReCon, stage 2: schedule and losses; batch size, lr-g, beta1 and L_bns are those of stage 1, too",
+        "AutoReCon, stage 2: schedule and losses (--batch-size, --lr-g, --beta1 and L_bns are also for stage 1)",
         epochs={"quantize": 400, "kd": 500}, iters={"quantize": 200, "kd": 50},  # as GDFQ, and as DFAD on CIFAR
         batch_size={"quantize": (200, 16), "kd": 256}, warmup_epochs={"quantize": (4, 50), "kd": 0}, calibrate_epochs=4,
         lr_g=1e-3, beta1=0.5, lr_q={"quantize": (1e-4, 1e-6), "kd": 0.1}, weight_decay={"quantize": 1e-4, "kd": 5e-4},

@@ -21,7 +21,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     inner BatchNorms, eps    not given                  0.8 (CIFAR and ImageNet)    0.8
     activation ranges        moving average             one that feeds its bias     plain moving average
                                                         correction back
-    quantized are            all layers, activations    all layers, outputs of      --act-placement relu
+    quantized                all layers, activations    all layers, outputs of      --act-placement relu
                                                         activation functions
     calibration              not given                  first 4 epochs              --calibrate-epochs 4
     generator alone          not given                  4 epochs, on ImageNet 50    --warmup-epochs
@@ -33,7 +33,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
       report it                                                                     for CIFAR-100, torchvision's for ImageNet
     real samples in          not said                   not released                half of each batch from which the
       Qimera's Table 1                                                              student learns
-    reported accuracy        not said                   best epoch on test images   last epoch (best beside it)
+    reported accuracy        not said                   best epoch on test images   last epoch (best also recorded)
 
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
 the first `--calibrate-epochs` epochs and are frozen then, on ImageNet too, where the generator trains alone for longer.
@@ -262,7 +262,7 @@ def parser():
     )  # fmt: skip
     add = p.add_argument_group("ablations").add_argument
     add("--real-per-class", type=whole(1), default=15, help="number of real images of each class (confusing, unconfusing)")
-    below = "highest confidence of the teacher below which an image is confusing"
+    below = "an image is confusing if the teacher's highest confidence is below this"
     add("--confusing-below", type=number(0, 1), default=0.25, help=below)
     add("--no-ce", action="store_true", help="train the generator without the cross-entropy loss")
     add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss")

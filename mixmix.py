@@ -1,8 +1,8 @@
 """MixMix: All You Need for Data-Free Compression Are Feature and Data Mixing (Li et al., ICCV 2021).
 
-Images are optimised until several trained networks at once see their labels in them and find the BatchNorm statistics they
-stored (feature mixing), while a part of every image is covered by another one, shrunk (data mixing). Images made once serve
-to compress any network.
+Images are optimised until several trained networks at once classify them as their labels and find their stored BatchNorm
+statistics in them (feature mixing), while a shrunken copy of another image covers part of each (data mixing). One set of
+images then serves to compress any network.
 
     python mixmix.py --arch resnet20 --dataset cifar10 --bits 4
 
@@ -19,7 +19,7 @@ Where the equations are:
                              ptq (BRECQ), qat (LSQ), prune, transfer, kd (DAFL)        Tables 3, 4, 5 and 8, 6, 7
     DaflTerms                Eq. 6 in DAFL's loop                                      Sec. 5.4, Table 7
 
-No code of it was published. What the paper leaves open or has otherwise, and what stands here:
+No code of it was published. What the paper leaves open or has differently, and what this code does:
 
     what                 here                                                          why
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it

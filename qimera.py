@@ -41,7 +41,7 @@ Where the equations are:
                                                           its correction back
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     generator alone            not given                  4 epochs, on ImageNet 50    --warmup-epochs
-    quantized are              all layers and             all layers, outputs of      --act-placement relu
+    quantized                  all layers and             all layers, outputs of      --act-placement relu
                                activations                activation functions
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
@@ -49,7 +49,7 @@ Where the equations are:
                                                                                       zaq-paper: table in common/zaq.py
     intrusion score            sum of other logits        not released                sum of other probabilities
     Figure 3(a), real images   of the training set        not released                of the test set
-    reported accuracy          not given                  best epoch on test images   last epoch (best beside it)
+    reported accuracy          not given                  best epoch on test images   last epoch (best also recorded)
 
 `--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
 headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take GDFQ's losses as GDFQ's code has them.

@@ -1,7 +1,7 @@
 """Milliseconds per iteration of a method, plain against fast, and the arithmetic floor: `python -m common.bench`.
 
 plain   fp32, eager, NCHW, every operation of common.ops as its formula is written, optimizers as PyTorch picks them
-fast    what the script does by default on this machine, or as --precision and --capture say
+fast    as the script runs by default on this machine (compiled on a CPU), or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 
 Both steps live in one process and take turns; figures are medians. --json FILE writes the table as a list of rows.
@@ -315,7 +315,7 @@ def main(argv=None):
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
     add("--operation", choices=OPERATIONS, help="time only this operation, as it is here and as its formula is written")
-    whole_runs = "run the scripts with --schedule short, and tell how long they take and what accuracy they lose"
+    whole_runs = "run the scripts with --schedule short, and report time and accuracy lost"
     add("--time-to-accuracy", action="store_true", help=f"{whole_runs}; flags of the scripts may follow --")
     add("--seeds", type=int, default=3, help="runs of each script for --time-to-accuracy (default: 3)")
     add("--data-dir", help="folder with the test images for --time-to-accuracy (default: the bundled ones)")

@@ -1,10 +1,10 @@
-"""Qimera's look between the classes, Table 5 and Figures 3 and 5, at a finished run of any script with a generator.
+"""Qimera's analysis of the space between classes (Table 5, Figures 3 and 5), for a finished run of any script with a generator.
 
     path_metrics      distance ratio and intrusion score of a path                            Sec. 5.5, Table 5
     measure_paths     both, mean over pairs of classes; features along the paths              Table 5, Figure 5
     gather_features   features of single classes, of superpositions of two and of test images Figure 3
 
-What needs superpositions is left out where the script of the run has no `superpose_labels`, as qimera.py has it.
+Measures that need superpositions are skipped unless the run's script defines `superpose_labels`, as qimera.py does.
 """
 
 from collections import defaultdict

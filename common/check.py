@@ -1,4 +1,4 @@
-"""What `--check` prints: what of a network would be quantized, layer by layer, what stays in full precision, and sizes."""
+"""What `--check` prints: which layers would be quantized, what stays in full precision, and sizes."""
 
 import tempfile
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What keeps a run's work: a checkpoint and the one before it, and the lock of a folder."""
+"""Checkpoints, of which a run keeps the last two, and the lock of its folder."""
 
 import fcntl
 from pathlib import Path

@@ -136,15 +136,15 @@ class Parser(argparse.ArgumentParser):
         add("--abits", type=whole(2, 8), help="number of bits of the activations (default: --bits)")
         placement = "quantize outputs of activation functions (relu, as in the papers' code) or inputs of all layers (input)"
         add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
-        about = "stop the gradient of activations outside their range; in the papers it passes"
+        about = "zero the gradient of activations outside their range (in the papers it passes through)"
         add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
         add("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:i")
-        precision = "precision of convolutions in training; auto is bf16 where the hardware has it, fp32 is TF32 on a GPU"
+        precision = "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware has it)"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
-        capture = "how the training step is executed; auto is a CUDA graph on CUDA, on a CPU torch.compile for long runs"
-        capture += "; on CUDA, compile also captures the compiled step as a graph"
+        capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, compile "
+        capture += "for long runs); on CUDA, compile also captures a CUDA graph"
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
         threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
         add("--threads", type=whole(1, 4096), help=threads)
@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         add("--eval-every", type=whole(1), default=1, help="evaluate every N epochs; the last epoch is always evaluated")
         add("--eval", metavar="FILE", help="only evaluate this quantized.pt")
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
-        about = "also write the quantized network, of a run or of --eval, as an ONNX file; it needs --act-placement input"
+        about = "onnx: also write the quantized network (of a run or of --eval) as ONNX; needs --act-placement input"
         add("--export", type=one_of("onnx"), help=about)
         about = "with --eval: run the network in integer arithmetic alone (common/integer.py), and compare"
         add("--integer-check", action="store_true", help=about)
@@ -206,14 +206,14 @@ class Parser(argparse.ArgumentParser):
     def add_schedule(self, group, short):
         """--schedule, in a group; `short` is a dict of what --schedule short gives other flags, by their names in Python."""
         self.schedules["short"] = short
-        about = f"the paper's settings, or those with which minutes are enough (short: {as_flags(short)})"
+        about = f"the paper's settings (paper), or faster ones that take minutes (short: {as_flags(short)})"
         group.add_argument("--schedule", choices=tuple(self.schedules), default="paper", help=f"{about} (default: paper)")
 
     def add_analysis(self, what):
         """--analyze RUN, a script's last flag; `what` is what it finds out. --arch, --data-dir and --device go with it."""
         others = set(self._option_string_actions) - {"-h", "--help", "--arch", "--data-dir", "--device"}
         add = self.add_argument_group("analysis").add_argument
-        add("--analyze", metavar="RUN", help=f"only analyse this run folder, of any script with a generator: {what}")
+        add("--analyze", metavar="RUN", help=f"analyse a finished run of any script with a generator, and exit: {what}")
         self.without_effect("--analyze", *sorted(others))
 
     def without_effect(self, setting, *flags):

@@ -6,10 +6,10 @@ image in 8 bits, residual sums, pooled features and the outputs of linear bottle
     BatchNorm          folded after training, into the scale of each output channel and the bias. No code changes, except that
                        the codes of a channel with a negative factor are mirrored, so that nothing is rounded again. One that
                        follows no layer stays, as a factor and a summand per channel.
-    ranges             of weights and activations include zero during training, so that zero points are codes. A network that
-                       has others (made by an earlier version) is refused.
-    residual sums      are sums of what layers send, which has more than --abits bits, and are rounded where a layer receives
-                       them: as in LSQ, whose placement this is, and better than 4-bit shortcuts. In integers they are int32
+    ranges             of weights and activations include zero during training, so that zero points are codes. A
+                       network that has others (written by an earlier version) is refused.
+    residual sums      are sums of layer outputs, which have more than --abits bits. They are rounded at the input of the next
+                       layer, as in LSQ, which is more accurate than 4-bit shortcuts. In integer arithmetic they are int32
                        fixed-point numbers (common/integer.py).
 """
 

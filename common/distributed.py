@@ -11,10 +11,10 @@ processes computes --batch-size / N of its images, and all of them take the step
     gradients                    are averaged over the processes before an optimizer steps (`Run.update`)
     losses in metrics.jsonl      are averaged over the processes, once an epoch
 
-So N processes and one agree to rounding in the first steps. Sums are added up in another order, and quantization amplifies the
-difference as it does for another number of threads. There is one exception: with --data-source confusing or unconfusing, half
-of each process's part is real, not half of the batch. Parameters, ranges and random states are the same in all processes, bit
-for bit, so that a run can be resumed with another number of processes.
+In exact arithmetic, N processes and one take the same step. In floating point the order of the sums differs, and
+quantization amplifies the difference within a few steps, as it does for another number of threads. There is one exception:
+with --data-source confusing or unconfusing, half of each process's share is real, not half of the batch. Parameters, ranges
+and random states are the same in all processes, bit for bit, so that a run can be resumed with another number of processes.
 
 Only the first process (rank 0) has the run folder, evaluates, prints and writes; the others wait for it at the next exchange.
 Exchanges use gloo on a CPU and NCCL on CUDA, where CUDA graphs can hold them (not run on a GPU yet). --capture compile

@@ -1,5 +1,5 @@
-"""The epochs of a script that trains a generator, and fine-tuning beyond the papers: what reaches their accuracy in minutes.
-All of the latter is off unless a flag turns it on, and `--schedule short` is a set of such flags.
+"""The epochs of a script that trains a generator, and options beyond the papers that shorten training to minutes. They are off
+by default; `--schedule short` turns on a set of them.
 
     flag                     instead of what the papers have                        source
     --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
@@ -38,10 +38,11 @@ def add_flags(parser, short):
     group = parser.add_argument_group("beyond the papers (common/finetune.py)")
     parser.add_schedule(group, short)
     add = group.add_argument
-    ranges = "activation ranges: each batch's (extremes), the best that a search finds (search), or with learned steps"
+    ranges = "activation ranges: each batch's minimum and maximum (extremes), the range with the smallest error (search), "
+    ranges += "or a searched range whose step size is then learned (learned)"
     add("--act-ranges", default="extremes", type=one_of("extremes", "search", "learned"), help=ranges)
-    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student")
-    decay = "how learning rates fall: tenfold at --decay-epochs (steps), or smoothly to 0 after the warm-up (cosine)"
+    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student: sgd or adam")
+    decay = "learning rate decay: divided by 10 at --decay-epochs (steps), or a cosine to 0 after the warm-up (cosine)"
     add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
     mix = "mix the images that the student learns from in pairs; the teacher's logits are those of the mixtures"
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)

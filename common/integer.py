@@ -9,9 +9,9 @@
     QuantAct        fixed -> codes            zero point + fixed * multiplier / 2^shift, limited to 0 ... 2^bits - 1
     image, logits   real -> fixed -> real     fixed = real * 2^point
 
-All products and shifts are those of `rescale`: int64 for one product, an addition that rounds, a shift. A kernel that does all
-between two layers at once needs no fixed-point number in memory, except where a residual sum waits. Real numbers occur only
-where constants are made, which is done before deployment.
+`rescale` does all products and shifts: one int64 product, an addition that rounds, a shift. A kernel that fuses everything
+between two layers needs no fixed-point number in memory, except for a residual sum that waits. Real numbers are used only to
+compute constants, before deployment.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 DIR holds train/ and test/, each with one folder per class, or torchvision's own files. FILE is for --weights of all scripts.
 
---recipe fast made the bundled networks. Kernels, depthwise ones too, are trained by Muon (after three epochs its loss was a
-fifth below SGD's), everything else by SGD with Nesterov momentum; half an epoch of linear warm-up, then a linear decay to
+--recipe fast made the bundled networks. Muon trains all kernels, depthwise ones too (after three epochs its loss was a
+fifth below SGD's), SGD with Nesterov momentum everything else; half an epoch of linear warm-up, then a linear decay to
 zero; random translations and alternating flips. The first `--small-epochs` epochs see crops of `--small-size` pixels, which
 cost half as much; the rest see the full image.
 
@@ -11,8 +11,8 @@ cost half as much; the rest see the full image.
 `--decay-epochs`; weight decay 5e-4 on everything; crops of images with a black border of 4 pixels, random flips. The
 ResNet-34 of DAFL's code has `--epochs 199 --decay-epochs 80 120`.
 
-The test images are looked at after the last epoch only, so a run selects nothing on them. Images that do not fill the last
-batch are left out of an epoch. A run that is killed goes on from its last epoch when the same command is given again.
+The test images are used only once, after the last epoch, so nothing is selected on them. Images that do not fill the last batch
+of an epoch are skipped. Repeat the command to continue an interrupted run.
 """
 
 import argparse
@@ -130,12 +130,12 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="folder with train/ and test/, one folder per class in each, or torchvision's files")
     add("--download", action="store_true", help="download torchvision's files into --data-dir")
     add("--out", required=True, help="weights file to write")
-    add("--recipe", choices=tuple(RECIPES), default="fast", help="that of the bundled networks (fast) or the usual one (sgd)")
+    add("--recipe", choices=tuple(RECIPES), default="fast", help="that of the bundled networks (fast), or the usual one (sgd)")
     recipe = {
         "epochs": (whole(1), "number of epochs"),
-        "small_epochs": (whole(0), "number of first epochs on small crops"),
+        "small_epochs": (whole(0), "number of initial epochs on small crops"),
         "small_size": (whole(1, 32), "side of the small crops in pixels"),
-        "decay_epochs": (whole(0), "epochs at which the learning rate is divided by 10; none for a cosine"),
+        "decay_epochs": (whole(0), "epochs at which the learning rate is divided by 10; without any, it falls along a cosine"),
         "pad": (whole(0, 31), "width in pixels of the border from which crops are taken"),
         "lr_kernels": (number(0), "peak step of Muon, relative to a kernel's norm"),
         "lr": (number(0), "highest learning rate of SGD"),

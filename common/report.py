@@ -1,4 +1,5 @@
-"""What begins and ends every script: load and say what is there; evaluate the written file, result.json, table, samples."""
+"""The start and end of every script: load and describe the network; evaluate the written file, write result.json, print the
+table, save samples."""
 
 import argparse
 import copy

@@ -2,10 +2,11 @@
 
     python -m common.results RUN ...             add runs, a line each, to docs/results/; then make the page and its pictures
     python -m common.results                     only make the page and its pictures, from what lies in docs/results/
-    python -m common.results --pictures RUN ...  take the pictures of runs over; then the same
+    python -m common.results --pictures RUN ...  copy the pictures of runs; then the same
 
-Runs of one network, data set, schedule and machine are a table, a file in docs/results/. Flags of all its runs stand in the
-command above it, and flags of some in the names of its rows, so that an ablation needs nothing more than its runs.
+Runs with the same network, data set, schedule and machine form one table, stored as one file in docs/results/. Flags common
+to all its runs appear in the command above the table, the others in the names of its rows. To add an ablation, add its
+runs.
 """
 
 import argparse
@@ -347,7 +348,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of finished runs")
     add("--out", default="docs/RESULTS.md", help="page to write, with results/ and pictures beside it (default: %(default)s)")
-    add("--pictures", action="store_true", help="take the pictures of the runs, not their figures")
+    add("--pictures", action="store_true", help="copy the pictures of the runs, not their figures")
     add("--machine", help="processor of runs whose config.json does not say it, such as amx_bf16")
     args = parser.parse_args(argv)
     place = Path(args.out).parent / "results"

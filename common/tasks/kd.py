@@ -15,7 +15,7 @@ The settings are those of the released code, whose recipe MixMix starts from; wh
     learning rates         0.1, a tenth at 800 and 1,600 of 2,000 epochs;    the same, at 2/5 and 4/5 of --kd-epochs
                            generator 0.02
     generator              the layers of GDFQ's, without a label             the same (common/generators.py)
-    reported accuracy      best epoch on test images                         last epoch (best beside it)
+    reported accuracy      best epoch on test images                         last epoch (best also recorded)
     with images            -                                                 shifts of an eighth of the side, mirrored
 """
 

@@ -7,7 +7,7 @@ channels, are solved for anew, one layer after the other, as He et al. (ICCV 201
     removable               the convolutions whose channels can go
     load_pruned             reads the network that a run leaves
 
-What MixMix leaves open, and what stands here:
+What MixMix leaves open, and what this code does:
 
     what                  here                                               why
     which weights go      the smallest of each layer, all layers alike       not said; He et al. choose channels by LASSO

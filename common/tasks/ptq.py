@@ -9,7 +9,7 @@ full-precision one does; then the step sizes of its activations are learned on f
     blocks.find_blocks     what is reconstructed together
     blocks.brecq_places    what is quantized of the activations
 
-What the papers leave open, or have otherwise, and what stands here:
+What the papers leave open or have differently, and what this code does:
 
     what                   paper                       BRECQ's code                here
     distance of outputs    weighted by the Fisher      squared error by default    squared error

@@ -7,7 +7,7 @@ One step per weight tensor and one per activation are learned with the weights; 
     common.ops.kd_loss      Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
     feature_loss            intermediate features (Haroush et al., CVPR 2020)              MixMix, Sec. 5.2
 
-What MixMix leaves open, and what stands here:
+What MixMix leaves open, and what this code does:
 
     what                  here                                              why
     optimizer             SGD, Nesterov momentum 0.9, cosine decay          LSQ's, which does not mention Nesterov

@@ -27,9 +27,8 @@ networks they stand for, from which the macro-architecture is known exactly. The
     super net's weights   Adam, rate 1e-3, beta1 0.5, as the generator's                            GDFQ
     L_r                   cross-entropy + 0.1 BNS                                                   GDFQ
     discovered generator  argmax of p; a node that would get nothing takes its likeliest operation  AdversarialNAS
-    its weights           start anew in stage 2, and train on through it                            GDFQ
-    scale s (Table 3)     64 s channels                                                             published networks
-    inner BatchNorms      eps 0.8                                                                   published networks
+    scale s (Table 3)     64 s channels; the published networks, all of 64, count as s = 1          chosen here
+    BatchNorms            eps 0.8, the images' own 1e-5                                             published networks
     up- and cross-edges   conditional BatchNorm, LeakyReLU and a 1x1 convolution behind             published networks
                           the interpolation, which is all that Table 1 has
     generator alone       4 epochs of stage 2, on ImageNet 50                                       GDFQ
@@ -45,6 +44,8 @@ networks they stand for, from which the macro-architecture is known exactly. The
 and gives these:
 
     what                  paper                                 here
+    generator in stage 2  fixed (Algorithm 1), trained before   starts anew and trains on along with the student,
+                          (Figure 1)                            as in GDFQ, whose settings the paper takes
     L_KD                  as in GDFQ                            temperature 20
     precision             fp32                                  --precision; auto: bf16 where the hardware has it
     Table 4's networks    ResNet-34 into R18                    --arch, --student-arch
@@ -52,16 +53,19 @@ and gives these:
     teacher, CIFAR-100    R18 78.83, R50 79.36, MBV2 70.72      no public source; your own by --weights
     teacher, ResNet-20    AIT has C10 93.89, C100 70.33         bundled: C10 92.41; pytorchcv's, which is AIT's: C100
 
-AdversarialNAS (Gao et al., CVPR 2020) is the search whose cell and whose Gumbel noise on p these are. Table 3 scales a found
-architecture: `--genotype RUN --scale 2`; with a search, the super net has that scale, too. The published generators need about
-four times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), where the paper speaks of fewer.
-Published accuracies of stage 2 were made with GDFQ's released losses (`--variant released`, the default).
+The cell and the Gumbel noise on p are those of AdversarialNAS (Gao et al., CVPR 2020). Table 3 scales a found architecture:
+`--genotype RUN --scale 2`; in a search, --scale is also that of the super net. The published generators need four to five
+times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), although the paper claims fewer.
+Published accuracies of stage 2 were presumably made with GDFQ's released losses (`--variant released`, the default).
 
-Not in the paper are two extensions of the search, `--gumbel logits` and `--search-mode hard` (see `Architecture`), and
-`--schedule short` (SHORT), which takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and
-with other weights of the losses' terms. With both extensions and `--lr-alpha 3e-2` 5,000 batches of 16 are enough for a search
-that decides, for a generator of GDFQ's cost that is no better than a random draw, on CIFAR-10 in the short schedule; with the
-paper's form 1,500 batches left every edge open (docs/MEASUREMENTS.md).
+Controls for `--genotype`: `random`; `gdfq`, GDFQ's generator; and `gdfq-cbn`, the same with the label in conditional
+BatchNorms, because the published generators differ from GDFQ's in that, too. `--generator-loss dfad` is Table 4's baseline.
+
+`--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` it decides
+in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge open, and
+the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 bits in the short
+schedule it is no better than a random draw, and both are behind GDFQ's (docs/MEASUREMENTS.md). `--schedule short` (SHORT)
+takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and other weights of the losses.
 """
 
 import argparse
@@ -88,7 +92,7 @@ from common.report import execute
 from common.run import Run, write_atomically
 
 FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
-BN_EPS = 0.8  # of the inner BatchNorms, in all published generators
+BN_EPS = 0.8  # of all BatchNorms but that of the images, in all published generators
 
 
 # ---------------------------------------------------------------------------------------------- search space, Figure 2
@@ -195,7 +199,7 @@ class Generator(nn.Module):
             mixture: for the super net, dict of edge -> {operation: weight, a scalar tensor}; operations that are not in
                 it are not evaluated.
         """
-        mixture = mixture or {name: {op: None} for name, op in self.genotype.items()}
+        mixture = mixture or {name: {op: None} for name, op in self.genotype.items()}  # one operation an edge, unweighted
         values, normalised, above = {}, defaultdict(dict), 0
 
         def outputs(name):
@@ -218,13 +222,13 @@ class Generator(nn.Module):
         return self.standardise(torch.tanh(self.conv(F.leaky_relu(self.norm(above, y), 0.2))))
 
 
-CONTROLS = ("acgan", "gdfq")  # the label in conditional BatchNorms, as the paper has SN-GAN (Sec. 4.1), or as in GDFQ
+CONTROLS = ("gdfq", "gdfq-cbn")  # GDFQ's layers; the label in an embedding (ACGAN), or in BatchNorms (SN-GAN), Sec. 4.1
 
 
 def build_generator(genotype, cfg, channels):
     """The generator of a genotype (None for the super net) or of a control, of the sizes that `cfg` says."""
     sizes, width = (cfg.image_size, channels, cfg.latent_dim), round(64 * cfg.scale)
-    if genotype == "acgan" or (genotype == "gdfq" and cfg.image_size > SMALL_IMAGE):
+    if genotype == "gdfq-cbn" or (genotype == "gdfq" and cfg.image_size > SMALL_IMAGE):
         return HumanDesigned(*sizes, 2 * width, norm=partial(ConditionalBatchNorm, cfg.num_classes))
     if genotype == "gdfq":
         return HumanDesigned(*sizes, 2 * width, cfg.num_classes)
@@ -246,7 +250,8 @@ def sample(generator, y, cfg):
 
 
 def by_edge(tables):
-    """Rows of a table (edges of a kind, ...) for each kind, as a dict of edge -> row."""
+    """Alpha, or what is made of it, is a table (edges of that kind, ...) for each kind of edge: this gives every edge its row,
+    as a dict of edge -> row."""
     rows = {kind: iter(table) for kind, table in tables.items()}
     return {name: next(rows[edge.kind]) for name, edge in EDGES.items()}
 
@@ -374,7 +379,7 @@ def derive(probabilities):
 
 def compression_loss(student_logits, teacher_logits, y, cfg):
     """L_c: cross-entropy and distillation for quantization; for distillation alone the mean absolute difference of the
-    logits, as in DFAD, whose generator loss Table 4 replaces by L_r. Logits (B, C), labels (B,)."""
+    logits, as in DFAD. There the generator maximises it, which Table 4 replaces by L_r. Logits (B, C), labels (B,)."""
     if cfg.task == "kd":
         return F.l1_loss(student_logits, teacher_logits)
     kd = kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
@@ -408,9 +413,9 @@ def compress(teacher, cfg, run=None):
         student = set_ranges(student, cfg.act_ranges)
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
-    torch.manual_seed(cfg.seed)  # as if the genotype had been given
+    torch.manual_seed(cfg.seed)  # stage 2 draws the same numbers whether the genotype was searched or given
     features = MatchedFeatures(teacher, student, cfg.feature_weight)
-    unwatched = copy.deepcopy(teacher) if cfg.student_steps > 1 else None  # keeps the features, but no statistics
+    unwatched = copy.deepcopy(teacher) if cfg.student_steps > 1 else None  # for images that need no BatchNorm statistics
     stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
@@ -421,6 +426,8 @@ def compress(teacher, cfg, run=None):
 
     def generator_step():
         x, logits, y, bns, loss = reconstruct(synthesize, teacher, stats, cfg, run)
+        if cfg.generator_loss == "dfad":
+            loss = -compression_loss(run.compute(student, x), logits, y, cfg)
         if not real:
             run.update(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
@@ -464,8 +471,8 @@ def compress(teacher, cfg, run=None):
 
 
 def read_genotype(name, seed=0, flag="--genotype"):
-    """The genotype that a flag stands for: "random" by `seed`, the controls "acgan" and "gdfq" as they are, all else as
-    `common.genotypes.read` finds it."""
+    """The genotype that a flag stands for: "random" by `seed`, CONTROLS as they are, all else as `common.genotypes.read`
+    finds it."""
     if name in CONTROLS:
         return name
     if name == "random":
@@ -518,7 +525,7 @@ def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",), settings=("variant", "task"))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
     sources = "search for the generator, or take a genotype.json, the folder of a run that has one, published:NETWORK-DATASET"
-    add("--genotype", default="search", help=f"{sources}, or a control: random, acgan, gdfq (for large images as acgan)")
+    add("--genotype", default="search", help=f"{sources}, or a control: random, gdfq, gdfq-cbn (the same for large images)")
     add("--search-only", action="store_true", help="stop after stage 1")
     add("--search-epochs", type=whole(1, 10**6), default=25, help="epochs of the search, L1 of Algorithm 1")
     add("--search-iters", type=whole(1, 10**6), default=200, help="batches per epoch for the super net's weights, T1")
@@ -535,8 +542,10 @@ def parser():
     add = group.add_argument
     add("--task", choices=("quantize", "kd"), default="quantize", help="quantize, or distil into another network (kd, Table 4)")
     add("--student-arch", help="architecture of the student for --task kd, written as for --arch")
-    variant = "use the losses of the released code or of the paper: sets --bns-form and --kd-reduction"
+    variant = "GDFQ's losses, as in its code (released) or as they are printed (paper): sets --bns-form and --kd-reduction"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
+    losses = "what the generator minimises with --task kd: L_r of Eq. 1, or minus the student's loss as in DFAD (Table 4)"
+    add("--generator-loss", choices=("reconstruction", "dfad"), default="reconstruction", help=losses)
     p.add_training(
         "AutoReCon, stage 2: schedule and losses (--batch-size, --lr-g, --beta1 and L_bns are also for stage 1)",
         epochs={"quantize": 400, "kd": 500}, iters={"quantize": 200, "kd": 50},  # as GDFQ, and as DFAD on CIFAR
@@ -554,7 +563,9 @@ def parser():
     losses = "--kd-weight --temperature --kd-reduction"
     learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
     stage2 = "--student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
-    p.without_effect("--data-source real", "--genotype --scale", stage1)
+    p.without_effect("--data-source real", "--genotype --scale --generator-loss", stage1)
+    p.without_effect("--generator-loss dfad and --genotype", "--bns-weight --bns-form")
+    p.without_effect("--task quantize", "--generator-loss")
     p.without_effect("--genotype", stage1)
     p.without_effect("--search-only", "--export", quantizer, learning, stage2)
     p.without_effect("--task kd", quantizer, losses, "--no-finetune --schedule --act-ranges --feature-weight")

@@ -18,7 +18,12 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
     L_KD                     per sample                 also divided by C classes   --variant, --kd-reduction
     generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         --variant, --beta1
-    inner BatchNorms, eps    not given                  0.8 (CIFAR and ImageNet)    0.8
+    eps of the BatchNorms    not given                  0.8 (CIFAR and ImageNet)    0.8
+      behind convolutions
+    student's BatchNorms     statistics are fixed       eval mode                   eval mode; scale and shift learn, as
+                                                                                    there (--no-fixed-bns)
+    quantizer                restated in Eq. 10, 18     2^n - 1 steps, a range for  as released, integer zero points
+                                                        each channel or activation
     activation ranges        moving average             one that feeds its bias     plain moving average
                                                         correction back
     quantized                all layers, activations    all layers, outputs of      --act-placement relu
@@ -26,6 +31,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     calibration              not given                  first 4 epochs              --calibrate-epochs 4
     generator alone          not given                  4 epochs, on ImageNet 50    --warmup-epochs
     temperature              not given                  20                          20 (--temperature)
+    CIFAR-10; ResNet-50,     not at hand                not among its settings      as CIFAR-100; as ResNet-18
+      MobileNetV2
     precision                fp32                       fp32                        --precision; auto: bf16 where the
                                                                                     hardware computes it
     teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
@@ -35,8 +42,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
       Qimera's Table 1                                                              student learns
     reported accuracy        not said                   best epoch on test images   last epoch (best also recorded)
 
-The published figures were made with the released code, so `--variant released` is the default. Activation ranges follow
-the first `--calibrate-epochs` epochs and are frozen then, on ImageNet too, where the generator trains alone for longer.
+The published figures were made with the released code, so `--variant released` is the default. Activation ranges are updated
+in the first `--calibrate-epochs` epochs and then frozen, on ImageNet too, where the generator trains alone for longer.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
@@ -58,7 +65,7 @@ from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run
 
-BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
 HALF_REAL = ("confusing", "unconfusing")  # values of --data-source
 
 
@@ -143,34 +150,6 @@ def student_loss(student_logits, teacher_logits, target, cfg):
     return loss + cfg.kd_weight * kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
 
 
-@torch.no_grad()
-@full_precision()
-def select_real(teacher, cfg, device):
-    """--real-per-class training images of each class, drawn at random from those for which the teacher's highest confidence is
-    below --confusing-below (confusing) or from the others (unconfusing), and their labels (Table 1 of Qimera).
-
-    Raises:
-        InputError: a class has fewer.
-    """
-    images, labels = training_set(cfg)
-    size = evaluation_batch(device, cfg.image_size)
-    batches = TestSet(zip(images.split(size), labels.split(size)), len(labels), "", (cfg.mean, cfg.std), device)
-    confidence = torch.cat([teacher(x).softmax(1).amax(1).cpu() for x, _ in batches])
-    wanted = (confidence < cfg.confusing_below) == (cfg.data_source == "confusing")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(cfg.seed))
-    chosen = []
-    for label in range(cfg.num_classes):
-        members = order[(wanted & (labels == label))[order]][: cfg.real_per_class]
-        if len(members) < cfg.real_per_class:
-            raise InputError(
-                f"--data-source {cfg.data_source} finds {len(members)} training images of class {label} at --confusing-below "
-                f"{cfg.confusing_below}, and --real-per-class is {cfg.real_per_class}; change one of them"
-            )
-        chosen.append(members)
-    chosen = torch.cat(chosen)
-    return images[chosen], labels[chosen]
-
-
 def compress(teacher, cfg, run=None):
     """Quantize a network without data.
 
@@ -213,13 +192,17 @@ def compress(teacher, cfg, run=None):
             run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y
 
-    def student_step(x, teacher_logits, y):
+    def as_control(x, y):
+        """A batch for the controls of Qimera's Tables 1 and 2: half of it real, or mixed."""
         if added:
             x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
+        return x, run.compute(teacher, x), y
+
+    def student_step(x, teacher_logits, y):
         if added or cfg.mix != "none":
-            teacher_logits = run.compute(teacher, x)
+            x, teacher_logits, y = as_control(x, y)
         logits = run.compute(student, x)
         loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
@@ -229,7 +212,7 @@ def compress(teacher, cfg, run=None):
         batch = generator_step()
         if tuning:
             student_step(*batch)
-        elif calibrating:
+        elif calibrating:  # the student does not learn yet, but its activation ranges follow the images
             with torch.no_grad(), run.autocast():
                 student(batch[0])
 
@@ -237,9 +220,44 @@ def compress(teacher, cfg, run=None):
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
     for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+        student.train(tuning and cfg.no_fixed_bns)  # by default the BatchNorms keep the teacher's statistics
         for _ in run.steps():
             step(calibrating, tuning)
     return keep_ranges(student)
+
+
+# -------------------------------------------------------------------------------- a control of Qimera's Table 1
+
+
+@torch.no_grad()
+@full_precision()
+def select_real(teacher, cfg, device):
+    """--real-per-class training images of each class, drawn at random from those for which the teacher's highest confidence is
+    below --confusing-below (confusing) or from the others (unconfusing), and their labels (Table 1 of Qimera).
+
+    Raises:
+        InputError: a class has fewer.
+    """
+    images, labels = training_set(cfg)
+    size = evaluation_batch(device, cfg.image_size)
+    batches = TestSet(zip(images.split(size), labels.split(size)), len(labels), "", (cfg.mean, cfg.std), device)
+    confidence = torch.cat([teacher(x).softmax(1).amax(1).cpu() for x, _ in batches])
+    wanted = (confidence < cfg.confusing_below) == (cfg.data_source == "confusing")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(cfg.seed))
+    chosen = []
+    for label in range(cfg.num_classes):
+        members = order[(wanted & (labels == label))[order]][: cfg.real_per_class]
+        if len(members) < cfg.real_per_class:
+            raise InputError(
+                f"--data-source {cfg.data_source} finds {len(members)} training images of class {label} at --confusing-below "
+                f"{cfg.confusing_below}, and --real-per-class is {cfg.real_per_class}; change one of them"
+            )
+        chosen.append(members)
+    chosen = torch.cat(chosen)
+    return images[chosen], labels[chosen]
+
+
+# -------------------------------------------------------------------------------------------- command line
 
 
 SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
@@ -268,6 +286,7 @@ def parser():
     add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss")
     add("--no-student-ce", action="store_true", help="train the student without the cross-entropy loss")
     add("--no-kd", action="store_true", help="train the student without the distillation loss")
+    add("--no-fixed-bns", action="store_true", help="let the student's BatchNorm statistics follow the images it learns from")
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     for source in HALF_REAL:
         p.without_effect(f"--data-source {source}", "--no-finetune")
@@ -278,8 +297,8 @@ def parser():
     p.without_effect("--no-bns", "--bns-weight --bns-form")
     p.without_effect("--no-kd", "--kd-weight --temperature --kd-reduction")
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix"
-    p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce")
-    p.without_effect("--no-kd and --no-student-ce", learning)
+    p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce --no-fixed-bns")
+    p.without_effect("--no-kd and --no-student-ce", learning, "--no-fixed-bns")
     p.without_effect("--no-ce and --no-bns", "--lr-g --beta1")
     add_flags(p, SHORT)
     return p

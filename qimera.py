@@ -295,7 +295,7 @@ def sample(generator, y, cfg):
 def discovered(cfg):
     """AutoReCon's generator class and the genotype that --generator names; only these need the other script."""
     source, _, name = cfg.generator.partition(":")
-    if source != "autorecon" or name in ("", "acgan", "gdfq", "search"):
+    if source != "autorecon" or name in ("", "gdfq", "gdfq-cbn", "search"):
         raise InputError(f"--generator is {cfg.generator}; give qimera or autorecon:GENOTYPE, such as a run folder")
     try:
         import autorecon

@@ -53,7 +53,7 @@ def read(name, edges, candidates, flag):
     path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise InputError(
-            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, acgan or gdfq"
+            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, gdfq or gdfq-cbn"
         )
     try:
         genotype = dict(json.loads(path.read_text())["edges"])

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common.cli  # noqa: E402
+from common.progress import Progress  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -30,13 +31,16 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def same_on_every_machine(request, monkeypatch):
-    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads end with its test."""
+    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads and progress bar end with its test,
+    also where the run was interrupted."""
     threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
     monkeypatch.setitem(common.cli.DEFAULTS, "precision", "fp32")
     yield
     torch.set_num_threads(threads)
+    for bar in list(getattr(Progress, "_instances", ())):
+        bar.close()
 
 
 class FunctionalNet(nn.Module):

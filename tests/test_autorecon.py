@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -279,7 +280,7 @@ def test_gdfqs_generator_here_is_gdfq_to_the_bit(net):
     theirs = gdfq.compress(net, gdfq.config(**plain, lr_q=0.01)).state_dict()
     ours = compress(net, config(**plain, lr_q=0.01, genotype="gdfq")).state_dict()
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    controls = [compress(net, config(**plain, lr_q=0.01, genotype=name)).fc.weight for name in ("acgan", "random")]
+    controls = [compress(net, config(**plain, lr_q=0.01, genotype=name)).fc.weight for name in ("gdfq-cbn", "random")]
     assert not any(torch.equal(weight, ours["fc.weight"]) for weight in controls)
 
 
@@ -361,6 +362,27 @@ def test_compression_losses():
     assert autorecon.compression_loss(student, teacher, y, kd).item() == pytest.approx((student - teacher).abs().mean().item())
     ours = autorecon.compression_loss(student, teacher, y, config(**TINY))
     torch.testing.assert_close(ours, gdfq.student_loss(student, teacher, y, gdfq.config(dataset="cifar10")))
+
+
+def test_dfads_generator_maximises_the_difference_of_the_networks(net, monkeypatch):
+    kept = {}
+
+    class Keeping(Run):
+        def epochs(self, count, student, synthesize, **parts):
+            kept.update(copy.deepcopy({"generator": parts["generator"], "student": student}), trained=parts["generator"])
+            kept["random"] = torch.get_rng_state()
+            return super().epochs(count, student, synthesize, **parts)
+
+    monkeypatch.setattr(autorecon, "Run", Keeping)
+    settings = UNQUANTIZED | {"genotype": "gdfq", "epochs": 1, "iters": 1, "warmup_epochs": 0, "student_steps": 1}
+    cfg = config(**settings, task="kd", student_arch="resnet20", generator_loss="dfad")
+    compress(net, cfg, Keeping(cfg))
+    torch.set_rng_state(kept["random"])
+    y = torch.randint(5, (cfg.batch_size,))
+    x = kept["generator"](torch.randn(cfg.batch_size, cfg.latent_dim), y)
+    (-(kept["student"].train()(x) - net(x)).abs().mean()).backward()
+    for ours, expected in zip(kept["trained"].parameters(), kept["generator"].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-6, rtol=1e-3)
 
 
 def test_distillation_trains_a_student_of_another_architecture(tmp_path, on_the_command_line):

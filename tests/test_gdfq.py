@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,30 @@ def test_first_student_step_equals_one_computed_by_hand(net):
     torch.testing.assert_close(student.fc.weight.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_batchnorm_statistics_follow_the_images_only_with_no_fixed_bns(net):
+    settings = TINY | {"epochs": 2, "iters": 1, "warmup_epochs": 1, "seed": 5}
+    student = compress(net, config(**settings, no_fixed_bns=True))
+    torch.manual_seed(5)
+    generator = Generator(5, 16)
+    optimizer = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    reference, cfg = gdfq.quantize(net, 4, 4), config(**settings)
+    watched = copy.deepcopy(net)
+    stats = gdfq.BatchNormStatistics(watched)
+    for training in (False, True):  # the generator learns alone in the first epoch
+        y = torch.randint(5, (8,))
+        x = generator(torch.randn(8, 100), y)
+        gdfq.generator_loss(watched(x), y, stats.loss(cfg.bns_form), cfg).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        observe(reference, not training)  # --calibrate-epochs 1
+        reference.train(training)(x.detach())
+    state = student.state_dict()
+    buffers = {name: value for name, value in reference.state_dict().items() if "running" in name}
+    assert buffers and all(not torch.equal(value, net.state_dict()[name]) for name, value in buffers.items())
+    for name, value in buffers.items():
+        torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_ranges_freeze_after_calibration_and_rates_decay(net):
     def ranges(**settings):
         return [act.high for _, act in quantized_activations(compress(net, config(**TINY | settings)))]
@@ -140,7 +166,7 @@ def test_ablations_and_variants_change_what_they_name(net):
     paper = config(**TINY, variant="paper", kd_reduction="mean")
     assert (paper.bns_form, paper.kd_reduction, paper.beta1) == ("sum", "mean", 0.9)
     results = {}
-    for name in ("no_ce", "no_bns", "no_student_ce", "no_kd", "clipped_ste"):
+    for name in ("no_ce", "no_bns", "no_student_ce", "no_kd", "no_fixed_bns", "clipped_ste"):
         results[name] = compress(net, config(**TINY, lr_q=0.05, **{name: True})).fc.weight
     results["mixup"] = compress(net, config(**TINY, lr_q=0.05, mix="mixup")).fc.weight
     results["none"] = compress(net, config(**TINY, lr_q=0.05)).fc.weight

@@ -34,7 +34,7 @@ METHODS = {
     "gdfq": (gdfq, {}),
     "adadfq": (adadfq, {}),
     "qimera": (qimera, {}),
-    "autorecon": (autorecon, {"genotype": "acgan"}),
+    "autorecon": (autorecon, {"genotype": "gdfq-cbn"}),
 }
 ACTIVATIONS = {  # quantized activations of each network, counted by hand
     "ViewAndFeatureFlags": 2, "DeadActivation": 2, "ShuffleArithmetic": 3, "GroupedAndDilated": 3, "SqueezeAndExcitation": 3,

@@ -31,8 +31,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def same_on_every_machine(request, monkeypatch):
-    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads and progress bar end with its test,
-    also where the run was interrupted."""
+    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads and progress bar end with its
+    test, also where the run was interrupted."""
     threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")

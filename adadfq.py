@@ -33,7 +33,7 @@ Where the equations are:
     teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
     precision             fp32                         fp32                                    --precision; auto: bf16 where
                                                                                                the hardware computes it
-    inner BatchNorms, eps not given                    0.8                                     0.8
+    BatchNorms' eps       not given                    0.8 behind convolutions                  0.8
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
@@ -45,6 +45,7 @@ Where the equations are:
                                                                                                of 256 fixed noise vectors
     Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
       training loss                                                                            labels, mean over an epoch
+    student's BatchNorms  not said                     eval mode                               eval mode: fixed statistics
     reported accuracy     not said                     best epoch on test images               last epoch (best also recorded)
 
 The released code does not run as uploaded, and the published figures cannot be traced to either column. `--variant
@@ -63,6 +64,7 @@ import copy
 import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,7 @@ from common import InputError
 from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.capture import OneForward
-from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
+from common.cli import Described, Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
 from common.distributed import whole as whole_batch
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
@@ -80,10 +82,10 @@ from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
 from common.quant import describe, quantize
-from common.report import draw, execute, print_rows
+from common.report import draw_images, execute, print_rows
 from common.run import Run
 
-BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
 GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
@@ -254,8 +256,8 @@ def disagreement(run, teacher, *students):
     """Figure 3(a)'s quantity for each student: the mean of 1 - H_info(p_ds) / ln C, 0 to 1, over images that the generator
     makes of 256 fixed noise vectors."""
     classes = run.cfg.num_classes
-    labels = torch.arange(256) * max(classes, 256) // 256 % classes
-    parts = draw(run, labels, seed=0).split(256 if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size)
+    labels = torch.arange(256) % classes if classes <= 256 else torch.arange(256) * classes // 256
+    parts = draw_images(run, labels, seed=0).split(256 if run.cfg.image_size <= SMALL_IMAGE else run.cfg.batch_size)
     z_p = torch.cat([teacher(part) for part in parts])
     h = [entropy(z_p, torch.cat([student(part) for part in parts])) for student in students]
     return [1 - values.mean().item() / math.log(classes) for values in h]
@@ -291,7 +293,7 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     student = set_ranges(student, cfg.act_ranges)
-    both = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits of either side
+    student_logits = OneForward(run, student, same_images=cfg.mix == "none")
     stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
@@ -304,12 +306,12 @@ def compress(teacher, cfg, run=None):
     def generator_step():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        z_p, z_q = run.compute(teacher, x), both.first(x)
+        z_p, z_q = run.compute(teacher, x), student_logits.for_generator(x)
         bns = stats.loss(cfg.bns_form)
         if not real:
             loss = generator_loss(z_p, z_q, y, bns, cfg)
             if loss.requires_grad:
-                both.update(optim_g, loss)
+                student_logits.update_generator(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
         run.log(**game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), y
@@ -318,12 +320,12 @@ def compress(teacher, cfg, run=None):
         if cfg.mix != "none":
             x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
             z_p = run.compute(teacher, x)
-        loss = features.added_to(student_loss(z_p, both.second(x), y, cfg))
+        loss = features.added_to(student_loss(z_p, student_logits.for_student(x), y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
-    def iteration(calibrating, tuning):  # what ranges do is baked into a captured step, so it is an argument
-        both.begin(calibrating, tuning)
+    def iteration(calibrating, tuning):  # arguments, because a captured step is made anew for each combination
+        student_logits.begin(calibrating, tuning)
         batch = generator_step()
         if tuning:
             student_step(*batch)
@@ -380,18 +382,27 @@ def analyze(cfg, samples=3200, batch=16, each=10):
     return result
 
 
-# (network, bits up to this) -> warm-up, rate of the student, decay epochs, alpha_ds, lambda_l, in the released code
-CIFAR = (4, 1e-4, (100, 200, 300), 0.2, 0.1)
-RELEASED = {
-    ("resnet18", 3): (50, 1e-5, (350, 400), 0.2, 0.1),
-    ("resnet18", 4): (50, 1e-5, (350, 400), 0.2, 0.3),
-    ("resnet18", 8): (50, 1e-5, (350, 400), 0.3, 0.3),
-    ("mobilenet_v2", 3): (50, 1e-5, (350, 400), 0.2, 0.1),
-    ("mobilenet_v2", 4): (50, 1e-5, (350, 400), 0.3, 0.1),
-    ("mobilenet_v2", 8): (50, 1e-5, (350, 400), 0.2, 0.1),
-    ("resnet50", 3): (100, 1e-4, (150, 300, 400), 0.2, 0.4),
-    ("resnet50", 4): (50, 1e-4, (200, 300, 400), 0.1, 0.3),
-    ("resnet50", 8): (50, 1e-4, (350, 400), 0.2, 0.3),
+class Settings(NamedTuple):
+    """What the released code sets by network and bits."""
+
+    warmup_epochs: int
+    lr_q: float
+    decay_epochs: tuple
+    alpha_ds: float
+    lambda_l: float
+
+
+CIFAR = Settings(4, 1e-4, (100, 200, 300), 0.2, 0.1)
+IMAGENET = {  # 5 bits stand for more
+    ("resnet18", 3): Settings(50, 1e-5, (350, 400), 0.2, 0.1),
+    ("resnet18", 4): Settings(50, 1e-5, (350, 400), 0.2, 0.3),
+    ("resnet18", 5): Settings(50, 1e-5, (350, 400), 0.3, 0.3),
+    ("mobilenet_v2", 3): Settings(50, 1e-5, (350, 400), 0.2, 0.1),
+    ("mobilenet_v2", 4): Settings(50, 1e-5, (350, 400), 0.3, 0.1),
+    ("mobilenet_v2", 5): Settings(50, 1e-5, (350, 400), 0.2, 0.1),
+    ("resnet50", 3): Settings(100, 1e-4, (150, 300, 400), 0.2, 0.4),
+    ("resnet50", 4): Settings(50, 1e-4, (200, 300, 400), 0.1, 0.3),
+    ("resnet50", 5): Settings(50, 1e-4, (350, 400), 0.2, 0.3),
 }
 
 SHORT = short_schedule(gamma=10.0)
@@ -406,9 +417,10 @@ def parser():
     p.add_training(
         "AdaDFQ: schedule",
         epochs=400, iters=200, batch_size=16, calibrate_epochs=4, lr_g=1e-3, weight_decay=1e-4, latent_dim=100,
-        warmup_epochs="CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100",
-        beta1={"released": 0.5, "paper": 0.9}, lr_q="1e-4, ImageNet 1e-5, ResNet-50 1e-4",
-        decay_epochs="CIFAR 100 200 300, ImageNet by network and bits", bns_form={"released": "gdfq", "paper": "sum"},
+        warmup_epochs=Described("CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100"),
+        beta1={"released": 0.5, "paper": 0.9}, lr_q=Described("1e-4, ImageNet 1e-5, ResNet-50 1e-4"),
+        decay_epochs=Described("CIFAR 100 200 300, ImageNet by network and bits"),
+        bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
     low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1; released on ImageNet by network and bits)"
     add("--lambda-l", type=number(0, 1), help=low)
@@ -445,24 +457,17 @@ def parser():
 
 
 def _complete(cfg):
-    large, row = cfg.image_size > SMALL_IMAGE, CIFAR
+    large, settings = cfg.image_size > SMALL_IMAGE, CIFAR
     if large:
-        network = cfg.arch if (cfg.arch, 3) in RELEASED else "resnet18"
-        row = RELEASED[network, 3 if cfg.wbits <= 3 else 4 if cfg.wbits == 4 else 8]
-    warmup, lr_q, decay, alpha_ds, lambda_l = row
+        network = cfg.arch if (cfg.arch, 3) in IMAGENET else "resnet18"
+        settings = IMAGENET[network, min(max(cfg.wbits, 3), 5)]
     if cfg.variant == "paper":
-        decay, alpha_ds, lambda_l = (350,) if large else decay, 0.2, 0.1
+        decay = (350,) if large else settings.decay_epochs
+        settings = settings._replace(decay_epochs=decay, alpha_ds=0.2, lambda_l=0.1)
     if cfg.student_loss == "eq13" and cfg.temperature is not None:
         raise InputError(f"--temperature is {cfg.temperature} and --student-loss eq13 has none; leave it out")
-    defaults = {
-        "warmup_epochs": warmup,
-        "lr_q": lr_q,
-        "decay_epochs": list(decay),
-        "alpha_ds": alpha_ds,
-        "lambda_l": lambda_l,
-        "temperature": 5.0 if large and cfg.student_loss != "gdfq" else 20.0,
-    }
-    fill_in(cfg, defaults)
+    temperature = 5.0 if large and cfg.student_loss != "gdfq" else 20.0
+    fill_in(cfg, settings._asdict() | {"decay_epochs": list(settings.decay_epochs), "temperature": temperature})
     if cfg.lambda_l > cfg.lambda_u:
         raise InputError(
             f"--lambda-l is {cfg.lambda_l} and --lambda-u is {cfg.lambda_u}; give bounds with 0 <= lambda-l <= lambda-u <= 1"

@@ -9,7 +9,7 @@ such images lie near the teacher's decision boundaries, which images of single c
 
 Where the equations are:
     Latent (ReleasedLatent)                S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
-    superpose_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
+    make_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
     make_latent                            extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3
@@ -24,7 +24,8 @@ Where the equations are:
     precision                  fp32                       fp32                        auto: bf16 where the hardware has it
     batch, CIFAR / ImageNet    64 / 16                    200 / 16                    --variant, --batch-size
     student's rate             1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
-    disentanglement mapping    to 64 (CIFAR), 100         off, by an inverted flag    --variant, --dm
+    disentanglement mapping    to 64 (CIFAR), 100;        off, by an inverted flag;   --variant, --dm; linear
+                               "single-layer perceptron"  linear
     extracted initialization   always                     CIFAR-100, ResNet-50 only   --variant, --eei
     noise, one vector          per sample, after the      per embedding, before the   --variant, --noise after, before
                                mapping by Eq. 8, before   mapping                     or slot
@@ -34,8 +35,13 @@ Where the equations are:
                                                           or superposed per slot
     embeddings                 trained; frozen in         trained                     trained; --freeze-embeddings
                                Appendix B.2
+    classes of a sample        not given                  with replacement: of K = C  as released
+                                                          some 63 % occur
     conditional BatchNorm      sum over the embeddings    mean, so shrunk K times     --variant, --cbn
-    inner BatchNorms, eps      not given                  0.8                         0.8
+    eps of the BatchNorms      not given                  0.8                         0.8
+      behind convolutions
+    L_BNS                      Eq. 1 names it only        mean over layers, channels  as released, --bns-form
+    L_KD                       Eq. 3 names it only        also divided by C classes   as released, --kd-reduction
     temperature of L_KD        not given                  20                          20, --temperature
     activation ranges          not given                  moving average that feeds   plain moving average
                                                           its correction back
@@ -43,6 +49,9 @@ Where the equations are:
     generator alone            not given                  4 epochs, on ImageNet 50    --warmup-epochs
     quantized                  all layers and             all layers, outputs of      --act-placement relu
                                activations                activation functions
+    quantizer                  Eq. 10: 2^(n-1) steps,     2^n - 1 steps, integer      as released
+                               ranges of channels         zero points, activations
+                                                          with one range
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
     ZAQ's game (Table 3)       Eq. 11, 12 and rho only    not released; ZAQ's own is  --adversarial zaq (ZAQ's code) or
@@ -52,7 +61,7 @@ Where the equations are:
     reported accuracy          not given                  best epoch on test images   last epoch (best also recorded)
 
 `--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
-headline figures are the "+SE, DM, EEI" cells, which need the mapping. Both take GDFQ's losses as GDFQ's code has them.
+headline figures are the "+SE, DM, EEI" cells, which need the mapping.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
@@ -72,14 +81,14 @@ from common.distributed import whole_moments
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import kd_loss, mix_images, superpose, superposed_labels, upsample_conv
+from common.ops import kd_loss, mix_images, soft_labels, superpose, upsample_conv
 from common.quant import describe, quantize
 from common.report import execute
 from common.run import Run
 from common.trace import last_layer
 from common.zaq import FORMS, FeatureMaps, feature_distance
 
-BN_EPS = 0.8  # of the inner BatchNorms, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -141,25 +150,25 @@ class Labels(NamedTuple):
     superposed: torch.Tensor  # bool scalar: whether this is a batch of superpositions
 
 
-def superpose_labels(classes, shares, num_classes, superposed=True):
+def make_labels(classes, shares, num_classes, superposed=True):
     """Labels of superpositions; `superposed` is a bool or a bool scalar tensor."""
-    soft = superposed_labels(classes, shares, num_classes)  # y' = sum_k lambda_k y_k, Eq. 7, 8
+    soft = soft_labels(classes, shares, num_classes)  # y' = sum_k lambda_k y_k, Eq. 7, 8
     return Labels(classes, shares, soft, torch.as_tensor(superposed, device=classes.device))
 
 
 def single_labels(y, k, num_classes):
     """Labels of samples of one class each, y (B,), as superpositions of K."""
     shares = torch.eye(1, k, device=y.device).expand(len(y), k)
-    return superpose_labels(y[:, None].expand(-1, k), shares, num_classes, superposed=False)
+    return make_labels(y[:, None].expand(-1, k), shares, num_classes, superposed=False)
 
 
 def draw_labels(cfg, device):
     """Labels of a batch, superposed with probability --p; drawn on the device, in shapes that do not depend on the outcome."""
     classes = torch.randint(cfg.num_classes, (cfg.batch_size, cfg.k), device=device)
     superposed = torch.rand((), device=device) < cfg.p
-    shares = torch.randn(cfg.batch_size, cfg.k, device=device).softmax(1)  # lambda = Softmax(p), p ~ N(0, 1), Eq. 9
+    shares = torch.randn(cfg.batch_size, cfg.k, device=device).softmax(1)  # lambda, Eq. 9; its p_i ~ N(0, 1) are not --p
     shares = torch.where(superposed, shares, torch.eye(1, cfg.k, device=device))
-    return superpose_labels(classes, shares, cfg.num_classes, superposed)
+    return make_labels(classes, shares, cfg.num_classes, superposed)
 
 
 class Latent(nn.Module):
@@ -172,6 +181,9 @@ class Latent(nn.Module):
         noise: where z enters: "after" the mapping, in R^d (Eq. 8, Sec. 4.3), or "before" it, in R^D, after the superposition
             (Sec. 4.4, 5.1).
         noise_scale: factor on z.
+
+    With the noise after it, the linear M is another form of the table of embeddings: what it changes is where they start and
+    how they are trained.
     """
 
     def __init__(self, num_classes, width, mapped=None, noise="after", noise_scale=1.0):
@@ -194,9 +206,12 @@ class Latent(nn.Module):
 
 
 class ReleasedLatent(Latent):
-    """The released code's input: `noise` "slot" adds one vector to each of the K embeddings, before they are mapped and then
-    superposed; `normalise` standardises the sums of embeddings and noise, of one sample in a batch of single classes, of the
-    whole batch (slot by slot) in a superposed one."""
+    """The input with --noise slot or --normalise, as the released code has both; `Latent` covers the paper's two readings.
+
+    `noise` "slot" adds one vector to each of the K embeddings, before they are mapped and then superposed. `normalise`
+    standardises the sums of embeddings and noise: in a batch of single classes each sample by itself, in a superposed one the
+    whole batch (slot by slot).
+    """
 
     def __init__(self, *args, normalise=True):
         super().__init__(*args)
@@ -503,8 +518,6 @@ def _complete(cfg):
         "cbn": "sum" if paper else "mean",
         "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
         "p": 0.0 if cfg.no_se else p,
-        "bns_form": "gdfq",
-        "kd_reduction": "mean",
     }
     fill_in(cfg, defaults)
     if cfg.k > cfg.num_classes:

@@ -29,7 +29,7 @@ from common import InputError
 from common.capture import CHOICES, compiler, keep_freed_memory
 from common.cli import friendly_errors
 from common.models import load_teacher
-from common.ops import box_mix, channel_statistics, count_flops, plain_forms, superpose, superposed_labels
+from common.ops import box_mix, channel_statistics, count_flops, plain_forms, soft_labels, superpose
 from common.progress import Progress
 from common.published import paper_drop
 from common.run import Run, peak_memory, pick_device, synchronise, write_atomically
@@ -181,7 +181,7 @@ def superposition(device, batch=16, num_classes=1000, k=500, width=512, repeats=
     shares = torch.randn(batch, k, device=device).softmax(1)
 
     def product():
-        superpose(superposed_labels(classes, shares, num_classes), table).sum().backward()
+        superpose(soft_labels(classes, shares, num_classes), table).sum().backward()
 
     def gather():
         (shares[:, :, None] * table[classes]).sum(1).sum().backward()

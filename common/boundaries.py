@@ -4,7 +4,7 @@
     measure_paths     both, mean over pairs of classes; features along the paths              Table 5, Figure 5
     gather_features   features of single classes, of superpositions of two and of test images Figure 3
 
-Measures that need superpositions are skipped unless the run's script defines `superpose_labels`, as qimera.py does.
+Measures that need superpositions are skipped unless the run's script defines `make_labels`, as qimera.py does.
 """
 
 from collections import defaultdict
@@ -20,9 +20,9 @@ from common.report import print_rows
 PATHS = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels of two images mixed"}
 
 
-def superposing(run):
+def label_maker(run):
     """The function of a run's script that makes labels of superpositions; None where it has none."""
-    return getattr(run.script, "superpose_labels", None)
+    return getattr(run.script, "make_labels", None)
 
 
 def path_metrics(features, logits, pair):
@@ -57,9 +57,9 @@ def measure_paths(run, project, points=101, most_pairs=450, draws=4):
 
     for pair in Progress(pairs.tolist(), desc="paths between classes", leave=False):
         y = torch.tensor(pair, device=run.device)
-        if superpose_labels := superposing(run):
+        if make_labels := label_maker(run):
             shares = torch.stack([share, 1 - share], 1)
-            labels = superpose_labels(y.expand(points, 2), shares, run.cfg.num_classes)
+            labels = make_labels(y.expand(points, 2), shares, run.cfg.num_classes)
             note("zero", run.generator(labels, torch.zeros((), device=run.device)))
             for _ in range(draws):
                 note("shared", run.generator(labels, run.generator.latent.draw_noise(labels.classes[:1])))
@@ -79,10 +79,10 @@ def gather_features(run, samples=2000):
     count = run.cfg.num_classes
     y = torch.arange(samples) % count
     features, labels = {"single": torch.cat([run.look(images)[0] for images in run.images(y)])}, {"single": y}
-    if superpose_labels := superposing(run):
+    if make_labels := label_maker(run):
         classes = torch.rand(samples // 4, count).topk(2).indices.to(run.device)  # pairs of different classes
         shares = torch.randn(len(classes), 2).softmax(1).to(run.device)
-        parts = [superpose_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
+        parts = [make_labels(*part, count) for part in zip(classes.split(100), shares.split(100))]
         features["superposed"] = torch.cat([run.look(run.generator(part))[0] for part in parts])
     if run.test_set:
         parts = [(run.look(images)[0], y.cpu()) for images, y in run.test_set]

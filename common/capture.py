@@ -194,18 +194,18 @@ class OneForward:
         self.shared = tuning and self.same_images and (calibrating or not self.splits)
         self.seen_by_generator = self.student if calibrating else self.constant
 
-    def first(self, x):
+    def for_generator(self, x):
         """Logits (B, C), with a graph to the images x."""
         logits = self.run.compute(self.seen_by_generator, x)
         self.logits = logits if self.shared else None
         return logits
 
-    def update(self, optimizer, loss):
-        """The first side's update, through the logits that `first` has returned."""
+    def update_generator(self, optimizer, loss):
+        """The generator's update, through the logits that `for_generator` has returned."""
         self.run.update(optimizer, loss, keep_graph=self.shared)
 
-    def second(self, x):
-        """Logits (B, C) of x for the second side; what both share is used up by it."""
+    def for_student(self, x):
+        """Logits (B, C) of x for the student's update; what both share is used up by it."""
         logits, self.logits = self.logits, None
         return self.run.compute(self.student, x) if logits is None else logits
 

@@ -83,6 +83,10 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
 }
 
 
+class Described(str):
+    """A default that the method works out itself, as --help describes it."""
+
+
 def _in_words(default):
     """A default of `Parser.add_derived`, for --help."""
     if isinstance(default, dict):
@@ -186,7 +190,7 @@ class Parser(argparse.ArgumentParser):
         Args:
             title: of their group in --help.
             sources, about_sources: what the method takes for --data-source, and what --help adds about others than these two.
-            defaults: a value; as for `add_derived`; text where the method works it out from more.
+            defaults: a value; as for `add_derived`; `Described` where the method works it out from more.
         """
         group = self.add_argument_group(title)
         for name, default in defaults.items():
@@ -194,7 +198,7 @@ class Parser(argparse.ArgumentParser):
             how = {"type": kind} | ({"nargs": "*"} if name == "decay_epochs" else {})
             if isinstance(default, (tuple, dict)):
                 self.add_derived(group, flag, default, about, **how)
-            elif isinstance(default, str):
+            elif isinstance(default, Described):
                 group.add_argument(flag, help=f"{about} (default: {default})", **how)
             else:
                 group.add_argument(flag, help=about, default=default, **how)

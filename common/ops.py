@@ -223,7 +223,7 @@ def weighted_operation(operation, x, y, weight=None, shared=None):
     return upsample(x) if operation.upsampling == "nearest" else x
 
 
-def superposed_labels(classes, shares, num_classes):
+def soft_labels(classes, shares, num_classes):
     """Soft labels of superposed samples, sum_k lambda_k y_k (Eq. 8 of Qimera).
 
     Args:
@@ -237,18 +237,18 @@ def superposed_labels(classes, shares, num_classes):
     return shares.new_zeros(len(classes), num_classes).scatter_add(1, classes, shares)
 
 
-def superpose(soft_labels, table):
+def superpose(soft, table):
     """Superposed rows of a table, sum_k lambda_k e_k (Eq. 8 of Qimera), as one matrix product: no row is gathered.
 
     Args:
-        soft_labels: (B, C) from `superposed_labels`, or one-hot.
+        soft: soft labels (B, C) from `soft_labels`, or one-hot.
         table: (C, D), one row per class.
 
     Returns:
         (B, D). Time and memory do not depend on K.
     """
     with torch.autocast(table.device.type, enabled=False):
-        return soft_labels @ table
+        return soft @ table
 
 
 def kd_loss(student_logits, teacher_logits, temperature, reduction):

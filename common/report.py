@@ -101,11 +101,11 @@ class SyntheticSet:
     def __iter__(self):
         labels = torch.arange(self.count) % self.run.cfg.num_classes
         for seed, part in enumerate(labels.split(self.run.cfg.batch_size)):
-            yield draw(self.run, part, seed), part
+            yield draw_images(self.run, part, seed), part
 
 
 @torch.no_grad()
-def draw(run, labels, seed):
+def draw_images(run, labels, seed):
     """Synthetic images of `labels` (B,) with noise of their own seed, in batches of the size the generator learned with."""
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def save_samples(run, path, columns=8, most_rows=100):
     """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
     rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
     labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
-    save_grid(draw(run, labels, seed=0).cpu(), run.cfg, path, columns)
+    save_grid(draw_images(run, labels, seed=0).cpu(), run.cfg, path, columns)
 
 
 def finish(run, teacher, student):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common.cli  # noqa: E402
-from common.progress import Progress  # noqa: E402
+from common.progress import close_all  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -39,8 +39,7 @@ def same_on_every_machine(request, monkeypatch):
     monkeypatch.setitem(common.cli.DEFAULTS, "precision", "fp32")
     yield
     torch.set_num_threads(threads)
-    for bar in list(getattr(Progress, "_instances", ())):
-        bar.close()
+    close_all()
 
 
 class FunctionalNet(nn.Module):

@@ -28,7 +28,7 @@ from common.data import (
     read_slice,
 )
 from common.images import RealImages
-from common.report import draw, save_samples
+from common.report import draw_images, save_samples
 from common.run import Run
 
 CIFAR = NORMALISATION["cifar10"]
@@ -213,7 +213,7 @@ def test_the_student_learns_from_real_images(method, tmp_path, monkeypatch, fail
     assert result["data_source"] == "real" and result["images_used"] == 30 and result["calibrated_top1"] is not None
     y = torch.arange(5).repeat(100)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION["imagenet"])
-    pixels = ((draw(runs[0], y, 0) * std + mean) * 255).round().long()
+    pixels = ((draw_images(runs[0], y, 0) * std + mean) * 255).round().long()
     assert (pixels == pixels[:, :1, :1, :1]).all() and torch.equal(pixels[:, 0, 0, 0] // 20, y)
     assert len(pixels.unique()) == 30
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)

@@ -17,7 +17,7 @@ import mixmix
 import qimera
 from common import InputError
 from common.capture import WARMUP_STEPS, GraphedStep
-from common.report import draw
+from common.report import draw_images
 from common.run import Run
 
 RUNS = STEPS + [(gdfq, {"mix": "cutmix"}), (gdfq, {"act_placement": "input"}), (qimera, {"noise": "slot"})]
@@ -67,7 +67,7 @@ def test_a_run_stays_on_its_device_and_its_graphs_compute_the_same(monkeypatch, 
         run = Run(method.config(**TINY | {"iters": COUNT}, **flags, device="meta"))
         student = method.compress(net, run.cfg, run)
         histories.append([{name: value for name, value in line.items() if name != "seconds"} for line in run.history])
-        return student.state_dict() | {"images": draw(run, torch.arange(5), seed=0)}
+        return student.state_dict() | {"images": draw_images(run, torch.arange(5), seed=0)}
 
     assert_same(*on_second_device(monkeypatch, make))
     assert histories[0] == histories[1] and "loss_q" in histories[0][-1]

@@ -16,12 +16,12 @@ from common.boundaries import path_metrics
 from common.data import accuracy
 from common.export import load_quantized, save_quantized
 from common.models import build
-from common.ops import superpose, superposed_labels
+from common.ops import soft_labels, superpose
 from common.progress import close_all
 from common.quant import observe, quantize, quantized_activations
 from common.run import Run
 from common.trace import last_layer
-from qimera import Latent, ReleasedLatent, compress, config, single_labels, superpose_labels
+from qimera import Latent, ReleasedLatent, compress, config, make_labels, single_labels
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
 TINY |= {"warmup_epochs": 1, "calibrate_epochs": 1, "device": "cpu", "precision": "fp32"}
@@ -35,7 +35,7 @@ def make_superposition(batch=6, k=4, num_classes=9, width=5):
 
 def test_superposition_equals_a_loop_over_samples_and_classes():
     classes, shares, table = make_superposition()
-    soft = superposed_labels(classes, shares, len(table))
+    soft = soft_labels(classes, shares, len(table))
     mixed = superpose(soft, table)
     labels, rows = torch.zeros_like(soft), []
     for i, (row, weights) in enumerate(zip(classes.tolist(), shares)):
@@ -80,7 +80,7 @@ def test_the_latent_with_noise_after_or_before_the_mapping_or_in_each_slot(noise
             expected = latent.mapping(over(summed(weights, embedded) + z))
         else:
             expected = summed(weights, [latent.mapping(over(e + z[:, k])) for k, e in enumerate(embedded)])
-        labels = superpose_labels(classes, weights, 9, superposed)
+        labels = make_labels(classes, weights, 9, superposed)
         torch.testing.assert_close(latent(labels, z), expected)
         if noise != "slot" and not normalise:  # the paper's
             paper = Latent(9, 5, 3, noise, 0.5).double()
@@ -136,9 +136,9 @@ def test_conditional_batchnorm_sums_or_averages_the_superposed_rows():
     for cbn in ("sum", "mean"):
         torch.manual_seed(1)
         generator = qimera.make_generator(FunctionalNet(), config(**TINY | {"image_size": 68}, k=4, cbn=cbn), 3).eval()
-        images[cbn] = [generator(superpose_labels(classes, shares, 5, flag), z) for flag in (False, True)]
+        images[cbn] = [generator(make_labels(classes, shares, 5, flag), z) for flag in (False, True)]
     assert torch.equal(images["sum"][0], images["sum"][1]) and torch.equal(images["sum"][0], images["mean"][0])
-    labels = superpose_labels(classes, shares, 5)
+    labels = make_labels(classes, shares, 5)
     assert torch.equal(images["mean"][1], generator.body(generator.latent(labels, z), labels.soft / 4))
     assert not torch.allclose(images["mean"][1], images["sum"][1])
     layer, x = qimera.ConditionalBatchNorm(5, 3), torch.randn(4, 3, 6, 6)
@@ -333,9 +333,9 @@ def test_a_run_and_its_analysis(tmp_path, monkeypatch, fails, capsys):
 
     def noted(classes, *rest, **of_single):
         drawn.extend([] if of_single else [classes])
-        return superpose_labels(classes, *rest, **of_single)
+        return make_labels(classes, *rest, **of_single)
 
-    monkeypatch.setattr(qimera, "superpose_labels", noted)
+    monkeypatch.setattr(qimera, "make_labels", noted)
     result = qimera.main(["--analyze", str(run), "--arch", "tiny:net"])
     assert json.loads((run / "analysis" / "qimera.json").read_text()) == result and result["pairs"] == 10
     assert all(result[name]["distance_ratio"] >= 0.999 for name in ("zero", "shared", "mixup"))

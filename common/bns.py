@@ -60,6 +60,10 @@ class BatchNormStatistics:
             raise ValueError(f"BNS form '{form}'; expected one of {', '.join(self.forms)}")
         inputs, self.inputs = self.inputs, dict.fromkeys(self.inputs)
         used = [layer for layer, x in inputs.items() if x is not None]
+        if not used:
+            raise InputError(
+                "the model calls none of its BatchNorm2d layers as modules, whose inputs could be seen; write x = self.bn(x)"
+            )
         given = [inputs[layer] for layer in used]
         if any(x.ndim == 1 for x in given):  # statistics already
             found = torch.cat([x if x.ndim == 1 else channel_statistics([x]) for x in given])

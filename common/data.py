@@ -348,7 +348,7 @@ def _open_image(path):
     """The image file, as torchvision's own loader reads it."""
     try:
         return datasets.folder.default_loader(path)
-    except (OSError, SyntaxError) as error:  # PIL's for damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's for damaged files
         raise InputError(f"--data-dir: {path} cannot be read ({first_line(error)}); repair or delete it") from None
 
 

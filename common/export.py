@@ -68,7 +68,7 @@ def save_quantized(student, path, meta):
             act_placement than "relu" and "input", each activation is stored with its place.
     """
     layers, activations, weights = {}, {}, set()
-    for name, layer in quantized_layers(student):
+    for name, layer in quantized_layers(student, every_name=True):
         scale, zero_point = layer.parameters_of_codes()
         layers[name] = {
             "bits": layer.bits,
@@ -170,7 +170,7 @@ def load_quantized(path, model=None):
 
     placement = stored_places if places else meta["act_placement"]
     student = quantize(model, meta["wbits"], meta["abits"], placement, example=example)
-    layers, activations = dict(quantized_layers(student)), dict(quantized_activations(student))
+    layers, activations = dict(quantized_layers(student, every_name=True)), dict(quantized_activations(student))
     shapes = {name: value.shape for name, value in student.state_dict().items()}
     state = dict(content["tensors"])
     for name, stored in content["layers"].items():

@@ -16,12 +16,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
-from common import distributed
+from common import InputError, distributed
 from common.cli import number, one_of
 from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
 from common.quant import QuantAct, observe, quantized_activations
+from common.trace import overwriting
 
 SAMPLE = 2048  # values of a batch that a search looks at
 
@@ -98,30 +99,44 @@ def keep_ranges(student):
 
 class MatchedFeatures:
     """What the BatchNorm layers of teacher and student return in their latest passes, and how far the student is off, relative
-    to the variance that the teacher's affine parameters give its features: mean(weight^2) + var(bias).
+    to the variance that the teacher's affine parameters give its features: mean(weight^2) + var(bias). Layers that the traced
+    student does not call (of a head that only training uses, or with a forward of their own) are left out.
 
     Args:
         teacher: the full-precision network.
         student: what `common.quant.quantize` has made of it, with layers of the same names.
         weight: of the distance; with 0 nothing is kept.
+
+    Raises:
+        InputError: no layer is left.
     """
 
     def __init__(self, teacher, student, weight):
         self.weight = weight
         self.kept = {}, {}
         self.variances = {}
+        calls = {n.target: n for n in student.graph.nodes} if weight and isinstance(student, fx.GraphModule) else None
+        modules = dict(student.named_modules())
         for name, layer in teacher.named_modules() if weight else ():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (calls is None or name in calls):
+                changed = calls is None or bool(overwriting(calls[name], modules))
                 gains, means = (layer.weight, layer.bias) if layer.affine else (torch.ones(1), torch.zeros(1))
                 self.variances[name] = (gains.square().mean() + means.var(correction=0)).item()
                 for network, kept in zip((teacher, student), self.kept):
-                    network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher))
+                    network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher, changed))
+        if weight and not self.variances:
+            raise InputError(
+                f"--feature-weight is {weight:g} and the network calls no BatchNorm as a module, so none can be matched; give "
+                "--feature-weight 0"
+            )
 
     @staticmethod
-    def _keep_in(kept, name, detached):
-        def keep(layer, args, output):
-            if detached or torch.is_grad_enabled():
-                kept[name] = output.detach() if detached else output
+    def _keep_in(kept, name, of_teacher, changed):
+        def keep(layer, args, output):  # copies where what comes next works in place, as out += x may in the teacher
+            if of_teacher:
+                kept[name] = output.detach().clone()
+            elif torch.is_grad_enabled():
+                kept[name] = output.clone() if changed else output
 
         return keep
 

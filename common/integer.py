@@ -9,9 +9,9 @@
     QuantAct        fixed -> codes            zero point + fixed * multiplier / 2^shift, limited to 0 ... 2^bits - 1
     image, logits   real -> fixed -> real     fixed = real * 2^point
 
-`rescale` does all products and shifts: one int64 product, an addition that rounds, a shift. A kernel that fuses everything
-between two layers needs no fixed-point number in memory, except for a residual sum that waits. Real numbers are used only to
-compute constants, before deployment.
+`rescale` does all products and shifts: one int64 product, an addition that rounds, a shift. A mean is a sum divided by the
+count. A kernel that fuses everything between two layers needs no fixed-point number in memory, except for a residual sum
+that waits. Real numbers are used only to compute constants, before deployment.
 """
 
 import math
@@ -123,7 +123,7 @@ class IntegerNetwork:
             return self.mean(x, (2, 3), True)
         if kind == "mean":
             return self.mean(x, *node.args[1:], **node.kwargs)
-        if kind == "avgpool2d" and isinstance(size := module.kernel_size if module else node.args[1], int):
+        if kind == "avgpool2d" and isinstance(size := module.kernel_size if module else (*node.args[1:], None)[0], int):
             if (module.stride, module.padding) == (size, 0) if module else len(node.args) == 2 and not node.kwargs:
                 return self.mean(x.unfold(2, size, size).unfold(3, size, size), (-2, -1))
         if isinstance(module, nn.BatchNorm2d):  # one that follows no layer
@@ -145,4 +145,5 @@ class IntegerNetwork:
 
     def mean(self, x, dim, keepdim=False):
         total = x.sum(dim, keepdim, dtype=torch.long)
-        return rescale(total, *multiplier(torch.tensor(total.numel() / x.numel())))
+        count = x.numel() // total.numel()
+        return saturated((total + count // 2).div(count, rounding_mode="floor"))

@@ -263,7 +263,8 @@ def probe(model, num_classes, image_size):
             logits = model(example)
     except Exception as error:  # whatever the model's own code raises
         raise InputError(
-            f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and --arch"
+            f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
+            "--arch, and that the convolution which takes the images is the first one that is defined"
         ) from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (2, num_classes):
@@ -418,7 +419,9 @@ def canonical(state, arch):
         state: the dict.
         design: of the network that it is for, as `build` takes it.
     """
-    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in state.items()}
+    for wrapper in ("module.", "_orig_mod."):  # DataParallel's and torch.compile's
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
     if ":" in arch:
         return state, None
     if arch in AUXILIARY:

@@ -317,9 +317,11 @@ class QuantAct(nn.Module):
         return f"bits={self.bits}, low={self.low.item():.4g}, high={self.high.item():.4g}"
 
 
-def quantized_layers(model):
-    """Names and modules of all quantized convolutions and linear layers."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _QuantWeight)]
+def quantized_layers(model, every_name=False):
+    """Names and modules of all quantized convolutions and linear layers; with `every_name`, one that has several occurs under
+    each of them."""
+    named = model.named_modules(remove_duplicate=not every_name)
+    return [(name, module) for name, module in named if isinstance(module, _QuantWeight)]
 
 
 def quantized_activations(model):
@@ -414,14 +416,27 @@ def check_layers(model):
             )
 
 
+def _images(graph, modules):
+    """The nodes whose values are still images: the network's input, padded or normalised, before any layer or activation."""
+    images = set()
+    for node in graph.nodes:
+        layer = node.op == "call_module" and any(True for _ in modules[node.target].parameters())
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        known = inputs and images.issuperset(inputs) and node.op != "output"
+        if node.op == "placeholder" or (known and not layer and not is_activation(node, modules)):
+            images.add(node)
+    return images
+
+
 def _quantize_graph(traced, abits, act_placement, clipped):
     """Insert a QuantAct at every place of the traced graph that `act_placement` names."""
     modules, graph = dict(traced.named_modules()), traced.graph
+    order, images = {node: index for index, node in enumerate(graph.nodes)}, _images(graph, modules)
 
-    def insert_after(node, users):
+    def insert(node, users, before):
         name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
-        traced.add_submodule(name, QuantAct(INPUT_BITS if node.op == "placeholder" else abits, clipped))
-        with graph.inserting_after(node):
+        traced.add_submodule(name, QuantAct(INPUT_BITS if node in images else abits, clipped))
+        with graph.inserting_before(before):
             quantized = graph.call_module(name, (node,))
         for user in users:
             user.replace_input_with(node, quantized)
@@ -442,15 +457,17 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                 f"graph node '{node.name}' ({kind_of(node, modules)}) takes a weight of the model, where it cannot be "
                 "quantized; write it as nn.Linear"
             )
-        if node in placed:
+        if node in placed or (act_placement == "input" and is_activation(node, modules)):
             if not node.users:
                 raise InputError(
                     f"activation '{node.name}' works in place and its result is not used in the model's forward, so its output "
                     "cannot be quantized; assign it, as in x = F.relu(x)"
                 )
-            insert_after(node, list(node.users))
+        if node in placed:
+            insert(node, list(node.users), node.next)
         elif act_placement == "input" and any(user in weighted for user in node.users):
-            insert_after(node, [user for user in node.users if user in weighted])
+            takers = [user for user in node.users if user in weighted]
+            insert(node, takers, min(takers, key=order.get))  # what works in place on the value comes before it
     graph.lint()
     traced.recompile()
     return traced

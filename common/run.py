@@ -334,6 +334,10 @@ class Run:
         sums = torch.stack([p.detach().float().sum() for p in student.parameters()])
         if not torch.isfinite(sums).all():
             self._stop(f"the student's weights stopped being finite in the last step of epoch {self.epoch + 1}")
+        learned = (getattr(module, "scale", None) for module in student.modules())
+        steps = [step.detach().float() for step in learned if isinstance(step, torch.nn.Parameter)]
+        if steps and (least := torch.stack(steps).min().item()) < 0:
+            self._stop(f"a learned step size of the student became {least:.2g} in epoch {self.epoch + 1}")
 
     def _stop(self, what):
         kept = "no epoch is saved yet"
@@ -419,10 +423,10 @@ class Run:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
         machine = {"processor": processor(self.device), "threads": torch.get_num_threads()}
         content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}, "machine": machine}
-        write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
-        if not self.cfg.resume:
-            for path in (self.folder / name for name in self.files):
+        if not self.cfg.resume:  # results first, so that none is ever found beside the arguments of another run
+            for path in (self.folder / name for name in sorted(self.files, key=self.result_file.__ne__)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         if self.part is not None:
             share(self.held)
 

@@ -5,9 +5,10 @@ in. Most published networks have one of these.
 """
 
 import copy
+import inspect
 import operator
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from common import InputError, first_line
+from common.activations import kind_of
 from common.data import full_precision
 
 EXAMPLES = (2, 3)  # batch sizes: what differs between them depends on the batch size, all else is a constant
@@ -72,7 +74,7 @@ class _Tracer(fx.Tracer):
         reshaping: whether a `view` becomes a `reshape`, which has the same values in any memory layout.
     """
 
-    def __init__(self, examples, whole=(), inside=False, reshaping=True):
+    def __init__(self, examples=(), whole=(), inside=False, reshaping=True):
         super().__init__()
         self.examples, self.whole, self.inside, self.reshaping = examples, whole, inside, reshaping
         self.values, self.from_data, self.computing = {}, set(), False
@@ -222,14 +224,33 @@ def batch_like(example, count):
     return torch.randn(count, *example.shape[1:], generator=source).to(example)
 
 
-def works_in_place(node, model):
-    """Whether a node of the graph of `model` may change the value that it takes."""
+VIEWS = "getitem view reshape flatten permute transpose chunk split narrow squeeze unsqueeze contiguous detach identity".split()
+
+
+def works_in_place(node, modules):
+    """Whether a node of a graph may change the value that it takes; `modules` are those of the network by name."""
     if node.op == "call_module":
-        return getattr(model.get_submodule(node.target), "inplace", False)
+        return getattr(modules[node.target], "inplace", False)
     name = getattr(node.target, "__name__", str(node.target))
     operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
-    flagged = node.kwargs.get("inplace", False) or node.args[-1:] == (True,)
+    flagged = node.kwargs.get("inplace", False)
+    if node.op == "call_function" and node.args and node.args[-1] is True:
+        with suppress(TypeError, ValueError):  # where it has no signature
+            flagged = flagged or "inplace" in inspect.signature(node.target).parameters
     return flagged or node.target in operators or (name.endswith("_") and not name.endswith("__"))
+
+
+def overwriting(node, modules):
+    """The nodes of a graph that write into the memory of a node's value, also through a view of it."""
+    found, ahead = set(), [node]
+    while ahead:
+        value = ahead.pop()
+        for user in value.users:
+            if user.args and user.args[0] is value:
+                writes = works_in_place(user, modules)
+                found |= {user} if writes else set()
+                ahead += [user] if writes or kind_of(user, modules) in VIEWS else []
+    return found
 
 
 @torch.no_grad()
@@ -253,8 +274,9 @@ def trace(model, example=None, whole=(), inside=False, reshaping=True):
     tracer = _Tracer(examples, whole, inside, reshaping)
     with _sizes_in_calls(tracer, model):
         graph = tracer.trace(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output") and not works_in_place(node, model):
+        if not node.users and node.op not in ("placeholder", "output") and not works_in_place(node, modules):
             graph.erase_node(node)  # computed and not used
     traced = fx.GraphModule(tracer.root, graph)
     if example is not None:

@@ -286,11 +286,31 @@ class FusedNorms(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class WorksInPlace(nn.Module):
+    """Values are overwritten by a module, a method, an index and an operator; the images are normalised inside."""
+
+    def __init__(self, num_classes=5):
+        super().__init__()
+        (self.conv1, self.bn1), (self.conv2, self.bn2) = conv_bn(3, 8, stride=2), conv_bn(8, 8)
+        self.conv3, self.bn3 = conv_bn(8, 8)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1((x - 0.1) / 0.5)))
+        y = self.bn2(self.conv2(x))
+        y.add_(x)
+        y[:, :2] = 0.5
+        z = self.bn3(self.conv3(y))
+        z += y
+        return self.fc(self.relu(z).mean((2, 3)))
+
+
 FAMILY = {
     cls.__name__: cls
     for cls in (
         ViewAndFeatureFlags, DeadActivation, ShuffleArithmetic, GroupedAndDilated, SqueezeAndExcitation, GreyDigits,
         LayersOfTheirOwn, PreActivation, DenseConnections, SharedReLU, FusedNorms, ShortcutOfZeros, WrittenOutActivations,
+        WorksInPlace,
     )
 }  # fmt: skip
 

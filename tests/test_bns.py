@@ -46,5 +46,8 @@ def test_unused_layers_take_no_part_and_a_model_without_batchnorm_is_refused(net
     net(torch.randn(2, 3, 16, 16))
     assert len([x for x in stats.inputs.values() if x is not None]) == 3 and stats.loss().isfinite()
     assert set(stats.inputs.values()) == {None}  # used up, so that no graph outlives its step
+    net(torch.randn(2, 3, 16, 16)), stats.loss()
+    with pytest.raises(InputError, match="calls none of its BatchNorm2d layers as modules"):
+        stats.loss()
     with pytest.raises(InputError, match="Sequential has no BatchNorm2d"):
         BatchNormStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))

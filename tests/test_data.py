@@ -18,6 +18,7 @@ from common.cli import check_image_size
 from common.data import (
     NORMALISATION,
     _class_folder,
+    _open_image,
     accuracy,
     agreement,
     download,
@@ -103,13 +104,19 @@ def test_folders_that_do_not_fit(tmp_path):
             load_test_set("cifar10", tmp_path / name, 10, 32, CIFAR)
 
 
-def test_a_damaged_image_is_named(tmp_path):
+def test_a_damaged_image_is_named(tmp_path, monkeypatch):
     damaged = make_folder(tmp_path, 2) / "test" / "class1" / "1.png"
     damaged.write_bytes(damaged.read_bytes()[:50])
     with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read .*; repair or delete it$"):
         list(load_test_set("folder", tmp_path, 2, 32, CIFAR))
     with pytest.raises(InputError, match=f"^--data-dir: {damaged} cannot be read"):
         read_folder(_class_folder(tmp_path, 2, 32))
+    cut, large = tmp_path / "cut.ppm", damaged.with_name("0.png")
+    cut.write_bytes(b"P6 32 ")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    for path in (cut, large):
+        with pytest.raises(InputError, match=f"{path} cannot be read .*; repair or delete it$"):
+            _open_image(path)
 
 
 def test_download_is_checked_and_says_where_to_put_the_file(tmp_path):

@@ -5,6 +5,7 @@ import strangers
 import tiny
 import torch
 from conftest import FunctionalNet, trained
+from torch import nn
 
 import gdfq
 from common import InputError
@@ -55,6 +56,29 @@ def test_a_loaded_network_has_the_same_outputs_to_the_bit(tmp_path, bits, placem
         assert layer.weight.stride() == original.weight.stride()  # convolutions round by layout
     save_quantized(loaded, tmp_path / "again.pt", meta)
     assert torch.equal(load_quantized(tmp_path / "again.pt", FunctionalNet())(x), student(x))
+
+
+class SharedBlock(nn.Module):
+    """A block under two names, in a network that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.relu, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Linear(8, 5)
+        self.first = self.second = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        for block in (self.first, self.second):
+            x = self.relu(block(x)) if x.sum() > 0 else x
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_layer_with_two_names_is_stored_in_its_bits_under_both(tmp_path):
+    x = torch.randn(5, 3, 16, 16)
+    student = calibrated(trained(SharedBlock()), 2, example=x)
+    save_quantized(student, tmp_path / "quantized.pt", META | {"wbits": 2, "abits": 2})
+    loaded = load_quantized(tmp_path / "quantized.pt", SharedBlock())
+    assert torch.equal(loaded(x), student(x)) and loaded.second[0].weight[0].unique().numel() <= 4
 
 
 @pytest.mark.parametrize("folds", [True, False])

@@ -3,13 +3,17 @@
 import math
 
 import pytest
+import strangers
 import torch
+from conftest import trained
 from test_cli import TINY
 
 import gdfq
+from common import InputError
 from common.export import load_quantized, save_quantized
 from common.finetune import LearnedAct, MatchedFeatures, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
-from common.quant import QuantAct, observe, quantize, quantized_activations
+from common.learned import learned_step
+from common.quant import QuantAct, fake_quantize, observe, quantize, quantized_activations
 from common.run import duration
 
 
@@ -87,6 +91,71 @@ def test_features_are_matched_layer_by_layer(net):
     off = MatchedFeatures(net, student, 0.0)
     net(x), student(x)
     assert off.kept == ({}, {}) and off.added_to(loss) is loss
+
+
+class Residual(torch.nn.Module):
+    """Two convolutions with a shortcut, in place or not, and a head that only training uses."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        (self.conv1, self.bn1), (self.conv2, self.bn2) = strangers.conv_bn(3, 8, stride=2), strangers.conv_bn(8, 8)
+        self.relu, self.fc, self.aux = torch.nn.ReLU(inplace), torch.nn.Linear(8, 5), torch.nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(self.aux(x) if self.training else x))
+        if self.relu.inplace:
+            y += x
+        else:
+            y = y + x
+        return self.fc(self.relu(y).mean((2, 3)))
+
+
+def test_features_are_those_of_the_batchnorms_also_where_a_network_works_in_place():
+    x, distances = torch.randn(8, 3, 16, 16), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        net = trained(Residual(inplace))
+        student = quantize(net, 3, 3, example=x)
+        observe(student, True)
+        student(x)
+        observe(student, False)
+        features = MatchedFeatures(net, student, 1.0)
+        net(x), student(x)
+        distances.append(features.distance())
+        distances[-1].backward()
+        assert student.conv2.weight.grad.abs().sum() > 0
+    assert distances[0] > 0 and torch.equal(*distances)
+
+
+def test_a_network_whose_batchnorms_cannot_be_matched_is_told_so():
+    net, x = strangers.make("FusedNorms"), torch.randn(4, 3, 16, 16)
+    with pytest.raises(InputError, match="--feature-weight is 200 .* so none can be matched; give --feature-weight 0$"):
+        MatchedFeatures(net, quantize(net, 4, 4, example=x), 200.0)
+
+
+def test_a_step_that_learns_its_way_below_zero_stops_the_run(net):
+    settings = {
+        "dataset": "folder",
+        "num_classes": 5,
+        "image_size": 16,
+        "device": "cpu",
+        "batch_size": 4,
+        "epochs": 3,
+        "iters": 2,
+    }
+    learned = {"act_ranges": "learned", "optimizer": "adam", "warmup_epochs": 1, "calibrate_epochs": 1}
+    with pytest.raises(
+        InputError, match="a learned step size of the student became -.* in epoch 2, .*; lower --lr-g or --lr-q"
+    ):
+        gdfq.compress(net, gdfq.config(**settings, **learned, lr_q=0.5))
+
+
+def test_a_learned_step_rounds_as_the_file_does():
+    x, zero_point = torch.randn(2**18), torch.tensor(3.0)
+    for scale in torch.rand(8) / 10:
+        ours, files = learned_step(x, scale, zero_point, 4, "lsq"), fake_quantize(x, scale, zero_point, 4)
+        assert torch.equal(ours, files)
 
 
 def test_rates_fall_by_a_cosine_after_the_warm_up():

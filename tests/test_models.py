@@ -132,6 +132,13 @@ def test_heads_that_serve_training_only_are_left_out():
         assert canonical(kept | {head: torch.ones(2)}, arch)[0] == kept
 
 
+def test_only_what_wraps_a_whole_network_is_taken_off_its_keys():
+    bare = {"module.weight": 1, "fc.weight": 2}
+    assert canonical(bare, "own:net")[0] == bare
+    for wrapper in ("module.", "_orig_mod.", "module._orig_mod."):
+        assert canonical({wrapper + key: value for key, value in bare.items()}, "own:net")[0] == bare
+
+
 def test_own_factory(tmp_path, monkeypatch):
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\ndef make(num_classes):\n    return nn.Linear(3, num_classes)\ndef bad():\n    return 1\n"

@@ -43,7 +43,7 @@ from common.trace import fold_batchnorm
 
 DATA = {"dataset": "folder", "num_classes": 5, "image_size": 16, "device": "cpu", "precision": "fp32"}
 PTQ = {"wbits": 2, "abits": 8, "weight_iterations": 300, "step_iterations": 20, "lr_rounding": 0.01}
-QAT = {"wbits": 3, "abits": 4, "qat_steps": 40, "qat_batch_size": 16, "qat_lr": 0.02}
+QAT = {"wbits": 3, "abits": 4, "qat_steps": 40, "qat_batch_size": 16, "qat_lr": 5e-4}
 KD = {"student_arch": "tiny:other", "kd_epochs": 4, "kd_iters": 6, "kd_batch_size": 20}
 GENERATOR = {"kd_latent_dim": 8, "kd_lr_g": 0.001}
 
@@ -361,7 +361,7 @@ def test_the_short_recipe_learns_the_ranges_of_activations_and_clips_no_weight(n
     torch.manual_seed(0)
     images, losses = torch.randn(32, 3, 16, 16), []
     for steps in (1, 150):
-        cfg = config("qat", **QAT | {"qat_steps": steps, "qat_recipe": "short", "qat_lr": 0.01})
+        cfg = config("qat", **QAT | {"qat_steps": steps, "qat_recipe": "short", "qat_lr": 0.002})
         student = qat.compress(net, images, cfg)
         losses.append((student(images) - net(images)).square().mean().item())
     assert losses[1] < 0.7 * losses[0]
@@ -561,6 +561,14 @@ def test_a_network_without_channels_computes_what_it_does_with_them_silenced(arc
     torch.testing.assert_close(loaded(images), pruned(images))
 
 
+def test_a_pruned_network_whose_forward_computes_with_shapes_is_read_again(tmp_path):
+    net, images = strangers.make("ShuffleArithmetic"), torch.randn(16, 3, 16, 16)
+    pruned = prune(net, images)
+    torch.save(pruned.state_dict(), tmp_path / "student.pt")
+    loaded = load_pruned(tmp_path / "student.pt", strangers.FAMILY["ShuffleArithmetic"](), images[:2])
+    torch.testing.assert_close(loaded(images), pruned(images))
+
+
 # ------------------------------------------------------------------------------------------------------------------ kd
 
 
@@ -576,6 +584,7 @@ def test_dafl_losses_in_plain_arithmetic():
 
 @pytest.mark.parametrize("images", [None, torch.randn(40, 3, 16, 16)])
 def test_distillation_with_a_generator_and_with_images(net, images):
+    net.auxiliary = torch.nn.Linear(3, 3)  # of a head that only training uses
     run = Run(config("kd", **KD, **GENERATOR))
     student = kd.compress(net, images, run.cfg, run)
     assert not student.training and student.bn1.num_batches_tracked > 20

@@ -39,7 +39,7 @@ METHODS = {
 ACTIVATIONS = {  # quantized activations of each network, counted by hand
     "ViewAndFeatureFlags": 2, "DeadActivation": 2, "ShuffleArithmetic": 3, "GroupedAndDilated": 3, "SqueezeAndExcitation": 3,
     "GreyDigits": 3, "LayersOfTheirOwn": 2, "PreActivation": 3, "DenseConnections": 3, "SharedReLU": 2, "FusedNorms": 2,
-    "ShortcutOfZeros": 2, "WrittenOutActivations": 4,
+    "ShortcutOfZeros": 2, "WrittenOutActivations": 4, "WorksInPlace": 2,
 }  # fmt: skip
 
 
@@ -96,10 +96,13 @@ def test_the_graph_computes_what_the_network_computes(name):
         torch.testing.assert_close(fold_batchnorm(net, x)(x[:count]), net(x[:count]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("placement", ["relu", "input"])
 @pytest.mark.parametrize("name", strangers.FAMILY)
-def test_eight_bits_are_nearly_the_network(name):
+def test_eight_bits_are_nearly_the_network(name, placement):
     net, x = strangers.make(name), batch(name, 32)
-    student = quantize(net, 8, 8, example=x)
+    student = quantize(net, 8, 8, placement, example=x)
+    if name == "WorksInPlace" and placement == "input":
+        assert [act.bits for _, act in quantized_activations(quantize(net, 4, 4, "input", example=x))] == [8, 4, 4, 4]
     observe(student, True)
     student(x)
     observe(student, False)

@@ -114,8 +114,8 @@ def compress(model, images, cfg, run=None, added=None):
         generator = run.place(HumanDesigned(cfg.image_size, input_channels(teacher), cfg.kd_latent_dim))
         adam = torch.optim.Adam(generator.parameters(), cfg.kd_lr_g, fused=run.fused)
         stateful |= {"generator": generator, "adam": adam}
-        last = [m for m in teacher.modules() if isinstance(m, nn.Linear)][-1]
-        last.register_forward_pre_hook(lambda _, args: features.update(latest=args[0]))
+        for layer in (m for m in teacher.modules() if isinstance(m, nn.Linear)):  # what enters the one that is called last
+            layer.register_forward_pre_hook(lambda _, args: features.update(latest=args[0]))
     else:
         batch, draw = sampler(images, cfg.kd_batch_size, device)
     terms = added(teacher, run) if added else None

@@ -265,17 +265,18 @@ def compress(model, images, cfg, run=None):
     return pruned
 
 
-def load_pruned(path, model):
+def load_pruned(path, model, example=None):
     """A pruned network from its student.pt.
 
     Args:
         path: of a run with --task prune.
         model: an untrained instance of the teacher's architecture, strides included.
+        example: a batch that it takes; needed where its forward computes with shapes.
 
     Returns:
         The network in eval mode, traced, its BatchNorms folded, with the channels that are left.
     """
-    state, network = read_weights(path), give_biases(fold_batchnorm(model))
+    state, network = read_weights(path), give_biases(fold_batchnorm(model, example))
     for producer, (way, consumers) in removable(network).items():
         left = len(state.get(f"{producer}.weight", ()))  # where that is none, `fit` says what is missing
         remove_channels(network, producer, way, consumers, torch.arange(network.get_submodule(producer).out_channels)[:left])

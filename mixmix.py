@@ -28,8 +28,9 @@ No code of it was published. What the paper leaves open or has differently, and 
                          (CIFAR: 2,000, all at full size)
     learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
                          default (--weights-form)                                      fixed ones measured as good
-    lambda_3             of the mean of both parts of the prior; --tv-weight and       the form is not said
-                         --l2-weight add up to it, and keep their ratio
+    L_prior, lambda_3    R_TV + lambda R_L2 (Sec. 3.1) as a weighted mean: lambda_3     values not published
+                         is the sum of --tv-weight and --l2-weight
+    batch                ImageNet 32, where DeepInversion has 84; CIFAR 256, as there   memory of m' networks
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
@@ -54,7 +55,8 @@ No code of it was published. What the paper leaves open or has differently, and 
 
 Baselines (--data-source): "single" inverts the network itself (DeepInversion), "kw" too, with the losses of The Knowledge
 Within (Sec. 3.1), "zeroq" matches its BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws
-N(0, 1).
+N(0, 1). They share this recipe, so that only the losses differ: "zeroq" is Eq. 2 alone, without ZeroQ's own steps, and "single"
+has no adaptive term; DeepInversion's own settings for CIFAR are `--lr 0.05 --bn-weight 10`.
 """
 
 import argparse
@@ -87,7 +89,7 @@ ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitatio
     "cifar100": "resnet20 resnet56 vgg11_bn vgg16_bn shufflenet_v2_x0_5 shufflenet_v2_x1_0".split(),
 }
 HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
-RECIPE = {  # DeepInversion's for CIFAR-10 and ImageNet (where its settings differ, its README's), but for KW's two weights
+RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what the table above has, and KW's two weights
     "--batch-size": (256, 32, whole(1), "number of images that are optimised together"),
     "--iterations": (2000, 5000, whole(0), "number of steps per batch"),
     "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
@@ -189,7 +191,7 @@ def bn_loss(model, first=1.0, form="norm"):
     return model.stats.loss(form, first)  # Eq. 2
 
 
-def look(model, x, cfg, autocast):
+def logits_and_bn(model, x, cfg, autocast):
     """Logits (B, C) that a `ZooModel` returns for images (B, channels, H, W), and L_BN, a scalar. On a CPU, where depthwise
     convolutions are slower in bf16, a network that has some computes in fp32."""
     with nullcontext() if model.depthwise and x.device.type == "cpu" else autocast():
@@ -199,9 +201,9 @@ def look(model, x, cfg, autocast):
 
 @functools.cache
 def compiled_look(run):
-    """`look` for --capture compile: compiled once for each network, in whichever batch it comes first."""
+    """`logits_and_bn` for --capture compile: compiled once for each network, in whichever batch it comes first."""
     run.announce("compiling the networks: the first iteration of each takes a minute or two")
-    return compiled(look)
+    return compiled(logits_and_bn)
 
 
 def image_prior(x):
@@ -218,7 +220,8 @@ def blur_prior(x):
 
 
 def prior_loss(x, cfg):
-    """L_prior of images as `image_prior` takes them: the mean of its two parts, weighted by the recipe; KW has its own."""
+    """L_prior of images as `image_prior` takes them: the mean of its two parts, weighted by the recipe, so that lambda_3 is one
+    number; KW has its own."""
     if cfg.data_source == "kw":
         return blur_prior(x)
     weights = cfg.tv_weight, cfg.l2_weight
@@ -253,31 +256,31 @@ def weights_of(cfg):
     return {"ce": cfg.ce_weight, "bn": bn, "prior": prior}
 
 
-def mixmix_loss(models, x, y, weigh, cfg, autocast, look=look):
+def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
     """Eq. 6, with the prior of Eq. 3: what a batch of images minimises.
 
     Args:
         models: m' of the zoo.
         x, y: images (B, channels, H, W), jittered, and labels (B,).
-        weigh: a `LossWeights`.
+        weights: a `LossWeights`.
         cfg: from `config(...)`, or the command line.
         autocast: function that returns the context the models run in.
-        look: `look`, or what computes the same.
+        look: `logits_and_bn`, or what computes the same.
 
     Returns:
         The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the others, where it counts.
     """
-    losses = {"prior": prior_loss(x, cfg)} if "prior" in weigh.fixed else {}
-    partner, beta = torch.arange(len(x), device=x.device), x.new_zeros(len(x))
-    if not cfg.no_dmix:
-        x, partner, beta = mix_data(x)
+    not_mixed = x, torch.arange(len(x), device=x.device), x.new_zeros(len(x))
+    mixed, partner, beta = not_mixed if cfg.no_dmix else mix_data(x)
     ce, bn = [], []
     for model in models:
-        logits, distance = look(model, x, cfg, autocast)
+        logits, distance = look(model, mixed, cfg, autocast)
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
         bn.append(distance)
-    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()} | losses  # Eq. 6
-    return weigh(losses), losses
+    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()}  # Eq. 6
+    if "prior" in weights.fixed:
+        losses["prior"] = prior_loss(x, cfg)
+    return weights(losses), losses
 
 
 def draw_boxes(batch, height, width, device):
@@ -331,17 +334,17 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     models = [zoo[index] for index in sorted(torch.randperm(len(zoo))[: cfg.zoo_sample].tolist())]
     names = ", ".join(model.name for model in models)
     x = torch.randn(len(y), len(cfg.mean), cfg.image_size, cfg.image_size, device=run.device).requires_grad_()
-    weigh = LossWeights(weights_of(cfg), cfg.weights_form == "learned").to(run.device)
+    weights = LossWeights(weights_of(cfg), cfg.weights_form == "learned").to(run.device)
     mean, std = as_tensors((cfg.mean, cfg.std), run.device)
     low, high = ((pixel - mean) / std for pixel in (0, 1))
     compiling = cfg.capture == "compile"  # the networks, which all batches share, not the step
-    see = compiled_look(run) if compiling else look
+    look = compiled_look(run) if compiling else logits_and_bn
 
     def iteration(shrink, optimizer):
         seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
         seen = jitter(seen, cfg.jitter // shrink, cfg.flip)
-        loss, losses = mixmix_loss(models, seen, y, weigh, cfg, run.autocast, see)
-        run.log(**losses, **weigh.learned())
+        loss, losses = mixmix_loss(models, seen, y, weights, cfg, run.autocast, look)
+        run.log(**losses, **weights.learned())
         run.update(optimizer, loss)
         if cfg.clip:
             with torch.no_grad():
@@ -350,7 +353,7 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     peaks = cfg.lr, cfg.lr_weights
     for shrink, steps in ((2, cfg.low_iterations), (1, cfg.iterations - cfg.low_iterations)):
         rates = [torch.tensor(peak, device=run.device) for peak in peaks]  # which a CUDA graph reads anew
-        groups = [{"params": p, "lr": rate} for p, rate in zip(([x], list(weigh.parameters())), rates) if p]
+        groups = [{"params": p, "lr": rate} for p, rate in zip(([x], list(weights.parameters())), rates) if p]
         optimizer = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), fused=run.fused)
         step = functools.partial(iteration, shrink, optimizer)
         step = step if compiling else run.capture(step, optimizer)
@@ -378,7 +381,7 @@ class DaflTerms:
         if cfg.zoo_sample > len(models):
             raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(models)} models with the teacher; lower it")
         self.run, self.zoo = run, [model.place(run.device) for model in models]
-        self.weigh = LossWeights({"ce": cfg.one_hot_weight, "bn": cfg.kd_bn_weight})
+        self.weights = LossWeights({"ce": cfg.one_hot_weight, "bn": cfg.kd_bn_weight})
 
     def choose(self, epoch):
         """Indices of an epoch's models; the teacher, 0, is always one of them."""
@@ -388,7 +391,7 @@ class DaflTerms:
     def loss(self, x, y, chosen):
         """Eq. 6 of images (B, channels, H, W) with labels (B,)."""
         models = [self.zoo[index] for index in chosen]
-        weighted, losses = mixmix_loss(models, x, y, self.weigh, self.run.cfg, self.run.autocast)
+        weighted, losses = mixmix_loss(models, x, y, self.weights, self.run.cfg, self.run.autocast)
         self.run.log(bn=losses["bn"])
         return weighted
 

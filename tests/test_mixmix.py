@@ -138,8 +138,8 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     cfg = config(**TINY, first_bn=3.0, tv_weight=1e-4, l2_weight=1e-5)
     x, y, run = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, Run(cfg)
     torch.manual_seed(7)
-    weigh = LossWeights({"ce": 2.0, "bn": 0.5, "prior": 3.0})
-    loss, losses = mixmix_loss(zoo, x, y, weigh, cfg, run.autocast)
+    weights = LossWeights({"ce": 2.0, "bn": 0.5, "prior": 3.0})
+    loss, losses = mixmix_loss(zoo, x, y, weights, cfg, run.autocast)
     torch.manual_seed(7)
     partner = torch.rand(6).argsort()
     boxes = draw_boxes(6, 16, 16, "cpu")
@@ -162,7 +162,7 @@ def test_the_loss_is_the_mean_over_the_models_of_the_mixed_images(net, monkeypat
     tv, l2 = image_prior(x)  # of the images as they are
     torch.testing.assert_close(losses["prior"], (10 * tv + l2) / 11)
     torch.testing.assert_close(loss, 2 * ce + 0.5 * bn + 3 * losses["prior"], atol=1e-4, rtol=1e-4)
-    _, plain = mixmix_loss(zoo, x, y, weigh, config(**TINY, no_dmix=True), run.autocast)
+    _, plain = mixmix_loss(zoo, x, y, weights, config(**TINY, no_dmix=True), run.autocast)
     torch.testing.assert_close(plain["ce"], sum(F.cross_entropy(model(x), y) for model in (net, other)) / 2)
 
 
@@ -387,7 +387,7 @@ def test_distillation_with_the_mixmix_terms(net):
         mixmix.compress(net, None, cfg, run)
         histories[source] = run.history
     with_weight = config(**DATA, **KD, **GENERATOR, zoo=TINY["zoo"], zoo_sample=2, task="kd", arch="tiny:net")
-    assert mixmix.DaflTerms(net, Run(with_weight)).weigh.fixed == {"ce": 0.05, "bn": 0.1}  # DAFL's one-hot weight
+    assert mixmix.DaflTerms(net, Run(with_weight)).weights.fixed == {"ce": 0.05, "bn": 0.1}  # DAFL's one-hot weight
     assert "bn" in histories["mixmix"][-1] and "bn" not in histories["single"][-1]
     assert all(lines[-1]["loss_q"] < lines[0]["loss_q"] for lines in histories.values())
 

@@ -17,6 +17,7 @@ What MixMix leaves open, and what this code does:
     BatchNorm             statistics stay fixed                             those of synthetic images are no better
     feature loss          blocks' outputs, squared difference over the      Haroush et al. do not say
                           variance of the teacher's, mean over blocks
+    distillation loss     KL at tau, times tau^2 as in common.ops           Hinton et al.; MixMix names tau only
     labels                none                                              the teacher answers
     activations           inputs of all layers (--act-placement input)      as LSQ has it
     first and last layer  weights and inputs: --ends-bits                   as LSQ has it

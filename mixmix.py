@@ -270,6 +270,7 @@ def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
     Returns:
         The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the others, where it counts.
     """
+    prior = {"prior": prior_loss(x, cfg)} if "prior" in weights.fixed else {}  # of the images before they are mixed
     not_mixed = x, torch.arange(len(x), device=x.device), x.new_zeros(len(x))
     mixed, partner, beta = not_mixed if cfg.no_dmix else mix_data(x)
     ce, bn = [], []
@@ -277,9 +278,7 @@ def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
         logits, distance = look(model, mixed, cfg, autocast)
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
         bn.append(distance)
-    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()}  # Eq. 6
-    if "prior" in weights.fixed:
-        losses["prior"] = prior_loss(x, cfg)
+    losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()} | prior  # Eq. 6
     return weights(losses), losses
 
 

@@ -182,7 +182,8 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
     once the student is calibrated, before it is tuned. Arguments as for `Run.epochs`.
     """
-    cfg, run.rates = run.cfg, "--lr-g or --lr-q"
+    cfg, passes = run.cfg, not run.cfg.clipped_ste and quantized_activations(student)
+    run.rates = "--lr-g or --lr-q" + (", or add --clipped-ste," if passes else "")
     calibrated = cfg.calibrate_epochs if quantized_activations(student) else 0
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}

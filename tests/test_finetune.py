@@ -146,7 +146,8 @@ def test_a_step_that_learns_its_way_below_zero_stops_the_run(net):
     }
     learned = {"act_ranges": "learned", "optimizer": "adam", "warmup_epochs": 1, "calibrate_epochs": 1}
     with pytest.raises(
-        InputError, match="a learned step size of the student became -.* in epoch 2, .*; lower --lr-g or --lr-q"
+        InputError,
+        match="a learned step size of the student became -.* in epoch 2, .*; lower --lr-g or --lr-q, or add --clipped",
     ):
         gdfq.compress(net, gdfq.config(**settings, **learned, lr_q=0.5))
 

@@ -33,7 +33,7 @@ Where the equations are:
     teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
     precision             fp32                         fp32                                    --precision; auto: bf16 where
                                                                                                the hardware computes it
-    BatchNorms' eps       not given                    0.8 behind convolutions                  0.8
+    BatchNorms' eps       not given                    0.8 behind convolutions                 0.8
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
@@ -53,7 +53,8 @@ released` is the default, because only the code has values by network and number
 are also those for four and five; on ImageNet other networks than ResNet-18, ResNet-50 and MobileNetV2 take ResNet-18's.
 AdaSG, the predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
-With the bundled teacher at 3 bits the whole schedule diverges in epoch 82, and `--clipped-ste` holds it (docs/MEASUREMENTS.md).
+With the bundled teacher at 3 bits the whole schedule diverges in epoch 82; `--clipped-ste` prevents it
+(docs/MEASUREMENTS.md).
 
 Both losses need the student's logits on the same images. The generator's step does not change the student, so one forward
 serves both, except for mixed images and for a compiled step with frozen ranges (`OneForward`). Two things follow. While

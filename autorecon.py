@@ -61,11 +61,12 @@ Published accuracies of stage 2 were presumably made with GDFQ's released losses
 Controls for `--genotype`: `random`; `gdfq`, GDFQ's generator; and `gdfq-cbn`, the same with the label in conditional
 BatchNorms, because the published generators differ from GDFQ's in that, too. `--generator-loss dfad` is Table 4's baseline.
 
-`--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` it decides
-in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge open, and
-the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 bits in the short
-schedule it is no better than a random draw, and both are behind GDFQ's (docs/MEASUREMENTS.md). `--schedule short` (SHORT)
-takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and other weights of the losses.
+`--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` a search
+decides in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge
+open, and the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 bits in
+the short schedule it is no better than a random draw, and both are behind GDFQ's (docs/MEASUREMENTS.md). `--schedule short`
+(SHORT) takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and other weights of the
+losses.
 """
 
 import argparse
@@ -567,7 +568,7 @@ def parser():
     p.without_effect("--generator-loss dfad and --genotype", "--bns-weight --bns-form")
     p.without_effect("--task quantize", "--generator-loss")
     p.without_effect("--genotype", stage1)
-    p.without_effect("--search-only", "--export", quantizer, learning, stage2)
+    p.without_effect("--search-only", "--export --generator-loss", quantizer, learning, stage2)
     p.without_effect("--task kd", quantizer, losses, "--no-finetune --schedule --act-ranges --feature-weight")
     p.without_effect("--no-finetune", learning)
     add_flags(p, SHORT)

@@ -8,7 +8,7 @@ network (the student) is calibrated and then fine-tuned on these images, with la
 
 Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 11 of AdaDFQ):
     Generator                       G(z | y)
-    generator_loss                  L(G) = L_CE + alpha * L_BNS                          Eq. 1
+    generator_loss                  L(G) = L_CE + alpha * L_BNS                         Eq. 1
     BatchNormStatistics.loss        L_BNS                                               Eq. 11 of AdaDFQ
     student_loss                    L(Q) = L_CE + delta * L_KD                          Eq. 3
     common.ops.kd_loss              L_KD, Kullback-Leibler divergence at temperature T

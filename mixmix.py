@@ -268,7 +268,8 @@ def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
         look: `logits_and_bn`, or what computes the same.
 
     Returns:
-        The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the others, where it counts.
+        The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the images
+        before they are mixed, unless its weight is 0.
     """
     prior = {"prior": prior_loss(x, cfg)} if "prior" in weights.fixed else {}  # of the images before they are mixed
     not_mixed = x, torch.arange(len(x), device=x.device), x.new_zeros(len(x))

@@ -9,7 +9,7 @@ such images lie near the teacher's decision boundaries, which images of single c
 
 Where the equations are:
     Latent (ReleasedLatent)                S(m) = z + sum_k lambda_k m_k, m_k = M(e_k)        Eq. 5, 6, 8, Sec. 4.3
-    make_labels                       y' = sum_k lambda_k y_k                            Eq. 7, 8
+    make_labels                            y' = sum_k lambda_k y_k                            Eq. 7, 8
     draw_labels                            lambda = Softmax(p), p ~ N(0, 1)                   Eq. 9
     make_latent                            extracted embedding initialization                 Sec. 4.4
     generator_loss, student_loss           L(G), L(Q) of GDFQ                                 Eq. 1, 3

@@ -26,7 +26,6 @@ from common.check import input_of
 from common.data import full_precision
 from common.integer import IntegerNetwork
 from common.quant import QuantAct, QuantConv2d, QuantLinear, quantized_layers
-from common.trace import overwriting
 
 
 def check_export(cfg):
@@ -117,14 +116,6 @@ def integer_form(student, flag="--export"):
         raise InputError(f"{flag} needs the graph of the network, and it cannot be traced; give one that does not branch")
     network = copy.deepcopy(student).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
     modules, layers = dict(network.named_modules()), dict(quantized_layers(network))
-    order = {node: index for index, node in enumerate(network.graph.nodes)}
-    for node in network.graph.nodes:
-        for writer in overwriting(node, modules):
-            if any(order[user] > order[writer] for user in node.users):
-                raise InputError(
-                    f"{flag}: '{writer.name}' works in place on '{node.name}', which is used again after it; assign its result "
-                    "instead, as in x = x + y"
-                )
     calls = [n for n in network.graph.nodes if n.op == "call_module" and n.target in layers]
     givers = {n.target: modules.get(n.args[0].target) for n in calls}
     floating = [name for name, giver in givers.items() if not isinstance(giver, QuantAct)]

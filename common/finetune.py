@@ -5,8 +5,8 @@ by default; `--schedule short` turns on a set of them.
     --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
     --act-ranges learned     such a range whose step is then learned                LSQ (Esser et al., ICLR 2020)
     --optimizer adam         SGD                                                    as usual
-    --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as    mixup (Zhang et al., ICLR 2018),
-                             a control)                                           CutMix (Yun et al., ICCV 2019)
+    --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as      mixup (Zhang et al., ICLR 2018),
+                             a control)                                             CutMix (Yun et al., ICCV 2019)
     --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
     --feature-weight         the teacher's logits alone: what all BatchNorm         FitNets (Romero et al., ICLR 2015); between
                              layers return is matched too                           blocks, Haroush et al. (CVPR 2020)
@@ -20,9 +20,9 @@ from torch import fx, nn
 
 from common import InputError, distributed
 from common.cli import number, one_of
-from common.learned import LearnedStep, LearnedWeight, learned_step, scaled_gradient, search_parameters
+from common.learned import LearnedStep, learned_step, learned_steps, scaled_gradient, search_parameters
 from common.quant import QuantAct, observe, quantized_activations
-from common.trace import overwriting
+from common.trace import works_in_place
 
 SAMPLE = 2048  # values of a batch that a search looks at
 
@@ -115,11 +115,11 @@ class MatchedFeatures:
         self.weight = weight
         self.kept = {}, {}
         self.variances = {}
-        calls = {n.target: n for n in student.graph.nodes} if weight and isinstance(student, fx.GraphModule) else None
+        calls = {n.target: n for n in student.graph.nodes} if isinstance(student, fx.GraphModule) else None
         modules = dict(student.named_modules())
+        changed = calls is None or any(works_in_place(node, modules) for node in calls.values())
         for name, layer in teacher.named_modules() if weight else ():
             if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (calls is None or name in calls):
-                changed = calls is None or bool(overwriting(calls[name], modules))
                 gains, means = (layer.weight, layer.bias) if layer.affine else (torch.ones(1), torch.zeros(1))
                 self.variances[name] = (gains.square().mean() + means.var(correction=0)).item()
                 for network, kept in zip((teacher, student), self.kept):
@@ -153,7 +153,7 @@ class MatchedFeatures:
 
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
     """Adam or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
-    steps = [m.scale for m in student.modules() if isinstance(m, (LearnedAct, LearnedStep, LearnedWeight))]
+    steps = learned_steps(student)
     others = [p for p in student.parameters() if all(p is not step for step in steps)]
     groups = [{"params": others, "weight_decay": weight_decay}]
     groups += [{"params": steps, "weight_decay": 0.0}] if steps else []
@@ -182,7 +182,8 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
     once the student is calibrated, before it is tuned. Arguments as for `Run.epochs`.
     """
-    cfg, passes = run.cfg, not run.cfg.clipped_ste and quantized_activations(student)
+    cfg = run.cfg
+    passes = not cfg.clipped_ste and cfg.act_ranges != "learned" and quantized_activations(student)
     run.rates = "--lr-g or --lr-q" + (", or add --clipped-ste," if passes else "")
     calibrated = cfg.calibrate_epochs if quantized_activations(student) else 0
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs

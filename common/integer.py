@@ -23,7 +23,7 @@ from torch import fx, nn
 from common import InputError
 from common.activations import kind_of
 from common.quant import QuantAct, quantized_activations, quantized_layers
-from common.trace import METADATA, evaluate
+from common.trace import METADATA, evaluate, overwriting
 
 LARGEST = 2**31 - 1
 HEADROOM = 4  # bits: fixed-point numbers may be 16 times as large as the largest activation range
@@ -67,7 +67,15 @@ class IntegerNetwork:
         one = torch.tensor(2.0**self.point, dtype=torch.float64)
         self.acts = {name: multiplier(1 / (act.scale.double() * one)) for name, act in acts.items()}
         self.layers, layers = {}, dict(quantized_layers(network))
+        order = {node: index for index, node in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
+            for writer in overwriting(node, self.modules):  # what is not exact here does not work in place
+                later = [n for n in node.users if order[n] > order[writer] and kind_of(n, self.modules) not in METADATA]
+                if later and kind_of(writer, self.modules) not in EXACT:
+                    raise InputError(
+                        f"--integer-check: '{writer.name}' works in place on '{node.name}', which is used again after it; "
+                        "assign its result, as in x = x + y"
+                    )
             if node.op == "call_module" and node.target in layers:
                 layer, act = layers[node.target], acts[node.args[0].target]
                 weight = (layer.codes() - layer.weight_zero_point).int()

@@ -8,7 +8,7 @@ learned_step         s round(clip(x / s, -Q_N, Q_P)) with a gradient to s       
 import torch
 from torch import nn
 
-from common.quant import affine_parameters, fake_quantize
+from common.quant import QuantAct, affine_parameters, fake_quantize
 
 
 def search_parameters(rows, bits, steps=80, power=2.4, by=0.01):
@@ -171,6 +171,12 @@ class LearnedWeight(nn.Module):
     def forward(self, weight):
         scale = scaled_gradient(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
         return learned_step(weight, scale, self.zero_point, self.bits, "lsq")
+
+
+def learned_steps(student):
+    """The step sizes that a network learns, scalar parameters."""
+    kinds = (QuantAct, LearnedStep, LearnedWeight)
+    return [m.scale for m in student.modules() if isinstance(m, kinds) and isinstance(m.scale, nn.Parameter)]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from common.activations import (
     is_activation,
     kind_of,
 )
-from common.trace import baked_copy, constant_value, is_plain, trace
+from common.trace import baked_copy, constant_value, is_plain, overwriting, trace, works_in_place
 
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -464,10 +464,22 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                     "cannot be quantized; assign it, as in x = F.relu(x)"
                 )
         if node in placed:
+            again = node.args and any(order[user] > order[node] for user in getattr(node.args[0], "users", ()))
+            if again and works_in_place(node, modules) and any(works_in_place(user, modules) for user in node.users):
+                raise InputError(
+                    f"activation '{node.name}' works in place on '{node.args[0].name}', which is changed and used again after "
+                    "it; assign its result, as in x = F.relu(x)"
+                )
             insert(node, list(node.users), node.next)
         elif act_placement == "input" and any(user in weighted for user in node.users):
-            takers = [user for user in node.users if user in weighted]
-            insert(node, takers, min(takers, key=order.get))  # what works in place on the value comes before it
+            takers = sorted((user for user in node.users if user in weighted), key=order.get)
+            between = [n for n in overwriting(node, modules) if order[takers[0]] < order[n] < order[takers[-1]]]
+            if between:
+                raise InputError(
+                    f"'{between[0].name}' works in place on '{node.name}' between two layers that receive it, which cannot be "
+                    "quantized; assign its result, as in x = x + y"
+                )
+            insert(node, takers, takers[0])  # behind what works in place on the value
     graph.lint()
     traced.recompile()
     return traced

@@ -17,6 +17,7 @@ from common import InputError, distributed, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import evaluate
+from common.learned import learned_steps
 from common.models import probe, refuse_infinite
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
@@ -334,8 +335,7 @@ class Run:
         sums = torch.stack([p.detach().float().sum() for p in student.parameters()])
         if not torch.isfinite(sums).all():
             self._stop(f"the student's weights stopped being finite in the last step of epoch {self.epoch + 1}")
-        learned = (getattr(module, "scale", None) for module in student.modules())
-        steps = [step.detach().float() for step in learned if isinstance(step, torch.nn.Parameter)]
+        steps = [step.detach().float() for step in learned_steps(student)]
         if steps and (least := torch.stack(steps).min().item()) < 0:
             self._stop(f"a learned step size of the student became {least:.2g} in epoch {self.epoch + 1}")
 

@@ -229,6 +229,8 @@ VIEWS = "getitem view reshape flatten permute transpose chunk split narrow squee
 
 def works_in_place(node, modules):
     """Whether a node of a graph may change the value that it takes; `modules` are those of the network by name."""
+    if kind_of(node, modules).startswith("dropout"):
+        return False  # in eval mode
     if node.op == "call_module":
         return getattr(modules[node.target], "inplace", False)
     name = getattr(node.target, "__name__", str(node.target))
@@ -241,7 +243,7 @@ def works_in_place(node, modules):
 
 
 def overwriting(node, modules):
-    """The nodes of a graph that write into the memory of a node's value, also through a view of it."""
+    """The nodes of a graph that write into the memory of a node's value, also through a view of it; in their order."""
     found, ahead = set(), [node]
     while ahead:
         value = ahead.pop()
@@ -250,7 +252,7 @@ def overwriting(node, modules):
                 writes = works_in_place(user, modules)
                 found |= {user} if writes else set()
                 ahead += [user] if writes or kind_of(user, modules) in VIEWS else []
-    return found
+    return [other for other in node.graph.nodes if other in found]
 
 
 @torch.no_grad()

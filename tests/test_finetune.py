@@ -147,9 +147,16 @@ def test_a_step_that_learns_its_way_below_zero_stops_the_run(net):
     learned = {"act_ranges": "learned", "optimizer": "adam", "warmup_epochs": 1, "calibrate_epochs": 1}
     with pytest.raises(
         InputError,
-        match="a learned step size of the student became -.* in epoch 2, .*; lower --lr-g or --lr-q, or add --clipped",
+        match="a learned step size of the student became -.* in epoch 2, .*; lower --lr-g or --lr-q and give another",
     ):
         gdfq.compress(net, gdfq.config(**settings, **learned, lr_q=0.5))
+
+
+def test_a_parameter_of_the_network_that_is_called_scale_is_no_step(net):
+    net.scale, net.fc.scale = torch.nn.Parameter(torch.tensor(-0.5)), torch.nn.Parameter(torch.full((8, 1, 1), -0.5))
+    settings = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 4, "epochs": 2, "iters": 1}
+    student = gdfq.compress(net, gdfq.config(**settings, warmup_epochs=1, calibrate_epochs=1, device="cpu"))
+    assert student.fc.scale.amax() < 0
 
 
 def test_a_learned_step_rounds_as_the_file_does():

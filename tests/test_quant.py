@@ -198,6 +198,27 @@ def test_what_cannot_be_quantized_is_named():
         quantize(FunctionalNet(), 9, 4)
 
 
+class ChangedBetween(nn.Module):
+    """A value that two layers receive, changed in place between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x))
+        first = self.first(x)
+        x.relu_().mul_(3)
+        return self.fc((first + self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement, found", [("relu", "which is changed and used again"), ("input", "between two layers")])
+def test_a_value_that_changes_between_two_layers_is_refused(placement, found):
+    with pytest.raises(InputError, match=f"'relu_' works in place on 'bn'.* {found}.*; assign its result"):
+        quantize(trained(ChangedBetween()), 4, 4, placement)
+
+
 def test_one_activation_called_twice_may_move_its_range_before_its_gradient():
     """Untraceable networks share a quantizer between the calls of one ReLU module."""
     act = QuantAct(4, clipped=True)

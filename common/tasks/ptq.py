@@ -4,7 +4,7 @@ The weights of one block after the other are rounded so that the block, fed by t
 full-precision one does; then the step sizes of its activations are learned on full-precision inputs.
 
     reconstruct_weights    min_V |z - z_q(V)|^2 + lambda f_reg(V), z the block's output      AdaRound's Eq. 21, for blocks
-    learned.AdaRound       W(V), the softly rounded weights, and f_reg                      AdaRound's Eq. 22 to 24
+    learned.AdaRound       W(V), the softly rounded weights, and f_reg                       AdaRound's Eq. 22 to 24
     reconstruct_steps      min_s |z - z_q(s)|^2.4 by the gradient of LSQ                     BRECQ, LSQ's Eq. 3
     blocks.find_blocks     what is reconstructed together
     blocks.brecq_places    what is quantized of the activations

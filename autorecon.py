@@ -63,10 +63,10 @@ BatchNorms, because the published generators differ from GDFQ's in that, too. `-
 
 `--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` a search
 decides in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge
-open, and the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 bits in
-the short schedule it is no better than a random draw, and both are behind GDFQ's (docs/MEASUREMENTS.md). `--schedule short`
-(SHORT) takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and other weights of the
-losses.
+open, and the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 and 4
+bits in the short schedule it is no better than random draws, and GDFQ's is better than both (docs/MEASUREMENTS.md).
+`--schedule short` (SHORT) takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and
+other weights of the losses.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from common.run import NOT_COMPARED, write_atomically
 
 METHODS = {"gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "adadfq": "AdaDFQ", "mixmix": "MixMix"}
 ORDER = {method: number for number, method in enumerate(METHODS)}
-SECONDS = [15, 30, 60, 120, 240, 480, 900, 1800, 3600]  # ticks
+MINUTES = [0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256]  # ticks
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 SELECTING = "dataset num_classes image_size arch task qat_recipe variant schedule adversarial data_source wbits abits".split()
@@ -323,10 +323,10 @@ def draw_accuracy(place):
             if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
                 axes.axhline(full - best, color="grey", ls=":", lw=1, label="best published")
             axes.set_xscale("log")
-            axes.set_xticks(SECONDS, map(str, SECONDS))
+            axes.set_xticks([60 * minutes for minutes in MINUTES], map(str, MINUTES))
             axes.set_xticks([], minor=True)
             axes.set_xlim(0.8 * min(times), 1.25 * max(times))
-            axes.set_xlabel("seconds of training")
+            axes.set_xlabel("minutes of training")
             axes.set_ylabel("top-1 accuracy, %")
             if bits == max(panels):  # for all panels, where there are the fewest lines
                 for method in sorted({method for drawn in panels.values() for method, _ in drawn}, key=ORDER.get):

@@ -76,6 +76,7 @@ from common import InputError
 from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.capture import OneForward
+from common.check import describe
 from common.cli import Described, Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
 from common.distributed import whole as whole_batch
@@ -83,7 +84,7 @@ from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import mix_images, upsample_conv
-from common.quant import describe, quantize
+from common.quant import quantize
 from common.report import draw_images, execute, print_rows
 from common.run import Run
 

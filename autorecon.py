@@ -82,13 +82,14 @@ from torch import nn
 
 from common import InputError, genotypes
 from common.bns import BatchNormStatistics
+from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.generators import HumanDesigned
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, weighted_operation
-from common.quant import describe, quantize
+from common.quant import quantize
 from common.report import execute
 from common.run import Run, write_atomically
 

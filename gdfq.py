@@ -55,13 +55,14 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
+from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.data import TestSet, evaluation_batch, full_precision
 from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import kd_loss, mix_images, upsample_conv
-from common.quant import describe, quantize
+from common.quant import quantize
 from common.report import execute
 from common.run import Run
 

@@ -21,6 +21,15 @@ UNCHANGED_BY_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dr
 HEADS = ("layer", "kind", "weight", "bits", "weights", "multiply-adds", "input")
 
 
+def describe(student):
+    """One line on what of the network is quantized, and which activation functions are not."""
+    weights, acts = quantized_layers(student), quantized_activations(student)
+    wbits, abits = (" and ".join(map(str, sorted({module.bits for _, module in group}))) for group in (weights, acts))
+    floating = ", ".join(f"{count} {name}" for name, count in sorted(full_precision_activations(student).items()))
+    text = f"{len(weights)} weight tensors to {wbits} bits, {len(acts)} activations to {abits} bits"
+    return text + (f"; in full precision: {floating}" if floating else "")
+
+
 def sources(node, modules):
     """Where a value of a traced graph comes from: list of (name, bits), bits None in full precision."""
     module = modules.get(node.target) if node.op == "call_module" else None

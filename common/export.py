@@ -171,9 +171,9 @@ def load_quantized(path, model=None):
     placement = stored_places if places else meta["act_placement"]
     student = quantize(model, meta["wbits"], meta["abits"], placement, example=example)
     layers, activations = dict(quantized_layers(student, every_name=True)), dict(quantized_activations(student))
-    stored_layers = {id(layers[name]) for name in content["layers"] if name in layers}
-    for name in layers.keys() - content["layers"].keys():
-        if id(layers[name]) in stored_layers:
+    known = {layer for name, layer in layers.items() if name in content["layers"]}
+    for name, layer in layers.items():
+        if name not in content["layers"] and layer in known:
             raise InputError(f"'{path}' lacks '{name}', a layer's second name; make it again with this version")
     shapes = {name: value.shape for name, value in student.state_dict().items()}
     state = dict(content["tensors"])

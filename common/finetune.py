@@ -112,19 +112,21 @@ class MatchedFeatures:
     """
 
     def __init__(self, teacher, student, weight):
-        self.weight = weight
-        self.kept = {}, {}
-        self.variances = {}
-        calls = {n.target: n for n in student.graph.nodes} if isinstance(student, fx.GraphModule) else None
-        modules = dict(student.named_modules())
-        changed = calls is None or any(works_in_place(node, modules) for node in calls.values())
-        for name, layer in teacher.named_modules() if weight else ():
-            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (calls is None or name in calls):
+        self.weight, self.kept, self.variances = weight, ({}, {}), {}
+        if not weight:
+            return
+        modules, changed = dict(student.named_modules()), True
+        called = modules.keys()
+        if isinstance(student, fx.GraphModule):
+            called = {node.target for node in student.graph.nodes}
+            changed = any(works_in_place(node, modules) for node in student.graph.nodes)
+        for name, layer in teacher.named_modules():
+            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and name in called:
                 gains, means = (layer.weight, layer.bias) if layer.affine else (torch.ones(1), torch.zeros(1))
                 self.variances[name] = (gains.square().mean() + means.var(correction=0)).item()
                 for network, kept in zip((teacher, student), self.kept):
                     network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher, changed))
-        if weight and not self.variances:
+        if not self.variances:
             raise InputError(
                 f"--feature-weight is {weight:g} and the network calls no BatchNorm as a module, so none can be matched; give "
                 "--feature-weight 0"
@@ -182,10 +184,10 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
     once the student is calibrated, before it is tuned. Arguments as for `Run.epochs`.
     """
-    cfg = run.cfg
-    passes = not cfg.clipped_ste and cfg.act_ranges != "learned" and quantized_activations(student)
-    run.rates = "--lr-g or --lr-q" + (", or add --clipped-ste," if passes else "")
-    calibrated = cfg.calibrate_epochs if quantized_activations(student) else 0
+    cfg, acts = run.cfg, quantized_activations(student)
+    may_clip = acts and not cfg.clipped_ste and cfg.act_ranges != "learned"
+    run.rates = "--lr-g or --lr-q" + (", or add --clipped-ste," if may_clip else "")
+    calibrated = cfg.calibrate_epochs if acts else 0
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):

@@ -53,6 +53,19 @@ def rescale(x, m, shift):
     return saturated((x.long() * m + (1 << (shift - 1))) >> shift)
 
 
+def refuse_overwritten(graph, modules):
+    """Refuse values that are used after something has worked in place on them which does not do so in integers."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        last = max((order[n] for n in node.users if kind_of(n, modules) not in METADATA), default=-1)
+        for writer in overwriting(node, modules):
+            if kind_of(writer, modules) not in EXACT and order[writer] < last:
+                raise InputError(
+                    f"--integer-check: '{writer.name}' works in place on '{node.name}', which is used again after it; assign "
+                    "its result, as in x = x + y"
+                )
+
+
 class IntegerNetwork:
     """The integers of a network, from `common.deploy.integer_form`, and what is done with them.
 
@@ -67,15 +80,8 @@ class IntegerNetwork:
         one = torch.tensor(2.0**self.point, dtype=torch.float64)
         self.acts = {name: multiplier(1 / (act.scale.double() * one)) for name, act in acts.items()}
         self.layers, layers = {}, dict(quantized_layers(network))
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
+        refuse_overwritten(self.graph, self.modules)
         for node in self.graph.nodes:
-            for writer in overwriting(node, self.modules):  # what is not exact here does not work in place
-                later = [n for n in node.users if order[n] > order[writer] and kind_of(n, self.modules) not in METADATA]
-                if later and kind_of(writer, self.modules) not in EXACT:
-                    raise InputError(
-                        f"--integer-check: '{writer.name}' works in place on '{node.name}', which is used again after it; "
-                        "assign its result, as in x = x + y"
-                    )
             if node.op == "call_module" and node.target in layers:
                 layer, act = layers[node.target], acts[node.args[0].target]
                 weight = (layer.codes() - layer.weight_zero_point).int()
@@ -131,8 +137,9 @@ class IntegerNetwork:
             return self.mean(x, (2, 3), True)
         if kind == "mean":
             return self.mean(x, *node.args[1:], **node.kwargs)
-        if kind == "avgpool2d" and isinstance(size := module.kernel_size if module else (*node.args[1:], None)[0], int):
-            if (module.stride, module.padding) == (size, 0) if module else len(node.args) == 2 and not node.kwargs:
+        if kind == "avgpool2d" and (module or (len(node.args) == 2 and not node.kwargs)):
+            size = module.kernel_size if module else node.args[1]
+            if isinstance(size, int) and (not module or (module.stride, module.padding) == (size, 0)):
                 return self.mean(x.unfold(2, size, size).unfold(3, size, size), (-2, -1))
         if isinstance(module, nn.BatchNorm2d):  # one that follows no layer
             factor = (module.running_var.double() + module.eps).rsqrt() * (1 if module.weight is None else module.weight)

@@ -17,11 +17,10 @@ from common.activations import (
     ACTIVATION_MODULES,
     Calls,
     activations_inside,
-    full_precision_activations,
     is_activation,
     kind_of,
 )
-from common.trace import baked_copy, constant_value, is_plain, overwriting, trace, works_in_place
+from common.trace import baked_copy, constant_value, images_of, is_plain, overwriting, trace, works_in_place
 
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -329,15 +328,6 @@ def quantized_activations(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantAct)]
 
 
-def describe(student):
-    """One line on what of the network is quantized, and which activation functions are not."""
-    weights, acts = quantized_layers(student), quantized_activations(student)
-    wbits, abits = (" and ".join(map(str, sorted({module.bits for _, module in group}))) for group in (weights, acts))
-    floating = ", ".join(f"{count} {name}" for name, count in sorted(full_precision_activations(student).items()))
-    text = f"{len(weights)} weight tensors to {wbits} bits, {len(acts)} activations to {abits} bits"
-    return text + (f"; in full precision: {floating}" if floating else "")
-
-
 def observe(model, on):
     """Let the activation ranges of `model` follow the data, or freeze them."""
     for _, module in quantized_activations(model):
@@ -416,22 +406,10 @@ def check_layers(model):
             )
 
 
-def _images(graph, modules):
-    """The nodes whose values are still images: the network's input, padded or normalised, before any layer or activation."""
-    images = set()
-    for node in graph.nodes:
-        layer = node.op == "call_module" and any(True for _ in modules[node.target].parameters())
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        known = inputs and images.issuperset(inputs) and node.op != "output"
-        if node.op == "placeholder" or (known and not layer and not is_activation(node, modules)):
-            images.add(node)
-    return images
-
-
 def _quantize_graph(traced, abits, act_placement, clipped):
     """Insert a QuantAct at every place of the traced graph that `act_placement` names."""
     modules, graph = dict(traced.named_modules()), traced.graph
-    order, images = {node: index for index, node in enumerate(graph.nodes)}, _images(graph, modules)
+    order, images = {node: index for index, node in enumerate(graph.nodes)}, images_of(graph, modules)
 
     def insert(node, users, before):
         name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common import InputError, distributed, replacing
-from common.check import print_check
+from common.check import describe, print_check
 from common.cli import resumable
 from common.data import agreement, evaluate, find_test_set, fixed_paths
 from common.deploy import check_export, deploy
@@ -19,7 +19,7 @@ from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
 from common.ops import count_flops
 from common.published import PAPER_TOP1
-from common.quant import describe, quantized_layers
+from common.quant import quantized_layers
 from common.run import Run, pick_device, write_atomically
 
 

@@ -21,13 +21,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from common import InputError, first_line
-from common.activations import kind_of
+from common.activations import is_activation, kind_of
 from common.data import full_precision
 
 EXAMPLES = (2, 3)  # batch sizes: what differs between them depends on the batch size, all else is a constant
 UNSEEN = 4  # images in the batch on which a graph must compute what its network computes
 OLD_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
+VIEWS = "getitem view reshape flatten permute transpose chunk split narrow squeeze unsqueeze contiguous detach identity".split()
 
 
 def evaluate(node, value, modules):
@@ -224,9 +225,6 @@ def batch_like(example, count):
     return torch.randn(count, *example.shape[1:], generator=source).to(example)
 
 
-VIEWS = "getitem view reshape flatten permute transpose chunk split narrow squeeze unsqueeze contiguous detach identity".split()
-
-
 def works_in_place(node, modules):
     """Whether a node of a graph may change the value that it takes; `modules` are those of the network by name."""
     if kind_of(node, modules).startswith("dropout"):
@@ -240,6 +238,18 @@ def works_in_place(node, modules):
         with suppress(TypeError, ValueError):  # where it has no signature
             flagged = flagged or "inplace" in inspect.signature(node.target).parameters
     return flagged or node.target in operators or (name.endswith("_") and not name.endswith("__"))
+
+
+def images_of(graph, modules):
+    """The nodes whose values are still images: the network's input, padded or normalised, before any layer or activation."""
+    images = set()
+    for node in graph.nodes:
+        layer = node.op == "call_module" and any(True for _ in modules[node.target].parameters())
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        known = inputs and images.issuperset(inputs) and node.op != "output"
+        if node.op == "placeholder" or (known and not layer and not is_activation(node, modules)):
+            images.add(node)
+    return images
 
 
 def overwriting(node, modules):

@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 
 import mixmix
 from common import InputError
-from common.check import layer_rows
+from common.check import describe, layer_rows
 from common.cli import Parser
 from common.export import load_quantized
 from common.images import read_images
@@ -25,7 +25,6 @@ from common.models import build
 from common.quant import (
     QuantAct,
     QuantConv2d,
-    describe,
     fake_quantize,
     observe,
     quantize,

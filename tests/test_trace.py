@@ -13,12 +13,12 @@ import gdfq
 import mixmix
 import qimera
 from common import InputError
+from common.check import describe
 from common.export import load_quantized, save_quantized
 from common.models import input_channels
 from common.quant import (
     QuantConv2d,
     channel_parameters,
-    describe,
     fake_quantize,
     observe,
     quantize,

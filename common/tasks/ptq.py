@@ -33,10 +33,11 @@ import torch
 from torch import nn
 
 from common import replacing
+from common.check import describe
 from common.cli import fill_in, number, whole
 from common.learned import AdaRound, LearnedStep, begin_steps
 from common.progress import Progress
-from common.quant import QuantAct, describe, quantize
+from common.quant import QuantAct, quantize
 from common.run import Run, seed_of_part
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import fold_batchnorm

@@ -34,12 +34,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from common import InputError
+from common.check import describe
 from common.cli import fill_in, number, whole
 from common.finetune import MatchedFeatures, keep_ranges, set_ranges, student_optimizer
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
 from common.ops import kd_loss, mix_images
-from common.quant import describe, observe, quantize, quantized_activations, quantized_layers
+from common.quant import observe, quantize, quantized_activations, quantized_layers
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import trace

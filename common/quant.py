@@ -69,7 +69,10 @@ class FakeQuantize(torch.autograd.Function):
         if clipped:
             ctx.save_for_backward(x, scale, zero_point)
         ctx.bits, ctx.clipped = bits, clipped
-        return decode_(encode(x, scale, zero_point, bits), scale, zero_point)
+        codes = encode(x, scale, zero_point, bits)
+        if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a result changed in place (pytorch#180642)
+            return (codes - zero_point) * scale
+        return decode_(codes, scale, zero_point)
 
     @staticmethod
     def backward(ctx, grad):

@@ -4,7 +4,8 @@ plain   fp32, eager, NCHW, every operation of common.ops as its formula is writt
 fast    as the script runs by default on this machine (compiled on a CPU), or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 
-Both steps live in one process and take turns; figures are medians. --json FILE writes the table as a list of rows.
+All steps live in one process and take turns, several fast ones too (--capture none compile); figures are medians, and peak MB
+is the process's, so a second fast one's has the first one's in it. --json FILE writes the table as a list of rows.
 """
 
 import argparse
@@ -40,7 +41,7 @@ METHODS = {  # and what a method needs to be told to have a step at once
     "adadfq": {},
     "autorecon": {"genotype": "published:resnet20-cifar10"},
 }
-COLUMNS = ("method", "dataset", "batch_size", "device", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
+COLUMNS = ("method", "dataset", "batch_size", "device", "capture", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
 WARMUP = 3  # steps before a step is timed; the first compiles or captures
 
 
@@ -125,7 +126,7 @@ def reset_peak(device):
 
 
 def compare(name, batch_size, args):
-    """One row of the table."""
+    """The rows of a method and a batch size, one for each of `args.capture`."""
     method = importlib.import_module(name)
 
     def settings(**kw):
@@ -133,25 +134,31 @@ def compare(name, batch_size, args):
         epochs = {"epochs": 2, "warmup_epochs": 1, "calibrate_epochs": 1, "iters": 1, "batch_size": batch_size}
         return method.config(**common, **epochs, **METHODS[name], device=args.device, **kw)
 
-    cfg = settings()
+    cfg, peaks = settings(), []
     teacher, _, _ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
     flops = count_flops(_FastRun(settings(precision="fp32", capture="none")).reach_full_step(method, teacher).step)
     on_cpu = pick_device(args.device).type == "cpu"
-    capture = "compile" if args.capture == "auto" and on_cpu and compiler() else args.capture
-    fast = _FastRun(settings(precision=args.precision, capture=capture))
+    captures = ["compile" if kind == "auto" and on_cpu and compiler() else kind for kind in args.capture]
     plain = _PlainRun(settings(precision="fp32", capture="none"))
-    reset_peak(fast.device)
-    steps = max(1, round(args.seconds / fast.reach_full_step(method, teacher).seconds_per_step(WARMUP)))
-    peak = peak_memory(fast.device)
+    fast = [_FastRun(settings(precision=args.precision, capture=capture)) for capture in captures]
+    for run in fast:
+        reset_peak(run.device)
+        run.reach_full_step(method, teacher)
+        peaks.append(peak_memory(run.device))
     plain.reach_full_step(method, teacher)
-    times = {"plain": [], "fast": []}
+    steps = max(1, round(args.seconds / fast[0].seconds_per_step(WARMUP)))
+    times = [[] for _ in (plain, *fast)]
     for _ in Progress(range(args.repeats), desc=f"{name}, batch {batch_size}, {steps} steps a turn", leave=False):
-        times["plain"].append(plain.seconds_per_step(steps))
-        times["fast"].append(fast.seconds_per_step(steps))
-    plain_ms, fast_ms = (1000 * median(times[path]) for path in ("plain", "fast"))
-    floor_ms = 1000 * flops / convolution_rate(fast.device, torch.bfloat16 if fast.bf16 else torch.float32)
-    row = (name, cfg.dataset, batch_size, fast.cfg.device, plain_ms, fast_ms, plain_ms / fast_ms, floor_ms, peak / 2**20)
-    return {column: round(value, 2) if isinstance(value, float) else value for column, value in zip(COLUMNS, row)}
+        for run, of_run in zip((plain, *fast), times):
+            of_run.append(run.seconds_per_step(steps))
+    plain_ms, *fast_ms = (1000 * median(of_run) for of_run in times)
+    rows = []
+    for run, ms, peak in zip(fast, fast_ms, peaks):
+        floor_ms = 1000 * flops / convolution_rate(run.device, torch.bfloat16 if run.bf16 else torch.float32)
+        about = name, cfg.dataset, batch_size, run.cfg.device, run.cfg.capture
+        figures = (plain_ms, ms, plain_ms / ms, floor_ms, peak / 2**20)
+        rows.append(dict(zip(COLUMNS, (*about, *(round(figure, 2) for figure in figures)))))
+    return rows
 
 
 def side_by_side(device, forms, repeats=15):
@@ -233,16 +240,17 @@ def print_milliseconds(args):
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     heads = ("plain ms", "fast ms", "speedup", "images/s", "floor ms", "peak MB")
-    print(f"{'method':<10}{'batch':>6}" + "".join(f"{head:>10}" for head in heads))
+    print(f"{'method':<10}{'batch':>6}{'capture':>11}" + "".join(f"{head:>10}" for head in heads))
     for name in args.method:
         for batch_size in args.batch_size:
-            row = compare(name, batch_size, args)
-            rows.append(row)
-            print(
-                f"{name:<10}{batch_size:>6}{row['plain_ms']:>10.1f}{row['fast_ms']:>10.1f}{row['speedup']:>9.2f}x"
-                f"{1000 * batch_size / row['fast_ms']:>10.0f}{row['floor_ms']:>10.1f}{row['peak_mb']:>10.0f}",
-                flush=True,
-            )
+            for row in compare(name, batch_size, args):
+                rows.append(row)
+                print(
+                    f"{name:<10}{batch_size:>6}{row['capture']:>11}{row['plain_ms']:>10.1f}{row['fast_ms']:>10.1f}"
+                    f"{row['speedup']:>9.2f}x{1000 * batch_size / row['fast_ms']:>10.0f}{row['floor_ms']:>10.1f}"
+                    f"{row['peak_mb']:>10.0f}",
+                    flush=True,
+                )
     return rows
 
 
@@ -310,8 +318,8 @@ def main(argv=None):
     add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast path (default: auto)")
-    capture = "capture of the fast path (default: cudagraph on CUDA, compile on a CPU)"
-    add("--capture", default="auto", choices=CHOICES, help=capture)
+    capture = "captures of the fast path, timed in turns (default: cudagraph on CUDA, compile on a CPU)"
+    add("--capture", nargs="+", default=["auto"], choices=CHOICES, help=capture)
     add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
     add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
     add("--operation", choices=OPERATIONS, help="time only this operation, as it is here and as its formula is written")

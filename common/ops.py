@@ -53,8 +53,8 @@ class _ChannelStatistics(torch.autograd.Function):
         sizes = [2 * x.shape[1] for x in xs]
         means = [of_one[: len(of_one) // 2] for of_one in found.split(sizes)]
         shares = torch._foreach_div(grad.split(sizes), [x.numel() // x.shape[1] for x in xs])  # dL/dmean / n, dL/dvariance / n
-        # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 / 4 has the kernel for it. Half of
-        # that is its epsilon, since torch 2.11 refuses one of 0
+        # (x - mean) * 2 dL/dvariance / n + dL/dmean / n: batch normalisation by a variance of 1 / 4 has the kernel for it; half
+        # of that is its epsilon, since torch 2.11 refuses one of 0
         eighth = grad.new_full((max(sizes),), 0.125)
         return tuple(
             F.batch_norm(x, mean, eighth[: len(mean)], share[len(mean) :], share[: len(mean)], False, 0.0, 0.125)

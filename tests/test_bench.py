@@ -43,12 +43,12 @@ def test_the_floor_counts_the_arithmetic_of_the_step():
 
 
 def test_the_table_and_its_file(tmp_path, capsys, fails):
-    command = ["--batch-size", "2", "--repeats", "5", "--seconds", "0", "--capture", "none", "--device", "cpu"]
+    command = ["--batch-size", "2", "--repeats", "5", "--seconds", "0", "--capture", "none", "none", "--device", "cpu"]
     methods = ["gdfq", "adadfq"]  # the fewest steps and the most
     command += ["--method", *methods, "--precision", "fp32", "--json", str(tmp_path / "rows.json")]
     bench.main(command)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["method"] for row in rows] == methods
+    assert [(row["method"], row["capture"]) for row in rows] == [(method, "none") for method in methods for _ in range(2)]
     for row in rows:
         assert tuple(row) == bench.COLUMNS and (row["batch_size"], row["device"]) == (2, "cpu")
         assert row["speedup"] == pytest.approx(row["plain_ms"] / row["fast_ms"], rel=0.01)

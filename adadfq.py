@@ -26,8 +26,8 @@ Where the equations are:
     batch's minimum                                    student's loss has no minimum)          student's Eq. 13
     L_BNS                 sum of squared L2 norms      mean over layers and channels           --variant, --bns-form
     alpha_ds, lambda_l    0.2, 0.1 everywhere          by network and bits                     --variant, --alpha-ds, --lambda-l
-    rates' decay          every 100 epochs, on         by network and bits                     --variant, --decay-epochs
-                          ImageNet once, at 350
+    rates' decay          student's, every 100         both, by network and bits               both; --variant, --decay-epochs
+                          epochs, ImageNet once, 350
     generator's beta1     0.9                          0.5                                     --variant, --beta1
     student's forward     not said                     once for each side                      once for both where it can be
     teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41

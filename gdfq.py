@@ -299,14 +299,14 @@ def parser():
     p.without_effect("--no-kd", "--kd-weight --temperature --kd-reduction")
     learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix"
     p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce --no-fixed-bns")
-    p.without_effect("--no-kd and --no-student-ce", learning, "--no-fixed-bns")
+    p.without_effect("--no-kd and --no-student-ce and --feature-weight 0.0", learning, "--no-fixed-bns")
     p.without_effect("--no-ce and --no-bns", "--lr-g --beta1")
     add_flags(p, SHORT)
     return p
 
 
 def _complete(cfg):
-    cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd)
+    cfg.no_finetune = cfg.no_finetune or (cfg.no_student_ce and cfg.no_kd and not cfg.feature_weight)
     return checked_schedule(cfg)
 
 

@@ -22,7 +22,8 @@ Where the equations are:
 No code of it was published. What the paper leaves open or has differently, and what this code does:
 
     what                 here                                                          why
-    recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE)        the paper aligns with it
+    recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE), for   the paper aligns with it
+                         both with warm-up and cosine (its rate for CIFAR is constant)
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              docs/MEASUREMENTS.md
     5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
                          (CIFAR: 2,000, all at full size)
@@ -30,14 +31,15 @@ No code of it was published. What the paper leaves open or has differently, and 
                          default (--weights-form)                                      fixed ones measured as good
     L_prior, lambda_3    R_TV + lambda R_L2 (Sec. 3.1) as a weighted mean: lambda_3     values not published
                          is the sum of --tv-weight and --l2-weight
-    batch                ImageNet 32, where DeepInversion has 84; CIFAR 256, as there   memory of m' networks
+    batch                ImageNet 32, where DeepInversion has 84 (total variation is    memory of m' networks
+                         a norm over the batch: 0.62 as much per image); CIFAR 256
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    held out             without MobileNet-b; the first one's predictions make         its weights are not public; Table 2
-                         the Inception Score (of ten classes, at most 10)              does not say whose
-    teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper's are not published
-                         MobileNetV2 72.49; CIFAR-10 94.31, 95.42)
+    held out             without MobileNet-b; the first one's predictions make         not in torchvision (docs/PAPERS.md);
+                         the Inception Score (of ten classes, at most 10)              Table 2 does not say whose
+    teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper does not say where its
+                         MobileNetV2 72.49; CIFAR-10 94.31, 95.42)                     own are from
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
     box                  width, height uniform; place uniform inside; one per sample   "sampled from a uniform distribution"
     partner              a random permutation of the batch, new in every iteration     Algorithm 1 draws a mask each time
@@ -55,8 +57,8 @@ No code of it was published. What the paper leaves open or has differently, and 
 
 Baselines (--data-source): "single" inverts the network itself (DeepInversion), "kw" too, with the losses of The Knowledge
 Within (Sec. 3.1), "zeroq" matches its BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws
-N(0, 1). They share this recipe, so that only the losses differ: "zeroq" is Eq. 2 alone, without ZeroQ's own steps, and "single"
-has no adaptive term; DeepInversion's own settings for CIFAR are `--lr 0.05 --bn-weight 10`.
+N(0, 1). They share this recipe, so that only the losses differ, except that "zeroq", which is Eq. 2 alone, neither shifts nor
+mirrors its images. "single" has no adaptive term; DeepInversion's own settings for CIFAR are `--lr 0.05 --bn-weight 10`.
 """
 
 import argparse

@@ -24,8 +24,8 @@ Where the equations are:
     precision                  fp32                       fp32                        auto: bf16 where the hardware has it
     batch, CIFAR / ImageNet    64 / 16                    200 / 16                    --variant, --batch-size
     student's rate             1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
-    disentanglement mapping    to 64 (CIFAR), 100;        off, by an inverted flag;   --variant, --dm; linear
-                               "single-layer perceptron"  linear
+    disentanglement mapping    to 64 (CIFAR), 100;        off, by an inverted flag;   --variant, --dm, --mapped-dim;
+                               "single-layer perceptron"  linear, to 100              linear
     extracted initialization   always                     CIFAR-100, ResNet-50 only   --variant, --eei
     noise, one vector          per sample, after the      per embedding, before the   --variant, --noise after, before
                                mapping by Eq. 8, before   mapping                     or slot
@@ -37,7 +37,8 @@ Where the equations are:
                                Appendix B.2
     classes of a sample        not given                  with replacement: of K = C  as released
                                                           some 63 % occur
-    conditional BatchNorm      sum over the embeddings    mean, so shrunk K times     --variant, --cbn
+    conditional BatchNorm of   not given                  mean, so shrunk K times     sum; --variant, --cbn
+      superposed embeddings
     eps of the BatchNorms      not given                  0.8                         0.8
       behind convolutions
     L_BNS                      Eq. 1 names it only        mean over layers, channels  as released, --bns-form
@@ -450,7 +451,7 @@ def parser():
     add("--variant", choices=("paper", "released"), default="paper", help=variant)
     add("--k", type=whole(1, 10**6), help="K, number of embeddings in a superposition (default: by data set, network, bits)")
     add("--p", type=number(0, 1), help="p, the share of batches that are superposed (default: 0.4, ImageNet ResNet-50 0.7)")
-    mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet 100)"
+    mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet and --variant released 100)"
     add("--mapped-dim", type=whole(1, 10**6), help=mapped)
     width = "dimension of embeddings that start at random (default: that of the last linear layer)"
     add("--latent-dim", type=whole(1, 10**6), help=width)
@@ -492,7 +493,7 @@ def parser():
     p.without_effect("--no-se", "--k --p")
     distilling = "--kd-weight --temperature --kd-reduction"
     for form in FORMS:
-        p.without_effect(f"--adversarial {form}", "--bns-weight --bns-form", distilling, "--mix")
+        p.without_effect(f"--adversarial {form}", "--bns-weight --bns-form", distilling, "--mix --feature-weight")
     p.without_effect("--adversarial none", "--zaq-beta --zaq-gamma --zaq-rho")
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", latent, "--cbn --generator --adversarial")
@@ -514,7 +515,7 @@ def _complete(cfg):
     if cfg.cbn is not None and not large and cfg.generator == "qimera":
         raise InputError(f"--cbn is {cfg.cbn} and the generator of small images has no conditional BatchNorm; leave it out")
     defaults = {
-        "mapped_dim": 100 if large else 64,
+        "mapped_dim": 64 if paper and not large else 100,
         "normalise": not paper,
         "cbn": "sum" if paper else "mean",
         "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),

@@ -4,7 +4,7 @@ by default; `--schedule short` turns on a set of them.
     flag                     instead of what the papers have                        source
     --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
     --act-ranges learned     such a range whose step is then learned                LSQ (Esser et al., ICLR 2020)
-    --optimizer adam         SGD                                                    as usual
+    --optimizer adam         SGD                                                    AdamW (Loshchilov and Hutter, ICLR 2019)
     --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as      mixup (Zhang et al., ICLR 2018),
                              a control)                                             CutMix (Yun et al., ICCV 2019)
     --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
@@ -42,8 +42,8 @@ def add_flags(parser, short):
     ranges = "activation ranges: each batch's minimum and maximum (extremes), the range with the smallest error (search), "
     ranges += "or a searched range whose step size is then learned (learned)"
     add("--act-ranges", default="extremes", type=one_of("extremes", "search", "learned"), help=ranges)
-    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student: sgd or adam")
-    decay = "learning rate decay: divided by 10 at --decay-epochs (steps), or a cosine to 0 after the warm-up (cosine)"
+    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student: sgd, or adam for AdamW")
+    decay = "learning rate decay: divided by 10 at --decay-epochs (steps), or a cosine towards 0 after the warm-up (cosine)"
     add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
     mix = "mix the images that the student learns from in pairs; the teacher's logits are those of the mixtures"
     add("--mix", choices=("none", "mixup", "cutmix"), default="none", help=mix)
@@ -154,7 +154,7 @@ class MatchedFeatures:
 
 
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
-    """Adam or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
+    """AdamW or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
     steps = learned_steps(student)
     others = [p for p in student.parameters() if all(p is not step for step in steps)]
     groups = [{"params": others, "weight_decay": weight_decay}]
@@ -182,7 +182,8 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     Calibrating are the first --calibrate-epochs, in which the activation ranges follow the images; none are where the student
     has no ranges. In the first --warmup-epochs the generator learns alone; tuning are those after them. Learning rates are
     set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
-    once the student is calibrated, before it is tuned. Arguments as for `Run.epochs`.
+    once the student is calibrated or about to be tuned, whichever comes first; there is none where all epochs tune. Arguments
+    as for `Run.epochs`.
     """
     cfg, acts = run.cfg, quantized_activations(student)
     may_clip = acts and not cfg.clipped_ste and cfg.act_ranges != "learned"

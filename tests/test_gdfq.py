@@ -168,6 +168,8 @@ def test_ablations_and_variants_change_what_they_name(net):
     results = {}
     for name in ("no_ce", "no_bns", "no_student_ce", "no_kd", "no_fixed_bns", "clipped_ste"):
         results[name] = compress(net, config(**TINY, lr_q=0.05, **{name: True})).fc.weight
+    features = {"no_student_ce": True, "no_kd": True, "feature_weight": 0.1}  # alone
+    results["features"] = compress(net, config(**TINY, lr_q=0.05, **features)).fc.weight
     results["mixup"] = compress(net, config(**TINY, lr_q=0.05, mix="mixup")).fc.weight
     results["none"] = compress(net, config(**TINY, lr_q=0.05)).fc.weight
     weights = list(results.values())

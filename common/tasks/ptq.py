@@ -14,13 +14,17 @@ What the papers leave open or have differently, and what this code does:
     what                   paper                       BRECQ's code                here
     distance of outputs    weighted by the Fisher      squared error by default    squared error
                            information
-    ranges                 not given                   80 shrunk ranges, L_2.4     the same; activations on 64 images
+    ranges                 not given                   80 shrunk ranges, L_2.4     the same; activations on 64 images,
+                                                                                   as the full-precision network has
+                                                                                   them (there as the quantized one)
     lambda, sharpness      not given                   0.01; 20 to 2, linear,      the same (--rounding-weight)
                                                        after a fifth of the steps
-    first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits
+    first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits;
+                                                                                   its activation's step is learned
     activations            not given                   outputs of activation       the same, and products with
                                                        functions and of blocks     gates (--act-placement blocks)
     image, logits          not given                   full precision              full precision
+    training images        not given                   random crops, mirrored      centre crops
     last layer, first act. 8 bits                      8 bits                      --ends-bits
     input of last layer    not given                   8 bits; after a residual    the same: --ends-bits, but in a
                                                        block as all others         ResNet --abits

@@ -92,7 +92,7 @@ from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, weighted_operation
 from common.quant import quantize
 from common.report import execute
-from common.run import Run, write_atomically
+from common.run import Run, pick_device, write_atomically
 
 FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
 BN_EPS = 0.8  # of all BatchNorms but that of the images, in all published generators
@@ -327,7 +327,8 @@ def search(teacher, cfg, folder=None):
     """
     hard = cfg.search_mode == "hard"
     schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
-    capture = "cudagraph" if cfg.capture == "cudagraph" and not hard else "none"  # hard mode's path is decided on the host
+    eager = hard or cfg.capture == "none" or pick_device(cfg.device).type == "cpu"  # hard mode's path is decided on the host
+    capture = "none" if eager else "cudagraph"
     run = Run(argparse.Namespace(**vars(cfg) | schedule | {"capture": capture}), folder)
     teacher, _ = run.adopt(teacher)
     supernet = run.place(build_generator(None, cfg, input_channels(teacher)))

@@ -203,9 +203,9 @@ def logits_and_bn(model, x, cfg, autocast):
 
 @functools.cache
 def compiled_look(run):
-    """`logits_and_bn` for --capture compile: compiled once for each network, in whichever batch it comes first."""
+    """`logits_and_bn` for --capture compile: compiled once for each network and size, in whichever batch it comes first."""
     run.announce("compiling the networks: the first iteration of each takes a minute or two")
-    return compiled(logits_and_bn)
+    return torch._dynamo.config.patch(recompile_limit=256)(compiled(logits_and_bn))  # where PyTorch gives up after eight
 
 
 def image_prior(x):

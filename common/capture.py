@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import operator
 import os
 import shutil
 import warnings
@@ -25,12 +26,13 @@ PARTITIONER = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusibl
 
 
 class RecomputedMasks(CustomGraphPass):
-    """Forbids the compiler to store tensors of booleans for the backward pass."""
+    """Forbids the compiler to store tensors of booleans for the backward pass, except one result among several, such as a
+    dropout's mask, which cannot be computed again by itself."""
 
     def __call__(self, graph):
         for node in graph.nodes:
-            value = node.meta.get("val")
-            if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype is torch.bool and value.ndim:
+            value, computed = node.meta.get("val"), node.op == "call_function" and node.target is not operator.getitem
+            if computed and isinstance(value, torch.Tensor) and value.dtype is torch.bool and value.ndim:
                 node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
     def uuid(self):
@@ -58,9 +60,10 @@ def keep_freed_memory():
             libc.madvise(ctypes.c_void_p(start + -start % page), ctypes.c_size_t(size - page), hugepage)
 
 
-def compiler():
-    """The C++ compiler that torch.compile calls on a CPU, or None."""
-    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+def compiler(device_type="cpu"):
+    """The compiler that torch.compile calls, or None: one of C++ for a CPU, of C for a GPU."""
+    names = ("CXX", "g++", "clang++") if device_type == "cpu" else ("CC", "gcc", "clang")
+    return next((c for c in (os.environ.get(names[0]), *names[1:]) if c and shutil.which(c)), None)
 
 
 def pick_capture(name, device, steps, worth=WORTH_COMPILING):
@@ -80,8 +83,9 @@ def pick_capture(name, device, steps, worth=WORTH_COMPILING):
     """
     if name == "cudagraph" and device.type != "cuda":
         raise InputError(f"--capture cudagraph needs a CUDA device and this run is on {device}; give auto, none or compile")
-    if name == "compile" and device.type == "cpu" and not compiler():
-        raise InputError("--capture compile needs a C++ compiler and none is installed; install g++ or give none")
+    if name == "compile" and not compiler(device.type):
+        kind, usual, other = ("C++", "g++", "none") if device.type == "cpu" else ("C", "gcc", "cudagraph")
+        raise InputError(f"--capture compile needs a {kind} compiler and none is installed; install {usual} or give {other}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -165,6 +169,8 @@ class GraphedStep:
                     failure = error  # the end of the capture raises another one, which does not tell
         except Exception as error:
             failure = failure or error
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise failure
         if failure:
             reason = f"the step cannot be captured as a CUDA graph ({first_line(failure)})"
             raise InputError(f"{reason}; give --capture none") from failure

@@ -9,7 +9,9 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from common import InputError, distributed
+import torch
+
+from common import InputError, distributed, first_line
 from common.bns import BatchNormStatistics
 from common.capture import CHOICES
 from common.data import IMAGE_SIZE, NUM_CLASSES
@@ -387,8 +389,10 @@ def friendly_errors(program):
         if ours:
             signal.signal(signal.SIGTERM, _terminate)
         yield
-    except ValueError as error:  # an InputError is one
-        if "more than 1 value per channel when training" in str(error):
+    except (ValueError, torch.OutOfMemoryError) as error:  # an InputError is one of the former
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"the GPU's memory is full ({first_line(error)}); lower the batch size, or give --device cpu"
+        elif "more than 1 value per channel when training" in str(error):
             error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
         elif not isinstance(error, InputError):
             raise

@@ -5,6 +5,7 @@ import http.client
 import os
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -374,9 +375,22 @@ def read_slice():
     return read_mosaic(ASSETS / "cifar10_test_2000.png", 40, 50), torch.arange(10).repeat_interleave(200)
 
 
+@contextmanager
 def full_precision():
-    """A decorator for what measures: convolutions in fp32, where a GPU's default is TF32."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    """Around what measures, or as its decorator: convolutions and matrix products in fp32, where a GPU's default or the
+    caller's setting is TF32."""
+    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, whose settings refuse to be mixed with the older ones
+        operations, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        operations, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(operation, name) for operation in operations]
+    for operation in operations:
+        setattr(operation, name, exact)
+    try:
+        yield
+    finally:
+        for operation, value in zip(operations, before):
+            setattr(operation, name, value)
 
 
 def accuracy(model, test_set):

@@ -64,10 +64,17 @@ def join(cfg):
 
     Returns:
         (rank, number of processes); None for one process alone.
+
+    Raises:
+        InputError: there are fewer GPUs than processes.
     """
     if (count := started()) == 1:
         return None
     if torch.cuda.is_available() and cfg.device in ("auto", "cuda"):
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+        if here > there:
+            advice = f"give --nproc_per_node {there}, or --device cuda:0 if each process sees a GPU of its own, or --device cpu"
+            raise InputError(f"torchrun starts {here} processes on this machine and there are {there} GPUs; {advice}")
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
     backend = "cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=30))  # the first may evaluate for as long as it takes

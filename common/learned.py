@@ -78,7 +78,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(v, zero_point)
         ctx.lsq, ctx.top, ctx.shape = inside == "lsq", 2**bits - 1, scale.shape
         steps = torch.round(v).add_(zero_point).clamp_(0, ctx.top).sub_(zero_point)
-        return steps.mul_(scale)
+        return steps * scale  # not in place: see FakeQuantize
 
     @staticmethod
     def backward(ctx, grad):

@@ -168,7 +168,7 @@ def test_first_generator_step_equals_one_computed_by_hand(net, bits):
 def test_one_forward_for_both_sides_equals_two(net, variant, monkeypatch):
     """The second forward is what a compiled step makes; the compiler itself is left out. Epoch 0 calibrates and tunes."""
     monkeypatch.setattr(Run, "capture", lambda self, step, *optimizers: step)
-    monkeypatch.setattr(capture, "compiler", lambda: "g++")
+    monkeypatch.setattr(capture, "compiler", lambda *_: "g++")
     weights = []
     for name in ("none", "compile"):
         cfg = config(**TINY | {"warmup_epochs": 0}, capture=name, lr_q=0.01, variant=variant)

@@ -18,7 +18,7 @@ from gdfq import config
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 4, "iters": 4, "lr_q": 0.01}
 TINY |= {"warmup_epochs": 2, "calibrate_epochs": 1, "precision": "fp32", "decay_epochs": [3]}
-STEPS = [(gdfq, {}), (qimera, {}), (qimera, {"adversarial": "zaq", "student_steps": 2}), (adadfq, {})]
+STEPS = [(gdfq, {}), (qimera, {"act_ranges": "learned"}), (qimera, {"adversarial": "zaq", "student_steps": 2}), (adadfq, {})]
 STEPS.append((autorecon, {"genotype": "published:resnet20-cifar10", "scale": 0.125}))
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -64,6 +64,11 @@ def test_masks_are_computed_again_and_nothing_else_is():
     capture.RecomputedMasks()(graph)
     marked = [node.name for node in graph.nodes if "recompute" in node.meta]
     assert marked == [node.name for node in graph.nodes if "gt" in node.name] and len(marked) == 1
+    dropout = torch.fx.experimental.proxy_tensor.make_fx(lambda x: torch.ops.aten.native_dropout(x, 0.5, True))
+    graph = dropout(torch.randn(3)).graph
+    capture.RecomputedMasks()(graph)
+    assert any(node.meta["val"].dtype is torch.bool for node in graph.nodes if "getitem" in node.name)
+    assert not any("recompute" in node.meta for node in graph.nodes)
 
 
 def test_a_view_without_gradients_sees_what_the_network_learns():
@@ -77,14 +82,16 @@ def test_a_view_without_gradients_sees_what_the_network_learns():
 
 
 def test_capture_is_decided_by_flags_device_and_length(monkeypatch):
-    monkeypatch.setattr(capture, "compiler", lambda: "g++")
+    monkeypatch.setattr(capture, "compiler", lambda *_: "g++")
     assert pick_capture("auto", CUDA, 1) == "cudagraph"
     assert pick_capture("auto", CPU, 100) == "none" and pick_capture("auto", CPU, 10**5) == "compile"
     assert pick_capture("none", CUDA, 10**5) == "none" and pick_capture("compile", CPU, 1) == "compile"
-    monkeypatch.setattr(capture, "compiler", lambda: None)
+    monkeypatch.setattr(capture, "compiler", lambda *_: None)
     assert pick_capture("auto", CPU, 10**5) == "none"
     with pytest.raises(InputError, match="--capture compile needs a C.. compiler"):
         pick_capture("compile", CPU, 1)
+    with pytest.raises(InputError, match="needs a C compiler and none is installed; install gcc or give cudagraph"):
+        pick_capture("compile", CUDA, 1)
     with pytest.raises(InputError, match="--capture cudagraph needs a CUDA device and this run is on cpu"):
         pick_capture("cudagraph", CPU, 1)
     paper = config(dataset="cifar100", device="cpu")

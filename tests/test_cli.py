@@ -325,6 +325,15 @@ def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch
     assert "checkpoint.pt holds the first 2 epochs" in sentence
 
 
+def test_a_full_gpu_is_one_sentence(fails):
+    def main(argv):
+        with friendly_errors("gdfq.py"):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+
+    sentence = "the GPU's memory is full (CUDA out of memory.); lower the batch size, or give --device cpu"
+    assert fails(main) == f"gdfq.py: error: {sentence}"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_cuda(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")

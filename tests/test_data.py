@@ -140,6 +140,26 @@ def test_accuracy_and_agreement_count_images():
     assert agreement(lambda x: x, lambda x: x + torch.tensor([2.5, 0, 0]), batches) == 75.0
 
 
+def test_accuracy_is_measured_in_full_precision_whatever_the_caller_has_set():
+    convolutions = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)  # settings by operation since torch 2.9
+    name, exact = ("allow_tf32", False) if convolutions is torch.backends.cudnn else ("fp32_precision", "ieee")
+
+    def look(x):
+        seen.append([getattr(operation, name) for operation in (convolutions, torch.backends.cuda.matmul)])
+        return x
+
+    seen, before = [], torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        look(None)
+        assert accuracy(look, [(torch.eye(3), torch.arange(3))]) == 100.0
+        look(None)
+        assert seen[0] == seen[2] and exact not in seen[0] and seen[1] == [exact, exact]
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_top5_against_ranks_and_cross_entropy_against_probabilities():
     torch.manual_seed(0)
     logits, labels = torch.randn(300, 12), torch.randint(12, (300,))

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from test_cli import TINY, read_metrics
 from test_data import make_folder
@@ -59,4 +60,9 @@ def test_what_several_processes_cannot_do_is_refused(fails, monkeypatch):
         monkeypatch.setenv(name, value)
     sentence = fails(gdfq.main, *FLAGS)
     assert sentence.endswith("--batch-size is 8 and torchrun starts 3 processes, which share each batch; give a multiple of 3")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        sentence = fails(gdfq.main, *FLAGS, "--batch-size", "9", "--device", "auto")
+    assert "torchrun starts 3 processes on this machine and there are 1 GPUs; give --nproc_per_node 1, or" in sentence
     assert "--capture compile works in one process" in fails(gdfq.main, *FLAGS, "--batch-size", "9", "--capture", "compile")

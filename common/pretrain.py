@@ -146,7 +146,8 @@ def parse_args(argv=None):
         how = {"nargs": "*"} if name == "decay_epochs" else {}
         add("--" + name.replace("_", "-"), type=kind, help=f"{about} ({default})", default=argparse.SUPPRESS, **how)
     add("--batch-size", type=whole(1), default=128, help="images per iteration")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of convolutions")
+    precision = "precision of convolutions: bf16, or fp32 (TF32 on a GPU)"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add("--seed", type=whole(0), default=0, help="seed of every random number")
     args = parser.parse_args(argv)
     for name in recipe:

@@ -297,27 +297,32 @@ def draw_methods(place):
 
 def draw_accuracy(place):
     """accuracy.png: of each number of bits a panel with the methods' runs that were evaluated more than once, solid lines for
-    --schedule short and dashed ones for the papers' schedules. Of a table's rows, those with the fewest flags are drawn."""
+    --schedule short and broken ones for the papers' schedules, by their steps. Of a table's rows, those with the fewest flags
+    are drawn, and of several machines' tables the first one's."""
     panels, times, lengths = defaultdict(dict), [], set()
     for file in sorted(place.glob("*.jsonl")):
         rows, _ = rows_of(read_table(file))
         for bits, method, flags in sorted(rows, key=lambda row: len(row[2])):
             runs, arguments = rows[bits, method, flags], rows[bits, method, flags][0]["arguments"]
             alike = len({len(run["curve"]) for run in runs}) == 1 < len(runs[0]["curve"])
-            line = method, arguments.get("schedule") == "short"
-            if alike and (arguments["dataset"], arguments["arch"]) == ("cifar10", "resnet20") and line not in panels[bits]:
+            if not alike or (arguments["dataset"], arguments["arch"]) != ("cifar10", "resnet20"):
+                continue
+            steps = None if arguments.get("schedule") == "short" else arguments["epochs"] * arguments["iters"]
+            if (line := (method, steps)) not in panels[bits]:
                 panels[bits][line] = runs
-                lengths |= set() if line[1] else {arguments["epochs"] * arguments["iters"]}
+                lengths |= {steps} - {None}
                 times += [seconds for run in runs for _, seconds, _ in run["curve"]]
+
+    styles = {None: "-", **dict(zip(sorted(lengths), ("--", "-.", ":")))}
 
     def look(method):
         return {"color": f"C{ORDER[method]}", "marker": "os^Dv"[ORDER[method]], "ms": 4}
 
     def painter(bits, lines):
         def paint(axes):
-            for (method, short), runs in lines.items():
+            for (method, steps), runs in lines.items():
                 _, seconds, top1 = np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
-                axes.plot(np.median(seconds, 0), np.median(top1, 0), ls="-" if short else "--", **look(method))
+                axes.plot(np.median(seconds, 0), np.median(top1, 0), ls=styles[steps], **look(method))
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look(method)["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
             axes.axhline(full, color="black", lw=1, label="full precision")
@@ -333,7 +338,7 @@ def draw_accuracy(place):
                 for method in sorted({method for drawn in panels.values() for method, _ in drawn}, key=ORDER.get):
                     axes.plot([], [], label=METHODS[method], **look(method))
                 for steps in sorted(lengths):
-                    axes.plot([], [], color="black", ls="--", label=f"the papers' schedules, {steps:,} steps")
+                    axes.plot([], [], color="black", ls=styles[steps], label=f"the papers' schedules, {steps:,} steps")
                 axes.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 
         return paint

@@ -96,6 +96,7 @@ def changed_flags(arguments):
     switches = {n for n in unlike(chosen) if isinstance(arguments[n], bool)}  # they may set other arguments: --no-se sets --k
     changed = switches | unlike(chosen + [as_flag(name, arguments[name]) for name in switches])
     changed |= selected | (LENGTH if changed & LENGTH else set())  # the same for all methods, whatever their defaults
+    changed |= {"task"} if arguments["method"] == "mixmix" else set()  # its default one, too
     return [as_flag(name, value) for name, value in arguments.items() if name in changed - APART]
 
 
@@ -120,7 +121,8 @@ def read_run(folder, machine=None):
     """
     try:
         result, config = (json.loads((Path(folder) / name).read_text()) for name in ("result.json", "config.json"))
-        metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        curve = Path(folder) / "metrics.jsonl"  # which a run without epochs has not
+        metrics = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
         arguments = without_paths({n: v for n, v in config["arguments"].items() if n not in ELSEWHERE})
         flags, method = changed_flags(arguments), arguments["method"]
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -322,7 +324,8 @@ def draw_accuracy(place):
         def paint(axes):
             for (method, steps), runs in lines.items():
                 _, seconds, top1 = np.array([run["curve"] for run in runs]).transpose(2, 0, 1)
-                axes.plot(np.median(seconds, 0), np.median(top1, 0), ls=styles[steps], **look(method))
+                marked = {"markevery": max(1, seconds.shape[1] // 8)}
+                axes.plot(np.median(seconds, 0), np.median(top1, 0), ls=styles[steps], lw=1.2, **marked, **look(method))
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look(method)["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
             axes.axhline(full, color="black", lw=1, label="full precision")

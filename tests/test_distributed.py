@@ -43,7 +43,8 @@ def test_two_processes_compute_what_one_does_and_one_goes_on(tmp_path, monkeypat
         process.send_signal(signal.SIGTERM)
     printed = [process.communicate() for process in two]
     assert two[0].returncode == 143 and printed[0][1].endswith("stopped; the same command with --resume continues it\n")
-    assert two[1].returncode != 0 and printed[1][0] == "" and "gdfq.py:" not in printed[1][1]  # the first one speaks
+    said = [line for line in printed[1][0].splitlines() if not line.startswith("[Gloo]")]  # as torch 2.9 does by itself
+    assert two[1].returncode != 0 and said == [] and "gdfq.py:" not in printed[1][1]  # the first one speaks
     assert 3 <= len(read_metrics(tmp_path / "two")) < 14
     gdfq.main([*command, str(tmp_path / "one")])  # not beside the two, which would end first on a busy machine
     gdfq.main([*command, str(tmp_path / "two"), "--resume"])

@@ -205,7 +205,7 @@ def logits_and_bn(model, x, cfg, autocast):
 def compiled_look(run):
     """`logits_and_bn` for --capture compile: compiled once for each network and size, in whichever batch it comes first."""
     run.announce("compiling the networks: the first iteration of each takes a minute or two")
-    return torch._dynamo.config.patch(recompile_limit=256)(compiled(logits_and_bn))  # where PyTorch gives up after eight
+    return torch._dynamo.config.patch(cache_size_limit=256)(compiled(logits_and_bn))  # without it, eight
 
 
 def image_prior(x):

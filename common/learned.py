@@ -8,7 +8,7 @@ learned_step         s round(clip(x / s, -Q_N, Q_P)) with a gradient to s       
 import torch
 from torch import nn
 
-from common.quant import QuantAct, affine_parameters, fake_quantize
+from common.quant import QuantAct, affine_parameters, fake_quantize, scale_
 
 
 def search_parameters(rows, bits, steps=80, power=2.4, by=0.01):
@@ -78,7 +78,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(v, zero_point)
         ctx.lsq, ctx.top, ctx.shape = inside == "lsq", 2**bits - 1, scale.shape
         steps = torch.round(v).add_(zero_point).clamp_(0, ctx.top).sub_(zero_point)
-        return steps * scale  # not in place: see FakeQuantize
+        return scale_(steps, scale)
 
     @staticmethod
     def backward(ctx, grad):

@@ -53,9 +53,15 @@ def encode(x, scale, zero_point, bits):
     return (x * (1 / scale)).round_().add_(zero_point).clamp_(0, 2**bits - 1)  # in place: half the time of new tensors
 
 
+def scale_(x, scale):
+    """`x` times `scale`, in the place of x; not where it is compiled, as torch 2.11 then loses the gradient of a Function that
+    returns it (pytorch#180642)."""
+    return x * scale if torch.compiler.is_compiling() else x.mul_(scale)
+
+
 def decode_(codes, scale, zero_point):
     """The real values that `codes` stand for, in the place of the codes."""
-    return codes.sub_(zero_point).mul_(scale)
+    return scale_(codes.sub_(zero_point), scale)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -69,10 +75,7 @@ class FakeQuantize(torch.autograd.Function):
         if clipped:
             ctx.save_for_backward(x, scale, zero_point)
         ctx.bits, ctx.clipped = bits, clipped
-        codes = encode(x, scale, zero_point, bits)
-        if torch.compiler.is_compiling():  # torch 2.11 loses the gradient of a result changed in place (pytorch#180642)
-            return (codes - zero_point) * scale
-        return decode_(codes, scale, zero_point)
+        return decode_(encode(x, scale, zero_point, bits), scale, zero_point)
 
     @staticmethod
     def backward(ctx, grad):

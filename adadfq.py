@@ -33,7 +33,7 @@ Where the equations are:
     teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
     precision             fp32                         fp32                                    --precision; auto: bf16 where
                                                                                                the hardware computes it
-    BatchNorms' eps       not given                    0.8 behind convolutions                 0.8
+    BatchNorms' eps       not given                    0.8 after convolutions                  0.8
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
@@ -88,7 +88,7 @@ from common.quant import quantize
 from common.report import draw_images, execute, print_rows
 from common.run import Run
 
-BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
 GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
@@ -243,8 +243,9 @@ def student_loss(z_p, z_q, y, cfg):
 @torch.no_grad()
 def game_figures(z_p, z_q, y):
     """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), the
-    shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2 (both say y),
-    and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar tensors by name."""
+    shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2, which is based
+    on it (both say y), and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar
+    tensors by name."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     known = p == y
     ordered = whole_batch(h).sort().values
@@ -425,10 +426,10 @@ def parser():
         decay_epochs=Described("CIFAR 100 200 300, ImageNet by network and bits"),
         bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
-    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1; released on ImageNet by network and bits)"
+    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1; released on ImageNet: by network, bits)"
     add("--lambda-l", type=number(0, 1), help=low)
     add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
-    about = "weight of L_ds (Eq. 9; default: 0.2; released on ImageNet by network and bits)"
+    about = "weight of L_ds (Eq. 9; default: 0.2; released on ImageNet: by network, bits)"
     add("--alpha-ds", type=number(0), help=about)
     add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")

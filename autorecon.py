@@ -12,24 +12,22 @@ Where the equations are:
     Generator                    nodes as sums of edges, edges as sums of operations  Eq. 3, 8
     Architecture.probabilities   p = softmax(alpha)                                   Eq. 4
     Architecture.gumbel_softmax  m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
-    reconstruction_loss          L_r = L_class + L_bns                                Eq. 1
+    reconstruction_loss          L_r = L_class + weight * L_bns                       Eq. 1
     search                       weights and architecture by turns                    Eq. 2, 6; Algorithm 1, lines 1-8
     derive                       the likeliest operation of every edge                end of stage 1
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
-The search was never released. What the authors of AIT published are architectures found by it (common/genotypes.py) and the
-networks they stand for, from which the macro-architecture is known exactly. The paper leaves these settings open:
+The search was never released. The authors of AIT published architectures that it found (common/genotypes.py) and the
+generators built from them, which show the macro-architecture exactly. The paper leaves these settings open:
 
-    what                  here                                                                      after
+    what                  here                                                                      taken from
     L1, T1, V1            25 epochs: 200 batches for weights, 200 for alpha                         AdversarialNAS, GDFQ
     tau                   falls exponentially from 5 to 0.1                                         AdversarialNAS
     alpha                 starts as 1e-3 N(0, 1); Adam, rate 3e-4, beta1 0.5, weight decay 1e-4     AdversarialNAS
     super net's weights   Adam, rate 1e-3, beta1 0.5, as the generator's                            GDFQ
-    L_r                   cross-entropy + 0.1 BNS                                                   GDFQ
-    discovered generator  argmax of p; a node that would get nothing takes its likeliest operation  AdversarialNAS
     scale s (Table 3)     64 s channels; the published networks, all of 64, count as s = 1          chosen here
     BatchNorms            eps 0.8, the images' own 1e-5                                             published networks
-    up- and cross-edges   conditional BatchNorm, LeakyReLU and a 1x1 convolution behind             published networks
+    up- and cross-edges   conditional BatchNorm, LeakyReLU and a 1x1 convolution after              published networks
                           the interpolation, which is all that Table 1 has
     generator alone       4 epochs of stage 2, on ImageNet 50                                       GDFQ
     activation ranges     plain moving average over the first four epochs                           GDFQ, without feedback
@@ -42,17 +40,20 @@ networks they stand for, from which the macro-architecture is known exactly. The
       generator's beta1   0.5 (--beta1)                                                             GDFQ (DFAD: 0.9)
     reported accuracy     last epoch (best also recorded)
 
-and gives these:
+The paper gives these settings:
 
     what                  paper                                 here
-    generator in stage 2  fixed (Algorithm 1), trained before   starts anew and trains on along with the student,
+    discovered generator  sampled from p (Sec. 3.2)             argmax of p, as in AdversarialNAS; a node that would get
+                                                                nothing takes its likeliest operation
+    L_r                   L_class + L_bns (Eq. 1)               weight of L_bns 0.1 (--bns-weight), as in GDFQ
+    generator in stage 2  fixed (Algorithm 1), trained before   initialised again and trained along with the student,
                           (Figure 1)                            as in GDFQ, whose settings the paper takes
     L_KD                  as in GDFQ                            temperature 20
     precision             fp32                                  --precision; auto: bf16 where the hardware has it
     Table 4's networks    ResNet-34 into R18                    --arch, --student-arch
     teacher, ImageNet, %  R18 71.47, R50 77.72, MBV2 73.03      torchvision's: 69.76, 76.13, 71.88; --weights
     teacher, CIFAR-100    R18 78.83, R50 79.36, MBV2 70.72      no public source; MBV2 with 74.20: chenyaofo's
-    teacher, ResNet-20    AIT has C10 93.89, C100 70.33         bundled: C10 92.41; pytorchcv's, which is AIT's: C100
+    teacher, ResNet-20    AIT has C10 93.89, C100 70.33         C10: bundled, 92.41; C100: pytorchcv's, as in AIT
 
 The cell and the Gumbel noise on p are those of AdversarialNAS (Gao et al., CVPR 2020). Table 3 scales a found architecture:
 `--genotype RUN --scale 2`; in a search, --scale is also that of the super net. The published generators need four to five
@@ -300,7 +301,8 @@ class Architecture(nn.Module):
 
 
 def reconstruction_loss(teacher_logits, y, bns, bns_weight):
-    """L_r = L_class + L_bns, Eq. 1: images of class y with the statistics the teacher knows. Logits (B, C), labels (B,)."""
+    """L_r = L_class + bns_weight * L_bns, Eq. 1 (without the factor): images of class y with the statistics the teacher knows.
+    Logits (B, C), labels (B,)."""
     return F.cross_entropy(teacher_logits, y) + bns_weight * bns
 
 
@@ -539,7 +541,7 @@ def parser():
     gumbel = "what the noise is added to: the probabilities (p, Eq. 7) or their logarithms (logits, an extension)"
     add("--gumbel", choices=("p", "logits"), default="p", help=gumbel)
     add("--tau-start", type=number(1e-3, 1e3), default=5.0, help="temperature of the search in its first epoch")
-    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature that the search would reach after its last epoch")
+    add("--tau-end", type=number(1e-3, 1e3), default=0.1, help="temperature towards which the search decays exponentially")
     add("--lr-alpha", type=number(0), default=3e-4, help="learning rate of the architecture parameters (Adam)")
     add("--scale", type=number(1 / 64, 64), default=1.0, help="factor s of the generator's (or super net's) channels (Table 3)")
     group = p.add_argument_group("AutoReCon, stage 2: compression as in GDFQ")
@@ -551,7 +553,7 @@ def parser():
     losses = "what the generator minimises with --task kd: L_r of Eq. 1, or minus the student's loss as in DFAD (Table 4)"
     add("--generator-loss", choices=("reconstruction", "dfad"), default="reconstruction", help=losses)
     p.add_training(
-        "AutoReCon, stage 2: schedule and losses (--batch-size, --lr-g, --beta1 and L_bns are also for stage 1)",
+        "AutoReCon, stage 2: schedule and losses (--batch-size, --lr-g, --beta1, --latent-dim, --bns-* also apply to stage 1)",
         epochs={"quantize": 400, "kd": 500}, iters={"quantize": 200, "kd": 50},  # as GDFQ, and as DFAD on CIFAR
         batch_size={"quantize": (200, 16), "kd": 256}, warmup_epochs={"quantize": (4, 50), "kd": 0}, calibrate_epochs=4,
         lr_g=1e-3, beta1=0.5, lr_q={"quantize": (1e-4, 1e-6), "kd": 0.1}, weight_decay={"quantize": 1e-4, "kd": 5e-4},
@@ -559,7 +561,7 @@ def parser():
         bns_weight=0.1, bns_form={"released": "gdfq", "paper": "sum"},
         kd_weight=1.0, temperature=20.0, kd_reduction={"released": "mean", "paper": "batchmean"},
     )  # fmt: skip
-    steps = "student steps per iteration, on fresh images from the second on"
+    steps = "student steps per iteration, all but the first on new images"
     p.add_derived(group, "--student-steps", {"quantize": 1, "kd": 5}, steps, type=whole(1, 10**6))
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     stage1 = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha --search-only"

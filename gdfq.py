@@ -19,7 +19,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     L_KD                     per sample                 also divided by C classes   --variant, --kd-reduction
     generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         --variant, --beta1
     eps of the BatchNorms    not given                  0.8 (CIFAR and ImageNet)    0.8
-      behind convolutions
+      after convolutions
     student's BatchNorms     statistics are fixed       eval mode                   eval mode; scale and shift learn, as
                                                                                     there (--no-fixed-bns)
     quantizer                restated in Eq. 10, 18     2^n - 1 steps, a range for  as released, integer zero points
@@ -42,6 +42,7 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
       Qimera's Table 1                                                              student learns
     reported accuracy        not said                   best epoch on test images   last epoch (best also recorded)
 
+The text of the paper was not at hand: the column says what the papers that restate it give.
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges are updated
 in the first `--calibrate-epochs` epochs and then frozen, on ImageNet too, where the generator trains alone for longer.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
@@ -66,7 +67,7 @@ from common.quant import quantize
 from common.report import execute
 from common.run import Run
 
-BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
 HALF_REAL = ("confusing", "unconfusing")  # values of --data-source
 
 

@@ -1,8 +1,8 @@
 """MixMix: All You Need for Data-Free Compression Are Feature and Data Mixing (Li et al., ICCV 2021).
 
-Images are optimised until several trained networks at once classify them as their labels and find their stored BatchNorm
-statistics in them (feature mixing), while a shrunken copy of another image covers part of each (data mixing). One set of
-images then serves to compress any network.
+Images are optimised so that several trained networks at once classify them as their labels, and so that each network's
+BatchNorm layers see the statistics that they have stored (feature mixing). Meanwhile, a shrunken copy of another image covers
+part of each image (data mixing). One set of images then serves to compress any network.
 
     python mixmix.py --arch resnet20 --dataset cifar10 --bits 4
 
@@ -28,11 +28,11 @@ No code of it was published. What the paper leaves open or has differently, and 
     5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
                          (CIFAR: 2,000, all at full size)
     learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
-                         default (--weights-form)                                      fixed ones measured as good
+                         default (--weights-form)                                      fixed ones did as well
     L_prior, lambda_3    R_TV + lambda R_L2 (Sec. 3.1) as a weighted mean: lambda_3     values not published
                          is the sum of --tv-weight and --l2-weight
     batch                ImageNet 32, where DeepInversion has 84 (total variation is    memory of m' networks
-                         a norm over the batch: 0.62 as much per image); CIFAR 256
+                         a norm over the batch: it weighs 0.62 as much); CIFAR 256
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
@@ -102,8 +102,8 @@ RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what th
     "--first-bn": (1.0, 10.0, number(0), "factor of the first BatchNorm's term in L_BN"),
     "--tv-weight": (2.5e-5, 1e-4, number(0), "weight of the total variation, a part of lambda_3"),
     "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm, the other part of lambda_3"),
-    "--kl-weight": (100.0, 100.0, number(0), "lambda_2 of kw, weight of the Kullback-Leibler divergence"),
-    "--blur-weight": (10.0, 10.0, number(0), "lambda_3 of kw, weight of the squared difference from the blurred images"),
+    "--kl-weight": (100.0, 100.0, number(0), "--data-source kw: lambda_2, weight of the Kullback-Leibler divergence"),
+    "--blur-weight": (10.0, 10.0, number(0), "--data-source kw: lambda_3, weight of the squared distance to blurred images"),
     "--jitter": (2, 30, whole(0), "shift the images by up to this many pixels in every step"),
     "--flip": (False, True, None, "mirror the images in half of the steps"),
     "--clip": (False, True, None, "keep pixels in the range of images"),
@@ -114,7 +114,7 @@ RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what th
 
 
 class ZooModel(nn.Module):
-    """A trained network that takes the zoo's images: what normalises them is made its own.
+    """A trained network that takes the zoo's images and converts them to the normalisation that it was trained with.
 
     Args:
         name: as in --zoo.
@@ -430,10 +430,11 @@ def parser():
     )
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)
-    add("--data-source", choices=sources, default="mixmix", help="where images come from; see the top of mixmix.py")
+    origins = "images made from several networks (mixmix), or from --arch alone (single, zeroq, kw); training images (real) or "
+    add("--data-source", choices=sources, default="mixmix", help=origins + "noise; the top of mixmix.py describes them")
     ready = "use existing images: an images.npz, the run that made it, a folder of pictures, or bundled (for CIFAR-10)"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
-    zoo = "networks to invert: names, arch=weights or package.module:factory (default: by data set, without the held-out ones)"
+    zoo = "networks to invert: names, arch=weights or package.module:factory (default: those of the data set but held-out ones)"
     add("--zoo", nargs="+", help=zoo)
     judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())
     add("--held-out", nargs="*", help=f"networks that only evaluate the images (default: {judges})")
@@ -441,12 +442,12 @@ def parser():
     add("--no-dmix", action="store_true", help="do not mix images (Table 8)")
     add("--kd-bn-weight", type=number(0), default=0.1, help="weight of L_BN beside DAFL's losses (--task kd; Sec. 5.4)")
     synthesis.add_flags(p)
-    group = p.add_argument_group("MixMix, defaults by data set")
+    group = p.add_argument_group("MixMix (defaults depend on the data set)")
     for flag, (small, large, kind, about) in RECIPE.items():
         how = {"type": kind} if kind else {"action": argparse.BooleanOptionalAction}
         p.add_derived(group, flag, (small, large), about, **how)
     add = group.add_argument
-    low = "initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
+    low = "number of initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
     add("--low-iterations", type=whole(0), help=low)
     add("--warmup-iterations", type=whole(0), default=100, help="number of steps of linear warm-up, per resolution")
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="whether the three lambdas are fixed or learned")

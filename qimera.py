@@ -2,7 +2,7 @@
 
 A generator that gets class embeddings as its input is trained against the frozen full-precision network (the teacher, P), as
 in GDFQ. With probability p a batch is made from superpositions of K class embeddings, with soft labels of the same shares:
-such images lie near the teacher's decision boundaries, which images of single classes leave bare. The quantized network
+such images lie near the teacher's decision boundaries, which images of single classes do not cover. The quantized network
 (the student, Q) is calibrated and then fine-tuned on both kinds.
 
     python qimera.py --arch resnet20 --dataset cifar100 --bits 4
@@ -31,16 +31,16 @@ Where the equations are:
                                mapping by Eq. 8, before   mapping                     or slot
                                it by Sec. 4.4 and 5.1
     factor on the noise        none                       1; for small images only    1, --noise-scale
-    embeddings with noise      as they are                standardised per sample,    --variant, --normalise
-                                                          or superposed per slot
+    embeddings with noise      as they are                standardised per sample;    --variant, --normalise
+                                                          when superposed, per slot
     embeddings                 trained; frozen in         trained                     trained; --freeze-embeddings
                                Appendix B.2
     classes of a sample        not given                  with replacement: of K = C  as released
                                                           some 63 % occur
-    conditional BatchNorm of   not given                  mean, so shrunk K times     sum; --variant, --cbn
+    conditional BatchNorm of   not given                  mean, so K times smaller    sum; --variant, --cbn
       superposed embeddings
     eps of the BatchNorms      not given                  0.8                         0.8
-      behind convolutions
+      after convolutions
     L_BNS                      Eq. 1 names it only        mean over layers, channels  as released, --bns-form
     L_KD                       Eq. 3 names it only        also divided by C classes   as released, --kd-reduction
     temperature of L_KD        not given                  20                          20, --temperature
@@ -90,7 +90,7 @@ from common.run import Run
 from common.trace import last_layer
 from common.zaq import FORMS, FeatureMaps, feature_distance
 
-BN_EPS = 0.8  # of the BatchNorms behind convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -449,11 +449,11 @@ def parser():
     add = p.add_argument_group("Qimera").add_argument
     variant = "use the settings of the paper or of the released code; the table at the top of qimera.py lists them"
     add("--variant", choices=("paper", "released"), default="paper", help=variant)
-    add("--k", type=whole(1, 10**6), help="K, number of embeddings in a superposition (default: by data set, network, bits)")
+    add("--k", type=whole(1, 10**6), help="K, number of embeddings in a superposition (default: by data set, network and bits)")
     add("--p", type=number(0, 1), help="p, the share of batches that are superposed (default: 0.4, ImageNet ResNet-50 0.7)")
     mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet and --variant released 100)"
     add("--mapped-dim", type=whole(1, 10**6), help=mapped)
-    width = "dimension of embeddings that start at random (default: that of the last linear layer)"
+    width = "dimension of the embeddings with --no-eei (default: number of inputs of the teacher's last linear layer)"
     add("--latent-dim", type=whole(1, 10**6), help=width)
     p.add_training(
         "Qimera: schedule and losses",
@@ -469,11 +469,12 @@ def parser():
     add = group.add_argument
     switch = {"action": argparse.BooleanOptionalAction}
     add("--dm", **switch, help="disentanglement mapping (default: paper on, released off)")
-    add("--eei", **switch, help="embeddings start as the last layer's weights (default: paper on; released by network)")
-    noise = "where the noise is added: after the mapping or before it, once per sample, or in each slot, once per embedding"
+    add("--eei", **switch, help="embeddings start as the last layer's weights (default: paper on; released: by network)")
+    noise = "where noise is added: to an image's vector after the mapping or before it, or to each embedding (slot)"
     p.add_derived(group, "--noise", {"paper": "after", "released": "slot"}, noise, choices=("after", "before", "slot"))
-    add("--normalise", **switch, help="standardise embeddings with noise (default: paper off, released on)")
-    add("--cbn", choices=("sum", "mean"), help="how conditional BatchNorms superpose (default: paper sum, released mean)")
+    add("--normalise", **switch, help="standardise the sum of embedding and noise (default: paper off, released on)")
+    superposed = "conditional BatchNorms of superposed classes: weighted sum of their scales and shifts, or that over K (mean)"
+    add("--cbn", choices=("sum", "mean"), help=f"{superposed} (default: paper sum, released mean)")
     group = p.add_argument_group("ablations and combinations")
     add = group.add_argument
     add("--no-se", action="store_true", help="do not superpose embeddings: every image is of a single class")
@@ -482,8 +483,8 @@ def parser():
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     discovered = "qimera, or autorecon:GENOTYPE, where GENOTYPE is as for autorecon.py --genotype (Table 3)"
     add("--generator", default="qimera", help=discovered)
-    game = "play ZAQ's game (Table 3): as in ZAQ's released code (zaq), or as Eq. 11 and 12 are printed (zaq-paper)"
-    add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py tells them apart")
+    game = "train adversarially as ZAQ (Table 3): by its released code (zaq), or by Eq. 11 and 12 as printed (zaq-paper)"
+    add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py compares them")
     weight = {"type": number(0, 1e6)}
     p.add_derived(group, "--zaq-beta", {"zaq": 1.0, "zaq-paper": 0.1}, "beta of Eq. 11 and 12", **weight)
     p.add_derived(group, "--zaq-gamma", {"zaq": 0.1, "zaq-paper": 0.05}, "gamma of Eq. 11", **weight)

@@ -1,11 +1,12 @@
 """Milliseconds per iteration of a method, plain against fast, and the arithmetic floor: `python -m common.bench`.
 
-plain   fp32, eager, NCHW, every operation of common.ops as its formula is written, optimizers as PyTorch picks them
+plain   fp32, eager, NCHW, every operation of common.ops as its formula is written, PyTorch's own choice of optimizer kernels
 fast    as the script runs by default on this machine (compiled on a CPU), or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 
-All steps live in one process and take turns, several fast ones too (--capture none compile); figures are medians, and peak MB
-is the process's, so a second fast one's has the first one's in it. --json FILE writes the table as a list of rows.
+All forms run in one process and take turns, also those of several captures (--capture none compile). Figures are medians.
+Peak MB is that of the whole process: for a second capture it includes the first. --json FILE writes the table as a list of
+rows.
 """
 
 import argparse
@@ -313,7 +314,7 @@ def main(argv=None):
     add("--method", nargs="+", default=["gdfq"], choices=METHODS, help="scripts to time (default: gdfq)")
     add("--arch", default="resnet20", help="architecture of the network (default: resnet20)")
     add("--dataset", default="cifar10", help="data set (default: cifar10)")
-    add("--weights", help="weights of the network (default: by data set)")
+    add("--weights", help="weights of the network (default: depends on the data set)")
     add("--bits", type=int, nargs="+", default=[4], help="numbers of bits of weights and activations (default: 4)")
     add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")

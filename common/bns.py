@@ -50,7 +50,7 @@ class BatchNormStatistics:
     def loss(self, form="gdfq", first=1.0):
         """Distance of the latest batch's statistics from the stored ones: a scalar with a graph to that batch.
 
-        The batch is used up by it: kept any longer, it would keep its graph alive.
+        Call it once per forward pass: it releases the stored batch, whose graph would otherwise stay in memory.
 
         Args:
             form: one of `forms`.

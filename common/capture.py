@@ -45,7 +45,7 @@ COMPILER = {"options": {"fallback_random": True, "joint_custom_post_pass": Recom
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensors, in huge pages where Linux has them on request. As it comes, every step
+    """Have glibc keep freed memory for the next tensors, in huge pages where Linux has them on request. By default, every step
     gives its large tensors back to the system and receives them again page by page, for up to a seventh of its time, and a
     processor that looks up pages of 4 KB takes a tenth longer. Does nothing where there is no glibc."""
     trim_threshold, mmap_max, hugepage, page = -1, -4, 14, 2**21  # parameters of mallopt(3) and madvise(2)

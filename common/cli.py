@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         method: name of the script, as in the run folder.
         description: first paragraph of --help.
         unquantized: values of the script's --task that leave a full-precision network.
-        settings: names of the flags by which defaults of others go, see `add_derived`.
+        settings: names of the flags on which the defaults of other flags depend, see `add_derived`.
     """
 
     def __init__(self, method, description, unquantized=(), settings=("variant",)):
@@ -127,9 +127,9 @@ class Parser(argparse.ArgumentParser):
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
         images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
-        add("--data-dir", help=f"{images} (default: ./data; for CIFAR-10 then the bundled 2,000 images)")
+        add("--data-dir", help=f"{images} (default: ./data; without it, CIFAR-10 uses the bundled 2,000 images)")
         add("--download", action="store_true", help="download CIFAR, training and test images")
-        sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: by data set and architecture)"
+        sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: depends on data set and architecture)"
         weights = f"weights of the network: a file (of PyTorch or .safetensors), a URL, or {sources}"
         add("--weights", help=weights)
         add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
@@ -177,11 +177,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
     def add_derived(self, group, flag, default, help, **kwargs):
-        """A flag whose default goes by others.
+        """A flag whose default depends on the size of the images or on other flags.
 
         Args:
-            default: (for images up to 64 pixels, for larger ones), or a dict of values or such pairs by what the flags of
-                `settings` are, of which the first that fits counts; "otherwise" always fits.
+            default: a pair (for images up to 64 pixels, for larger ones), or a dict that maps values of the flags in `settings`
+                to such pairs or to single values: the first that matches counts, and "otherwise" always matches.
         """
         action = group.add_argument(flag, help=f"{help} (default: {_in_words(default)})", **kwargs)
         self.derived[action.dest] = default
@@ -412,7 +412,7 @@ def friendly_errors(program):
 
 @contextmanager
 def resumable(how="the same command with --resume continues it"):
-    """Around what can be continued: an interrupt says how."""
+    """Context manager that, after an interrupt, tells the user how to continue."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

@@ -377,8 +377,8 @@ def read_slice():
 
 @contextmanager
 def full_precision():
-    """Around what measures, or as its decorator: convolutions and matrix products in fp32, where a GPU's default or the
-    caller's setting is TF32."""
+    """Context manager or decorator in which convolutions and matrix products compute in fp32, even where TF32 is the default of
+    a GPU or was set by the caller."""
     if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, whose settings refuse to be mixed with the older ones
         operations, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
     else:

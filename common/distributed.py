@@ -55,7 +55,7 @@ def started():
 
 
 def is_first():
-    """Whether this is the first of them, which says what is to be said."""
+    """Whether this is the first process, which reports for all of them."""
     return started() == 1 or os.environ["RANK"] == "0"
 
 
@@ -115,7 +115,7 @@ def wait_for_all():
 
 @contextmanager
 def first_before_others():
-    """Around what the first process is to have finished before the others begin with it."""
+    """Context manager: the first process finishes before the others begin."""
     if rank:
         wait_for_all()
     yield
@@ -124,7 +124,7 @@ def first_before_others():
 
 
 def leave():
-    """End the exchanges, when all processes are here; whether this is the first one, which goes on alone."""
+    """Wait for all processes and end their communication. True in the first one, which continues alone."""
     if size > 1:
         wait_for_all()
         dist.destroy_process_group()
@@ -132,7 +132,7 @@ def leave():
 
 
 def let_another_speak(error):
-    """Before this process says what is wrong: where another does, torchrun ends this one within the time that it is given."""
+    """Wait before this process reports `error`: if another one reports the cause, torchrun ends this one in the meantime."""
     if not is_first() or isinstance(error, Unreachable):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE)
@@ -244,10 +244,10 @@ def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=Tr
 
 
 class WholeBatch(TorchFunctionMode, ContextDecorator):
-    """Around a step that processes share: what is drawn is this process's part of what one process alone would draw, and
-    BatchNorm that trains sees the whole batch.
+    """Context manager for a step that the processes share: random draws give this process its rows of what one process alone
+    would draw, and BatchNorm in training mode sees the whole batch.
 
-    A tensor that is drawn with `batch_size` rows is the whole batch's; with any other number of rows it is a part's, and N
+    A tensor drawn with `batch_size` rows belongs to the whole batch. With any other number of rows it belongs to a part, and N
     times as many are drawn. Scalars, and tensors filled in place, are the same in all processes.
     """
 

@@ -1,15 +1,15 @@
 """The epochs of a script that trains a generator, and options beyond the papers that shorten training to minutes. They are off
 by default; `--schedule short` turns on a set of them.
 
-    flag                     instead of what the papers have                        source
-    --act-ranges search      of a batch's extremes, the range that loses least      L2.4 search of BRECQ (Li et al., ICLR 2021)
-    --act-ranges learned     such a range whose step is then learned                LSQ (Esser et al., ICLR 2020)
-    --optimizer adam         SGD                                                    AdamW (Loshchilov and Hutter, ICLR 2019)
-    --mix mixup|cutmix       images as they come (Qimera's Table 2 has them as      mixup (Zhang et al., ICLR 2018),
-                             a control)                                             CutMix (Yun et al., ICCV 2019)
-    --decay cosine           a division by 10 at --decay-epochs                     SGDR (Loshchilov and Hutter, ICLR 2017)
-    --feature-weight         the teacher's logits alone: what all BatchNorm         FitNets (Romero et al., ICLR 2015); between
-                             layers return is matched too                           blocks, Haroush et al. (CVPR 2020)
+    flag                     what it does, and what the papers do                   source
+    --act-ranges search      range of least error, not the batch's extremes         L2.4 search of BRECQ (Li et al., ICLR 2021)
+    --act-ranges learned     such a range, whose step size is then learned          LSQ (Esser et al., ICLR 2020)
+    --optimizer adam         AdamW, not SGD                                         AdamW (Loshchilov and Hutter, ICLR 2019)
+    --mix mixup|cutmix       images mixed in pairs (a control in Qimera's           mixup (Zhang et al., ICLR 2018),
+                             Table 2), not as they are                              CutMix (Yun et al., ICCV 2019)
+    --decay cosine           cosine decay, not a division by 10 at --decay-epochs   SGDR (Loshchilov and Hutter, ICLR 2017)
+    --feature-weight         matches the outputs of all BatchNorm layers to the     FitNets (Romero et al., ICLR 2015); between
+                             teacher's, not the logits alone                        blocks, Haroush et al. (CVPR 2020)
 """
 
 import math
@@ -54,7 +54,7 @@ def add_flags(parser, short):
 
 
 class SearchedAct(QuantAct):
-    """A `QuantAct` whose range follows the one that loses least of each batch, which a search finds, not its extremes."""
+    """A `QuantAct` whose range follows the range of least error in each batch, found by search, instead of its extremes."""
 
     @torch.no_grad()
     def observe(self, x):
@@ -144,7 +144,7 @@ class MatchedFeatures:
 
     def distance(self):
         """Mean over the layers of the mean squared difference over the variance, where both networks have seen the same images.
-        The features are used up by it: kept longer, they would keep their graph alive."""
+        Call it once per step: it releases the features, whose graph would otherwise stay in memory."""
         theirs, ours = ({name: kept.pop(name) for name in list(kept)} for kept in self.kept)
         return torch.stack([F.mse_loss(ours[n], theirs[n]).float() / self.variances[n] for n in ours]).mean()
 
@@ -179,9 +179,9 @@ def set_rates(cfg, epoch, optim_g, optim_q):
 def phases(run, student, generator, synthesize, optim_g, optim_q):
     """The epochs of a script that trains a generator, as pairs of bools (calibrating, tuning).
 
-    Calibrating are the first --calibrate-epochs, in which the activation ranges follow the images; none are where the student
-    has no ranges. In the first --warmup-epochs the generator learns alone; tuning are those after them. Learning rates are
-    set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
+    `calibrating` is true in the first --calibrate-epochs, in which the activation ranges follow the images (in none if the
+    student has no ranges). In the first --warmup-epochs the generator learns alone; after them `tuning` is true. Learning rates
+    are set before an epoch; after it the ranges are frozen and the student is in eval mode. "calibrated_top1" is the accuracy
     once the student is calibrated or about to be tuned, whichever comes first; there is none where all epochs tune. Arguments
     as for `Run.epochs`.
     """

@@ -12,8 +12,8 @@ from common.quant import QuantAct, affine_parameters, fake_quantize, scale_
 
 
 def search_parameters(rows, bits, steps=80, power=2.4, by=0.01):
-    """Scale and zero point per row that lose least: of `steps` ranges, each `by` of the full one narrower than the one before,
-    the one whose errors have the smallest mean to the `power` (BRECQ).
+    """Scale and zero point per row by BRECQ's search. It tries `steps` ranges, each narrower than the one before by `by` times
+    the full range, and takes the one whose absolute errors, raised to `power`, have the smallest mean.
 
     Args:
         rows: (R, N) float32.
@@ -99,8 +99,8 @@ def learned_step(x, scale, zero_point, bits, inside):
         scale: scalar, learned.
         zero_point: integer-valued scalar.
         bits: codes 0 ... 2^bits - 1.
-        inside: which values are: "lsq", whose x / s is, before it is rounded; "brecq", also the half step beyond, which is
-            rounded to the ends.
+        inside: which values count as inside the range: "lsq", those whose x / s is inside before it is rounded; "brecq", those
+            whose rounded x / s is, which adds half a step at both ends.
     """
     return _LearnedStep.apply(x, scale, zero_point, bits, inside)
 
@@ -126,7 +126,7 @@ class LearnedStep(nn.Module):
 
     Args:
         bits: 2 to 8.
-        lsq: as LSQ begins (2 mean |x| / sqrt(Q_P)) and scales its gradient; else the range is searched (BRECQ).
+        lsq: start from 2 mean |x| / sqrt(Q_P) and scale the gradient, as LSQ does; otherwise search the range, as BRECQ does.
     """
 
     def __init__(self, bits, lsq=False):

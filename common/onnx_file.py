@@ -2,11 +2,11 @@
 
     activations   QuantizeLinear to UINT8, Clip to 2^bits - 1 below 8 bits, DequantizeLinear
     weights       initializers of UINT4 up to 4 bits, of UINT8 above, with a zero point per channel: DequantizeLinear
-    biases        FLOAT, added behind the layer
+    biases        FLOAT, added after the layer
 
 ONNX Runtime would round a layer's own bias to units of the two scales, which at 4 bits changes one class in twenty, and would
 compute a layer of UINT8 weights in a kernel that refuses zero points that differ by channel (microsoft/onnxruntime#28447). A
-bias behind the layer keeps it from both: the layer is computed in floating point, of exactly the same integers. Needs opset 21
+bias after the layer keeps it from both: the layer is computed in floating point, of exactly the same integers. Needs opset 21
 and the packages in requirements-export.txt.
 """
 

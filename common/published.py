@@ -76,7 +76,7 @@ PUBLISHED = {  # source -> data set -> architecture -> (address, digest of the f
     },
 }
 
-# Top-1 accuracy in percent of the networks that GDFQ, Qimera and AdaDFQ compress, as they print it
+# Top-1 accuracy in percent of the networks that Qimera and AdaDFQ compress, as they print it
 PAPER_TOP1 = {
     ("cifar10", "resnet20"): 93.89,
     ("cifar100", "resnet20"): 70.33,

@@ -54,7 +54,7 @@ def encode(x, scale, zero_point, bits):
 
 
 def scale_(x, scale):
-    """`x` times `scale`, in the place of x; not where it is compiled, as torch 2.11 then loses the gradient of a Function that
+    """`x` times `scale`, in place. Out of place when compiled, because torch 2.11 then loses the gradient of a Function that
     returns it (pytorch#180642)."""
     return x * scale if torch.compiler.is_compiling() else x.mul_(scale)
 

@@ -71,7 +71,7 @@ def prepare(cfg, **about):
         print(f"test set  {test_set.count:,} images from {test_set.name}")
         run.fp_top1, run.fp_top5, _ = evaluate(teacher, test_set)
         papers = PAPER_TOP1.get((cfg.dataset, cfg.arch))
-        known = f" (in GDFQ, Qimera and AdaDFQ {papers:.2f} %)" if papers else ""
+        known = f" (in Qimera and AdaDFQ {papers:.2f} %)" if papers else ""
         print(f"          full precision {run.fp_top1:.2f} %{known}{top5_text(run.fp_top5)}", flush=True)
     return teacher, run
 

@@ -1,8 +1,8 @@
-"""docs/RESULTS.md and its pictures, made from run folders and from nothing else.
+"""Make docs/RESULTS.md and its pictures from run folders alone.
 
     python -m common.results RUN ...             add runs, a line each, to docs/results/; then make the page and its pictures
     python -m common.results                     only make the page and its pictures, from what lies in docs/results/
-    python -m common.results --pictures RUN ...  copy the pictures of runs; then the same
+    python -m common.results --pictures RUN ...  copy the runs' pictures; then make the page and its pictures
 
 Runs with the same network, data set, schedule and machine form one table, stored as one file in docs/results/. Flags common
 to all its runs appear in the command above the table, the others in the names of its rows. To add an ablation, add its
@@ -358,7 +358,7 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders of finished runs")
     add("--out", default="docs/RESULTS.md", help="page to write, with results/ and pictures beside it (default: %(default)s)")
     add("--pictures", action="store_true", help="copy the pictures of the runs, not their figures")
-    add("--machine", help="processor of runs whose config.json does not say it, such as amx_bf16")
+    add("--machine", help="processor of runs whose config.json does not record it, such as amx_bf16")
     args = parser.parse_args(argv)
     place = Path(args.out).parent / "results"
     with friendly_errors("common.results"):

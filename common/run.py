@@ -94,7 +94,8 @@ class Run:
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
         short: what `--schedule short` sets, by name, for methods that have it.
-        free, fixed: names of arguments in which a resumed run may or may not differ, beside or among NOT_COMPARED.
+        free: names of arguments that may differ in a resumed run, in addition to NOT_COMPARED.
+        fixed: names in NOT_COMPARED that may not.
         part: which part of a run that several processes make together is this process's; each part has a lock of its own.
 
     `test_set` may be set to a re-iterable over (images, labels) on which the student is evaluated.

@@ -60,11 +60,11 @@ def part(text):
 
 
 def complete(cfg):
-    """Fill in --count, put --classes in order, and what --part implies: all but the first join the folder that it has begun.
+    """Fill in --count, sort --classes and apply --part: all parts but the first join the folder that the first has begun.
 
     Raises:
-        InputError: real images from nowhere, a class that is not there or gets no image, or a part of something else than
-            images.
+        InputError: --data-source real without a folder of images, a class that does not exist or gets no image, or --part with
+            another task than synth.
     """
     fill_in(cfg, {"count": COUNT if cfg.task != "qat" else QAT_IMAGENET if cfg.dataset == "imagenet" else QAT_COUNT})
     cfg.classes = cfg.classes and sorted(set().union(*cfg.classes))

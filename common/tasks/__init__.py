@@ -1,7 +1,7 @@
-"""What images are good for: one module per cited paper, and two that compare sets of images, as MixMix's Tables 1, 2 and 6 do
+"""Tasks that use a set of images: one module per cited paper, and two that compare sets, as MixMix's Tables 1, 2 and 6 do
 (evaluate, transfer). Each module of TASKS has
 
-    STUDENT                                   a word for the network that comes of it
+    STUDENT                                   what the resulting network is called
     add_flags(parser)                         declares its flags; returns the groups of `parser` that hold them
     complete(cfg)                             fills in the settings that follow from others
     plan(model, cfg, run)                     the network as the task begins: what --check shows

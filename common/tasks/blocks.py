@@ -135,12 +135,12 @@ def placement(cfg, teacher):
 
 def shared_group(parser):
     """The group of flags that ptq.py and qat.py share, --ends-bits; --act-placement has a third value with them."""
-    title = "both quantizations"
+    title = "post-training quantization and quantization-aware training"
     group = next((group for group in parser._action_groups if group.title == title), None)
     if group is None:
         group = parser.add_argument_group(title)
-        about = "at least this many bits for the weights of the first and the last layer, and for activations beside them: "
-        about += "the first layer's output (ptq) or input (qat), and the last layer's input"
+        about = "at least this many bits for the weights of the first and the last layer, for the last layer's input, and for "
+        about += "the first layer's output (ptq) or input (qat)"
         group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
         flag = parser._option_string_actions["--act-placement"]
         flag.default, flag.type = None, one_of("relu", "input", "blocks")

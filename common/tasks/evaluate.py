@@ -1,4 +1,4 @@
-"""What networks see in images (MixMix, Sec. 5.1): accuracies, Inception Score and distance of the BatchNorm statistics."""
+"""What networks see in images (MixMix, Sec. 3.2, 5.1): accuracies, Inception Score and distance of the BatchNorm statistics."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def add_flags(parser):
     add("--kd-iters", type=whole(1), default=120, help="number of iterations per epoch")
     add("--kd-batch-size", type=whole(1), default=1024, help="number of images per iteration")
     add("--kd-latent-dim", type=whole(1), default=1000, help="length of the generator's noise vector")
-    student = "learning rate of the student (SGD), a tenth after 2/5 and 4/5 of the epochs"
+    student = "learning rate of the student (SGD), divided by 10 after 2/5 and again after 4/5 of the epochs"
     add("--kd-lr", type=number(0), default=0.1, help=student)
     add("--kd-lr-g", type=number(0), default=0.02, help="learning rate of the generator (Adam)")
     one_hot = "weight of DAFL's one-hot loss, and of MixMix's mixed cross-entropy beside it (default: 0.05, CIFAR-100 0.5)"

@@ -1,7 +1,7 @@
 """Pruning by L1 magnitude, and reconstruction of what layers send by least squares (MixMix, Sec. 5.3).
 
-Single weights (Han et al., ICLR 2016) or whole channels go; the weights that remain, in a layer or in those that took the
-channels, are solved for anew, one layer after the other, as He et al. (ICCV 2017) do:
+Single weights (Han et al., ICLR 2016) or whole channels are removed. The weights that remain, in that layer or in the layers
+that received the channels, are then fitted again by least squares, layer by layer, as He et al. (ICCV 2017) do:
 
     refit, least_squares    min_W |Y - X W^T - b|^2, Y the full network's outputs, X the pruned one's inputs
     removable               the convolutions whose channels can go

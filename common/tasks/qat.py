@@ -52,11 +52,11 @@ def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""
     group = parser.add_argument_group("quantization-aware training (LSQ)")
     add = group.add_argument
-    recipe = "LSQ's (lsq), or one for a few hundred images and steps (short); the top of common/tasks/qat.py tells them apart"
+    recipe = "LSQ's (lsq), or one for a few hundred images and steps (short); the top of common/tasks/qat.py compares them"
     add("--qat-recipe", choices=("lsq", "short"), default="lsq", help=recipe)
     add("--qat-steps", type=whole(1), help="training steps, rounded up to whole epochs (default: lsq 44000, short 800)")
     add("--qat-batch-size", type=whole(1), help="number of images per step (default: lsq 128, short 32)")
-    rate = "peak rate, which decays by a cosine (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003, from 4 bits on 0.0001)"
+    rate = "peak learning rate, cosine decay (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003, from 4 bits on 0.0001)"
     add("--qat-lr", type=number(0), help=rate)
     decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
     add("--qat-weight-decay", type=number(0), help=decay)

@@ -20,7 +20,7 @@ from common.progress import close_all
 from common.published import native_size
 from common.timm_models import stated
 
-DEFAULTS = {"precision": "auto"}  # of flags that tests set otherwise for all runs at once
+DEFAULTS = {"device": "auto", "precision": "auto"}  # of flags that tests set otherwise for all runs at once
 DATASETS = ("cifar10", "cifar100", "imagenet", "folder")
 
 
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
-        add("--device", default="auto", help="device to run on: auto, cpu, cuda or cuda:i")
+        add("--device", default=DEFAULTS["device"], help="device to run on: auto, cpu, cuda or cuda:i")
         precision = "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware has it)"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
         capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, compile "

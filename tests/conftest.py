@@ -1,7 +1,7 @@
 """Networks and runs small enough for the tests, and one place that makes the tests the same on every machine.
 
-A test computes in fp32 unless it asks for bf16: the default of --precision is fp32 here, where the scripts' `auto` goes by the
-machine. That no test depends on the machine is shown by runs of the whole suite
+A test runs on the host and in fp32 unless it asks for something else: the defaults of --device and --precision are cpu and fp32
+here, where the scripts' `auto` goes by the machine. That no test depends on the machine is shown by runs of the whole suite
 
     pytest --computes-bf16 yes                                            # as on a CPU that multiplies bf16 in hardware
     pytest --computes-bf16 no                                             # and on one that does not
@@ -31,12 +31,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def same_on_every_machine(request, monkeypatch):
-    """fp32 where a test does not say bf16, whatever the hardware computes; a run's --threads and progress bar end with its
-    test, also where the run was interrupted."""
+    """The host and fp32 unless a test says otherwise, whatever hardware there is; a run's --threads and progress bar end with
+    its test, also where the run was interrupted."""
     threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
-    monkeypatch.setitem(common.cli.DEFAULTS, "precision", "fp32")
+    for name, value in (("device", "cpu"), ("precision", "fp32")):
+        monkeypatch.setitem(common.cli.DEFAULTS, name, value)
     yield
     torch.set_num_threads(threads)
     close_all()

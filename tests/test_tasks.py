@@ -22,9 +22,11 @@ from common.export import load_quantized
 from common.images import read_images
 from common.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
 from common.models import build
+from common.progress import Progress
 from common.quant import (
     QuantAct,
     QuantConv2d,
+    QuantLinear,
     fake_quantize,
     observe,
     quantize,
@@ -210,6 +212,58 @@ def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
     assert all(p.requires_grad for p in net.parameters())
 
 
+def learn_rounding(weight, x, rounding, **flags):
+    """Rounds a linear layer to 3 bits as the only layer of a block."""
+    run, layer = Run(config("ptq", **PTQ | flags)), QuantLinear.from_float(nn.Linear(*reversed(weight.shape), bias=False), 3)
+
+    def block(x, modules, quantize_activations):
+        return modules["fc"](x)
+
+    ptq.reconstruct_weights(block, {"fc": rounding}, {"fc": layer}, x, x @ weight.T, run, Progress(disable=True))
+
+
+def test_the_rounding_is_decided_by_a_regulariser_that_is_annealed():
+    """BRECQ: none for a fifth of the steps, then with an exponent that falls from 20 to 2."""
+    torch.manual_seed(0)
+    x, weight, decided, exponents = torch.randn(200, 6), torch.randn(4, 6), [], []
+    for rounding_weight in (0.0, 1.0):
+        rounding = AdaRound(weight, 3)
+        learn_rounding(weight, x, rounding, rounding_weight=rounding_weight, lr_rounding=0.02)
+        decided.append(((2 * rounding.up() - 1).abs() > 0.99).float().mean())
+    assert decided[0] < 0.5 and decided[1] > 0.9
+
+    class Noting(AdaRound):
+        def undecided(self, sharpness):
+            exponents.append(sharpness)
+            return super().undecided(sharpness)
+
+    learn_rounding(weight, x, Noting(weight, 3), weight_iterations=10)
+    assert exponents == pytest.approx([20 - 18 * (i / 10 - 0.2) / 0.8 for i in range(2, 10)])
+
+
+def test_steps_are_learned_towards_the_target():
+    torch.manual_seed(0)
+    x, act, cfg = torch.rand(200, 30), LearnedStep(3), config("ptq", **PTQ | {"step_iterations": 300, "lr_step": 0.01})
+    act.begin(x)
+    best = act.scale.item()
+    with torch.no_grad():
+        act.scale.mul_(1.5)
+    ptq.reconstruct_steps(lambda x, modules: modules["act"](x), {"act": act}, {}, x, x, Run(cfg), Progress(disable=True))
+    assert act.scale.item() == pytest.approx(best, rel=0.1)
+
+
+def test_a_block_learns_on_what_the_quantized_ones_before_it_send(net, monkeypatch):
+    seen, learn, images = [], ptq.reconstruct_weights, torch.randn(64, 3, 16, 16)
+    monkeypatch.setattr(ptq, "reconstruct_weights", lambda *args: seen.append(args[3:5]) or learn(*args))
+    student = ptq.compress(net, images, config("ptq", **PTQ | {"ends_bits": 2, "weight_iterations": 10}))
+    full, modules = dict(fold_batchnorm(net).named_modules()), dict(student.named_modules())
+    first, second, *_ = find_blocks(student, net)
+    (x, target), expected = seen[0], first(images, full, False)
+    torch.testing.assert_close(x, first(images, modules, False))
+    torch.testing.assert_close(target, second(expected, full, False), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(x, expected)
+
+
 # what is quantized of tiny.Inverted, from the image to the last layer's input, and to how many bits
 BRECQ = {"stem.2": 8, "down.0.2": 4, "down.1.2": 4, "down.2": 4, "same.0.2": 4, "same.1.2": 4, "add": 4, "head.2": 8}
 LSQ = {"x": 8, "stem.2": 4, "down.0.2": 4, "down.1.2": 4, "down.3": 4, "same.0.2": 4, "same.1.2": 4, "add": 4, "mean": 8}
@@ -370,6 +424,30 @@ def test_the_short_recipe_learns_the_ranges_of_activations_and_clips_no_weight(n
         assert ((layer.quantized_weight() - layer.weight).abs() <= 0.5 * scale + 1e-6).all()
 
 
+@pytest.mark.parametrize("recipe", ["lsq", "short"])
+def test_matched_features_move_the_student(net, recipe):
+    images, flags = torch.randn(40, 3, 16, 16), QAT | {"qat_steps": 2, "qat_recipe": recipe}
+    weights = [qat.compress(net, images, config("qat", **flags, feature_weight=w)).conv1.weight for w in (0.0, 1.0)]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("task, flags, expected", [
+    ("kd", KD | {"kd_epochs": 5, "kd_iters": 1}, [0.1, 0.1, 0.01, 0.01, 0.001]),
+    ("qat", QAT | {"qat_steps": 4, "qat_lr": 2e-4}, [1e-4 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+])  # fmt: skip
+def test_rates_fall_as_in_the_papers(net, task, flags, expected):
+    rates = []
+
+    class Watching(Run):
+        def update(self, optimizer, loss):
+            rates.append(optimizer.param_groups[0]["lr"])
+            super().update(optimizer, loss)
+
+    cfg = config(task, **flags)
+    TASKS[task].compress(net, torch.randn(40, 3, 16, 16), cfg, Watching(cfg))
+    assert rates == pytest.approx(expected)
+
+
 def test_layers_with_a_forward_of_their_own_are_trained():
     net, images = strangers.make("LayersOfTheirOwn"), torch.randn(16, 3, 16, 16)
     student = qat.compress(net, images, config("qat", **QAT | {"qat_steps": 3}))
@@ -499,8 +577,16 @@ def test_unstructured_pruning_and_its_reconstruction(net):
     assert magnitude[kept].min() >= magnitude[~kept].max() and outputs[1] < 0.3 * outputs[0]
 
 
+def test_what_receives_fewer_channels_is_reconstructed():
+    torch.manual_seed(0)
+    net, images = trained(build("resnet20", 5, 16), steps=2), torch.randn(64, 3, 16, 16)
+    pruned = (prune(net, images, prune="structured", sparsity=0.25, no_refit=no_refit) for no_refit in (True, False))
+    errors = [(smaller(images) - net(images)).square().mean().item() for smaller in pruned]
+    assert errors[1] < 0.7 * errors[0]
+
+
 class InPlace(FunctionalNet):
-    """What comes behind its convolutions works in place."""
+    """What follows its convolutions works in place."""
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -589,6 +675,20 @@ def test_distillation_with_a_generator_and_with_images(net, images):
     assert not student.training and student.bn1.num_batches_tracked > 20
     assert ("loss_g" in run.history[-1]) == (images is None)
     assert run.history[-1]["loss_q"] < run.history[0]["loss_q"]
+
+
+def test_the_first_step_of_distillation_equals_one_computed_by_hand(net):
+    """With jittered images: the Kullback-Leibler divergence from the teacher to the student."""
+    images, cfg = torch.randn(40, 3, 16, 16), config("kd", **KD | {"kd_epochs": 1, "kd_iters": 1})
+    student = kd.compress(net, images, cfg)
+    torch.manual_seed(cfg.seed)
+    plain, x = kd.plan(net, cfg, Run(cfg)).train(), images[torch.randint(40, (20,))]
+    x = x.roll([torch.randint(-2, 3, ()).item() for _ in range(2)], (2, 3))
+    x = x.flip(3) if torch.rand(()) < 0.5 else x
+    p = net(x).softmax(1)
+    ((p * (p.log() - plain(x).log_softmax(1))).sum() / 20).backward()
+    for ours, w in zip(student.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, w - 0.1 * (w.grad + 5e-4 * w), atol=1e-6, rtol=1e-4)
 
 
 def test_a_method_adds_to_the_loss_of_the_generator(net):

@@ -9,6 +9,7 @@ learn from: neither so hard that it cannot follow (underfitting) nor so easy tha
 Where the equations are:
     entropy                 H_info(p_ds), p_ds = softmax(z_p - z_q)                 Eq. 1, 2
     normalised_entropy      H'_info(p_ds), by its smallest value within the batch   Eq. 3
+    compress                the game: each side against the other, by turns         Eq. 4
     loss_ds                 L_ds                                                    Eq. 6
     loss_as                 L_as, p_as = softmax(z_p + z_q)                         Eq. 7, 8
     margin_loss             the two hinges at lambda_l and lambda_u                 Eq. 10, 12
@@ -17,6 +18,7 @@ Where the equations are:
     student_loss            the student's side                                      Eq. 13
     game_figures            H', and the shares of the samples that are defined      Definitions 1, 2
     measured_gains          what an epoch of either side does to disagreement       Figure 3(a)
+    common.quant            the quantizer                                           Eq. 18
     similarity, analyze     L1 norms between p_ds; H' of samples, losses, images    Figures 1, 3(b), 4(b), 5, 6
 
     what                  paper                        released code                           here
@@ -36,6 +38,7 @@ Where the equations are:
     BatchNorms' eps       not given                    0.8 after convolutions                  0.8
     activation ranges     not said                     moving average that feeds its bias      plain moving average
                                                        correction back
+    epoch                 not said                     200 iterations                          --iters 200
     calibration           not said                     first 4 epochs                          --calibrate-epochs 4
     generator alone       not said                     4 epochs, on ImageNet 50, ResNet-50 at  --warmup-epochs
                                                        three bits 100

@@ -40,6 +40,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
       report it                                                                     for CIFAR-100, torchvision's for ImageNet
     real samples in          not said                   not released                half of each batch from which the
       Qimera's Table 1                                                              student learns
+    Mixup, CutMix in         not said                   not released                every batch from which the student
+      Qimera's Table 2                                                              learns; shares U(0, 1), see mix_images
     reported accuracy        not said                   best epoch on test images   last epoch (best also recorded)
 
 The text of the paper was not at hand: the column says what the papers that restate it give.

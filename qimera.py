@@ -48,11 +48,12 @@ Where the equations are:
                                                           its correction back
     ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
     generator alone            not given                  4 epochs, on ImageNet 50    --warmup-epochs
+    generator's Adam, beta1    not given                  0.5                         0.5, --beta1
     quantized                  all layers and             all layers, outputs of      --act-placement relu
                                activations                activation functions
-    quantizer                  Eq. 10: 2^(n-1) steps,     2^n - 1 steps, integer      as released
-                               ranges of channels         zero points, activations
-                                                          with one range
+    quantizer                  Eq. 10: 2^(n-1) steps      2^n - 1 steps, integer      as released
+                               (AdaDFQ cites it with      zero points, activations
+                               2^n - 1), channels' ranges with one range
     K and p                    varied in Table 4          by network and bits         as released; three bits as four,
                                                                                       other networks as CIFAR-10
     ZAQ's game (Table 3)       Eq. 11, 12 and rho only    not released; ZAQ's own is  --adversarial zaq (ZAQ's code) or

@@ -75,18 +75,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError
+from common import InputError, finetune
 from common.analysis import TrainedRun, plot_losses
 from common.bns import BatchNormStatistics
 from common.capture import OneForward
 from common.check import describe
 from common.cli import Described, Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
 from common.data import full_precision
-from common.distributed import whole as whole_batch
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
+from common.distributed import whole_batch
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import mix_images, upsample_conv
+from common.ops import kd_loss, upsample_conv
 from common.quant import quantize
 from common.report import draw_images, execute, print_rows
 from common.run import Run
@@ -238,9 +237,7 @@ def student_loss(z_p, z_q, y, cfg):
         return (1 - normalised_entropy(z_p, z_q, detach_least=True)).mean()
     if cfg.student_loss == "entropy-t":
         return -(temperature**2) * entropy(z_p, z_q, temperature).mean()
-    softened = [F.log_softmax(z / temperature, 1) for z in (z_p, z_q)]
-    kd = temperature**2 * (softened[0].exp() * (softened[0] - softened[1])).mean()  # over batch and classes, as released
-    return F.cross_entropy(z_q, y) + kd
+    return F.cross_entropy(z_q, y) + kd_loss(z_q, z_p, temperature, "mean")  # GDFQ's, as released
 
 
 @torch.no_grad()
@@ -299,13 +296,13 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = set_ranges(student, cfg.act_ranges)
-    student_logits = OneForward(run, student, same_images=cfg.mix == "none")
-    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
+    student = finetune.set_ranges(student, cfg.act_ranges)
+    shared = OneForward(run, student, same_images=cfg.mix == "none")
+    stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
-    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
@@ -313,26 +310,24 @@ def compress(teacher, cfg, run=None):
     def generator_step():
         y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
         x = synthesize(y)
-        z_p, z_q = run.compute(teacher, x), student_logits.for_generator(x)
+        z_p, z_q = run.compute(teacher, x), shared.for_generator(x)
         bns = stats.loss(cfg.bns_form)
         if not real:
             loss = generator_loss(z_p, z_q, y, bns, cfg)
             if loss.requires_grad:
-                student_logits.update_generator(optim_g, loss)
+                shared.update_generator(optim_g, loss)
             run.log(loss_g=loss, bns=bns)
         run.log(**game_figures(z_p.detach(), z_q.detach(), y))
         return x.detach(), z_p.detach(), y
 
     def student_step(x, z_p, y):
-        if cfg.mix != "none":
-            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
-            z_p = run.compute(teacher, x)
-        loss = features.added_to(student_loss(z_p, student_logits.for_student(x), y, cfg))
+        x, z_p, y = finetune.mixed(run, teacher, x, z_p, y)
+        loss = features.added_to(student_loss(z_p, shared.for_student(x), y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
 
     def iteration(calibrating, tuning):  # arguments, because a captured step is made anew for each combination
-        student_logits.begin(calibrating, tuning)
+        shared.begin(calibrating, tuning)
         batch = generator_step()
         if tuning:
             student_step(*batch)
@@ -340,11 +335,11 @@ def compress(teacher, cfg, run=None):
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
-    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
         with measured_gains(run, teacher, student) if tuning and not calibrating else nullcontext():
             for _ in run.steps():
                 step(calibrating, tuning)
-    return keep_ranges(student)
+    return finetune.keep_ranges(student)
 
 
 def similarity(z_p, z_q):
@@ -363,7 +358,8 @@ def analyze(cfg, samples=3200, batch=16, each=10):
     """
     run = TrainedRun(cfg)
     y = torch.randint(run.cfg.num_classes, (samples,))
-    batches = list(zip(*(values.split(batch) for values in (*run.logits(run.images(y)), y))))
+    z_p, z_q = run.logits(run.images(y))
+    batches = list(zip(z_p.split(batch), z_q.split(batch), y.split(batch)))
     h = torch.cat([normalised_entropy(z_p, z_q) for z_p, z_q, _ in batches])
     figures = [game_figures(*part) for part in batches]
     result = {name: torch.stack([f[name] for f in figures]).mean().item() for name in figures[0]}
@@ -412,7 +408,7 @@ IMAGENET = {  # 5 bits stand for more
     ("resnet50", 5): Settings(50, 1e-4, (350, 400), 0.2, 0.3),
 }
 
-SHORT = short_schedule(gamma=10.0)
+SHORT = finetune.short_schedule(gamma=10.0)
 
 
 def parser():
@@ -454,11 +450,12 @@ def parser():
     p.without_effect("--no-ds and --no-as", "--beta")
     p.without_effect("--no-margin", "--lambda-l --lambda-u")
     p.without_effect("--no-bns", "--gamma --bns-form")
+    p.without_effect("--no-ds and --no-as and --no-margin and --no-bns", "--lr-g --beta1")
     terms = "--alpha-ds --alpha-as --beta --gamma --lambda-l --lambda-u --no-ds --no-as --no-margin --no-bns"
     p.without_effect("--generator-loss gdfq", terms)
     p.without_effect("--data-source real", "--generator-loss", terms)
     p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-loss --temperature")
-    add_flags(p, SHORT)
+    finetune.add_flags(p, SHORT)
     p.add_analysis("Figures 1, 3(b), 4(b), 5 and 6")
     return p
 

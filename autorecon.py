@@ -71,7 +71,6 @@ bits in the short schedule it is no better than random draws, and GDFQ's is bett
 other weights of the losses.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -82,20 +81,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, genotypes
+from common import InputError, finetune, genotypes
 from common.bns import BatchNormStatistics
 from common.check import describe
-from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
+from common.cli import Parser, altered, check_image_size, checked_schedule, friendly_errors, number, whole
 from common.generators import HumanDesigned
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
-from common.ops import count_flops, kd_loss, mix_images, plain_forms, superpose, weighted_operation
+from common.ops import count_flops, kd_loss, plain_forms, superpose, weighted_operation
 from common.quant import quantize
 from common.report import execute
 from common.run import Run, pick_device, write_atomically
 
-FILES = ("genotype.json", "genotype.svg", "search")  # beside those of any run
 BN_EPS = 0.8  # of all BatchNorms but that of the images, in all published generators
 
 
@@ -122,7 +119,7 @@ def _macro_architecture():
 
 
 EDGES = _macro_architecture()  # 6 up, 15 normal, 12 cross
-INTO = {edge.target: [name for name in EDGES if name.endswith(edge.target)] for edge in EDGES.values()}
+INTO = {edge.target: [name for name, other in EDGES.items() if other.target == edge.target] for edge in EDGES.values()}
 
 
 # ------------------------------------------------------------------------------------------------------------ generator
@@ -328,10 +325,10 @@ def search(teacher, cfg, folder=None):
         The genotype, dict of edge -> operation, and how many seconds the steps took.
     """
     hard = cfg.search_mode == "hard"
-    schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
     eager = hard or cfg.capture == "none" or pick_device(cfg.device).type == "cpu"  # hard mode's path is decided on the host
+    schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
     capture = "none" if eager else "cudagraph"
-    run = Run(argparse.Namespace(**vars(cfg) | schedule | {"capture": capture}), folder)
+    run = Run(altered(cfg, **schedule, capture=capture), folder)
     teacher, _ = run.adopt(teacher)
     supernet = run.place(build_generator(None, cfg, input_channels(teacher)))
     architecture = Architecture(cfg.gumbel, hard).to(run.device)
@@ -416,16 +413,17 @@ def compress(teacher, cfg, run=None):
         run.record(student="distilled")
     else:
         student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-        student = set_ranges(student, cfg.act_ranges)
+        student = finetune.set_ranges(student, cfg.act_ranges)
     real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # stage 2 draws the same numbers whether the genotype was searched or given
-    features = MatchedFeatures(teacher, student, cfg.feature_weight)
-    unwatched = copy.deepcopy(teacher) if cfg.student_steps > 1 else None  # for images that need no BatchNorm statistics
+    features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
+    # for images that need no BatchNorm statistics: copied with the hooks of `features`, and before `stats` adds its own
+    unwatched = copy.deepcopy(teacher) if cfg.student_steps > 1 else None
     stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
-    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
+    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
@@ -440,9 +438,7 @@ def compress(teacher, cfg, run=None):
         return x.detach(), logits.detach(), y
 
     def student_step(x, teacher_logits, y):
-        if cfg.mix != "none":
-            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
-            teacher_logits = run.compute(teacher, x)
+        x, teacher_logits, y = finetune.mixed(run, teacher, x, teacher_logits, y)
         loss = features.added_to(compression_loss(run.compute(student, x), teacher_logits, y, cfg))
         run.update(optim_q, loss)
         run.log(loss_q=loss)
@@ -466,11 +462,11 @@ def compress(teacher, cfg, run=None):
     run.announce(f"distilling into {cfg.student_arch}" if distilling else describe(student))
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
-    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
         student.train(distilling)  # a quantized network keeps the BatchNorm statistics it has
         for _ in run.steps():
             step(calibrating, tuning)
-    return keep_ranges(student)
+    return finetune.keep_ranges(student)
 
 
 # ---------------------------------------------------------------------------------------------------------- genotypes
@@ -484,7 +480,8 @@ def read_genotype(name, seed=0, flag="--genotype"):
     if name == "random":
         source = torch.Generator().manual_seed(seed)
         return derive({n: torch.rand(len(CANDIDATES[edge.kind]), generator=source) for n, edge in EDGES.items()})
-    return genotypes.read(name, EDGES, CANDIDATES, flag)
+    others = ("search", "random", *CONTROLS) if flag == "--genotype" else ("random",)
+    return genotypes.read(name, EDGES, CANDIDATES, flag, others)
 
 
 def generator_cost(genotype, cfg, channels):
@@ -496,7 +493,7 @@ def generator_cost(genotype, cfg, channels):
 
 
 def find_genotype(teacher, cfg, run):
-    """The genotype to compress with, searched for or read; the run's folder gets it, and what its generator costs."""
+    """The genotype to compress with, searched for or read; the run's folder gets it."""
     channels = input_channels(teacher)
     check_image_size(cfg, multiple=4 if cfg.genotype in CONTROLS else 8)
     run.start()
@@ -505,8 +502,13 @@ def find_genotype(teacher, cfg, run):
         run.record(search_seconds=round(seconds, 1))
     else:
         genotype = read_genotype(cfg.genotype, cfg.seed)
-    if run.folder is None:
-        return genotype
+    if run.folder is not None:
+        leave_genotype(genotype, cfg, channels, run)
+    return genotype
+
+
+def leave_genotype(genotype, cfg, channels, run):
+    """Write the genotype and its drawing into the run's folder, and record what its generator and GDFQ's cost."""
     for name, which, title in (("generator", genotype, "generator"), ("gdfq", "gdfq", "GDFQ's at this scale")):
         parameters, flops = generator_cost(which, cfg, channels)
         run.record(**{f"{name}_parameters": parameters, f"{name}_flops": flops})
@@ -517,14 +519,13 @@ def find_genotype(teacher, cfg, run):
         run.announce(f"genotype: {short}")
         write_atomically(run.folder / "genotype.json", json.dumps({"edges": genotype}, indent=1) + "\n")
         write_atomically(run.folder / "genotype.svg", genotypes.draw(genotype, EDGES))
-    return genotype
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
 SHORT = {"genotype": "published:resnet20-cifar10"}
-SHORT |= short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
+SHORT |= finetune.short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
 
 
 def parser():
@@ -576,7 +577,7 @@ def parser():
     p.without_effect("--search-only", "--export --generator-loss", quantizer, learning, stage2)
     p.without_effect("--task kd", quantizer, losses, "--no-finetune --schedule --act-ranges --feature-weight")
     p.without_effect("--no-finetune", learning)
-    add_flags(p, SHORT)
+    finetune.add_flags(p, SHORT)
     return p
 
 
@@ -613,10 +614,10 @@ def show_search(result, run):
 
 def main(argv=None):
     with friendly_errors("autorecon.py"):
-        cfg = parse_args(argv)
+        cfg, files = parse_args(argv), ("genotype.json", "genotype.svg", "search")
         if cfg.search_only:
-            return execute(cfg, find_genotype, finish_search, show_search, files=FILES)
-        return execute(cfg, compress, files=FILES, short=SHORT if cfg.task == "quantize" else None)
+            return execute(cfg, find_genotype, finish_search, show_search, files=files)
+        return execute(cfg, compress, files=files, short=SHORT if cfg.task == "quantize" else None)
 
 
 if __name__ == "__main__":

@@ -56,21 +56,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError
+from common import InputError, finetune
 from common.bns import BatchNormStatistics
 from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
-from common.data import TestSet, evaluation_batch, full_precision
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
+from common.data import HALF_REAL, evaluation_batch, full_precision, in_memory
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import kd_loss, mix_images, upsample_conv
+from common.ops import kd_loss, upsample_conv
 from common.quant import quantize
 from common.report import execute
 from common.run import Run
 
 BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
-HALF_REAL = ("confusing", "unconfusing")  # values of --data-source
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -174,13 +172,13 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = set_ranges(student, cfg.act_ranges)
+    student = finetune.set_ranges(student, cfg.act_ranges)
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
-    stats, features = BatchNormStatistics(teacher), MatchedFeatures(teacher, student, cfg.feature_weight)
+    stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
-    optim_g = torch.optim.Adam([{"params": [*generator.parameters()]}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
     train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):
@@ -196,17 +194,11 @@ def compress(teacher, cfg, run=None):
             run.log(loss_g=loss, bns=bns)
         return x.detach(), logits.detach(), y
 
-    def as_control(x, y):
-        """A batch for the controls of Qimera's Tables 1 and 2: half of it real, or mixed."""
-        if added:
-            x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
-        if cfg.mix != "none":
-            x, y = mix_images(x, F.one_hot(y, cfg.num_classes).to(x.dtype), cfg.mix)
-        return x, run.compute(teacher, x), y
-
     def student_step(x, teacher_logits, y):
-        if added or cfg.mix != "none":
-            x, teacher_logits, y = as_control(x, y)
+        if added:  # half of the batch is real (Table 1 of Qimera)
+            x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
+            teacher_logits = run.compute(teacher, x)
+        x, teacher_logits, y = finetune.mixed(run, teacher, x, teacher_logits, y)
         logits = run.compute(student, x)
         loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
@@ -223,11 +215,11 @@ def compress(teacher, cfg, run=None):
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
-    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
         student.train(tuning and cfg.no_fixed_bns)  # by default the BatchNorms keep the teacher's statistics
         for _ in run.steps():
             step(calibrating, tuning)
-    return keep_ranges(student)
+    return finetune.keep_ranges(student)
 
 
 # -------------------------------------------------------------------------------- a control of Qimera's Table 1
@@ -243,8 +235,7 @@ def select_real(teacher, cfg, device):
         InputError: a class has fewer.
     """
     images, labels = training_set(cfg)
-    size = evaluation_batch(device, cfg.image_size)
-    batches = TestSet(zip(images.split(size), labels.split(size)), len(labels), "", (cfg.mean, cfg.std), device)
+    batches = in_memory(images, labels, "", (cfg.mean, cfg.std), device, evaluation_batch(device, cfg.image_size))
     confidence = torch.cat([teacher(x).softmax(1).amax(1).cpu() for x, _ in batches])
     wanted = (confidence < cfg.confusing_below) == (cfg.data_source == "confusing")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(cfg.seed))
@@ -264,7 +255,7 @@ def select_real(teacher, cfg, device):
 # -------------------------------------------------------------------------------------------- command line
 
 
-SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
+SHORT = finetune.short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)
 
 
 def parser():
@@ -304,7 +295,7 @@ def parser():
     p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce --no-fixed-bns")
     p.without_effect("--no-kd and --no-student-ce and --feature-weight 0.0", learning, "--no-fixed-bns")
     p.without_effect("--no-ce and --no-bns", "--lr-g --beta1")
-    add_flags(p, SHORT)
+    finetune.add_flags(p, SHORT)
     return p
 
 

@@ -72,117 +72,16 @@ from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from common import InputError, distributed, synthesis, tasks
-from common.bns import BatchNormStatistics
 from common.capture import compiled
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
-from common.models import SMALL_IMAGE, input_channels, load_teacher, probe
+from common.models import SMALL_IMAGE, input_channels
 from common.ops import box_mix
-from common.report import alone, arithmetic, execute, per_channel
+from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
-from common.trace import memory_layout
-
-ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitation is in RegNetY and MobileNetV3
-    "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
-    "regnet_y_1_6gf mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 vgg11_bn vgg16_bn densenet121 "
-    "densenet169 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5".split(),
-    "cifar100": "resnet20 resnet56 vgg11_bn vgg16_bn shufflenet_v2_x0_5 shufflenet_v2_x1_0".split(),
-}
-HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
-RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what the table above has, and KW's two weights
-    "--batch-size": (256, 32, whole(1), "number of images that are optimised together"),
-    "--iterations": (2000, 5000, whole(0), "number of steps per batch"),
-    "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
-    "--beta1": (0.9, 0.5, number(0, 0.9999), "beta1 of Adam"),
-    "--beta2": (0.999, 0.9, number(0, 0.9999), "beta2 of Adam"),
-    "--ce-weight": (1.0, 1.0, number(0), "lambda_1, weight of the cross-entropy"),
-    "--bn-weight": (1.0, 0.01, number(0), "lambda_2, weight of L_BN"),
-    "--first-bn": (1.0, 10.0, number(0), "factor of the first BatchNorm's term in L_BN"),
-    "--tv-weight": (2.5e-5, 1e-4, number(0), "weight of the total variation, a part of lambda_3"),
-    "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm, the other part of lambda_3"),
-    "--kl-weight": (100.0, 100.0, number(0), "--data-source kw: lambda_2, weight of the Kullback-Leibler divergence"),
-    "--blur-weight": (10.0, 10.0, number(0), "--data-source kw: lambda_3, weight of the squared distance to blurred images"),
-    "--jitter": (2, 30, whole(0), "shift the images by up to this many pixels in every step"),
-    "--flip": (False, True, None, "mirror the images in half of the steps"),
-    "--clip": (False, True, None, "keep pixels in the range of images"),
-}
-
-
-# ------------------------------------------------------------------------------------------------------------ the zoo
-
-
-class ZooModel(nn.Module):
-    """A trained network that takes the zoo's images and converts them to the normalisation that it was trained with.
-
-    Args:
-        name: as in --zoo.
-        model: the network, which is frozen.
-        normalisation, shared: (mean, std) that it was trained with, and those of the images.
-        layout: the memory layout in which it is computed.
-    """
-
-    def __init__(self, name, model, normalisation, shared, layout=torch.channels_last):
-        super().__init__()
-        self.name, self.model, self.layout = name, model.eval().requires_grad_(False), layout
-        self.stats = BatchNormStatistics(model)
-        (own_mean, own_std), (mean, std) = as_tensors(normalisation), as_tensors(shared)
-        self.same = normalisation == shared
-        self.depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
-        self.register_buffer("scale", std / own_std)
-        self.register_buffer("shift", (mean - own_mean) / own_std)
-
-    def forward(self, x):
-        """Logits (B, C) of images (B, channels, H, W)."""
-        return self.model(x if self.same else x * self.scale + self.shift)
-
-    def place(self, device):
-        """The model on a device, in its memory layout."""
-        return self.to(device, memory_format=self.layout)
-
-
-def load_zoo(names, cfg, shared=None):
-    """Networks by name: architectures, "arch=weights" or "package.module:factory".
-
-    Returns:
-        A list of `ZooModel`, and (mean, std) of the images: `shared`, by default those of the first network.
-
-    Raises:
-        InputError: a network that cannot be loaded, or does not fit the others; it is named.
-    """
-    zoo = []
-    for name in names:
-        own = alone(cfg, name)
-        try:
-            model, normalisation, _ = load_teacher(own.arch, cfg.dataset, cfg.num_classes, cfg.image_size, own.weights)
-            layout = memory_layout(model, probe(model, cfg.num_classes, cfg.image_size))
-            channels = input_channels(model)
-            shared = shared or tuple(per_channel(cfg, normalisation, channels))
-            normalisation = tuple(per_channel(own, normalisation, channels))
-            if len(shared[0]) != channels:
-                raise InputError(f"it takes images of {channels} channels and the others of {len(shared[0])}")
-            zoo.append(ZooModel(name, model, normalisation, shared, layout))
-        except InputError as error:
-            raise InputError(f"zoo model {name}: {error}") from None
-    return zoo, shared
-
-
-def default_zoo(cfg):
-    """Names of the networks of --zoo where it is not given: the bundled ones for CIFAR-10."""
-    bundled = [path.stem.removesuffix(f"_{cfg.dataset}") for path in sorted(ASSETS.glob(f"*_{cfg.dataset}.pt"))]
-    return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
-
-
-def load_source(cfg):
-    """The networks that --data-source inverts, or that normalise its images; --mean and --std are filled in."""
-    own = cfg.arch if cfg.weights is None else f"{cfg.arch}={cfg.weights}"
-    zoo, (cfg.mean, cfg.std) = load_zoo(cfg.zoo if cfg.data_source == "mixmix" else [own], cfg)
-    if cfg.zoo_sample > len(zoo):
-        names = ", ".join(model.name for model in zoo)
-        raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
-    return zoo
-
+from common.zoo import ZooModel, load_zoo
 
 # ---------------------------------------------------------------------------------------------------------- equations
 
@@ -190,7 +89,7 @@ def load_source(cfg):
 def bn_loss(model, first=1.0, form="norm"):
     """L_BN, Eq. 2: L2 distances of the statistics of what a `ZooModel` has just seen from the stored ones, summed over its
     layers; the first layer's part `first` times (DeepInversion). KW has `form` "kl", see common/bns.py."""
-    return model.stats.loss(form, first)  # Eq. 2
+    return model.stats.loss(form, first)
 
 
 def logits_and_bn(model, x, cfg, autocast):
@@ -205,7 +104,7 @@ def logits_and_bn(model, x, cfg, autocast):
 def compiled_look(run):
     """`logits_and_bn` for --capture compile: compiled once for each network and size, in whichever batch it comes first."""
     run.announce("compiling the networks: the first iteration of each takes a minute or two")
-    return torch._dynamo.config.patch(cache_size_limit=256)(compiled(logits_and_bn))  # without it, eight
+    return compiled(logits_and_bn, variants=256)
 
 
 def image_prior(x):
@@ -422,6 +321,48 @@ def make_and_compress(teacher, cfg, run):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitation is in RegNetY and MobileNetV3
+    "imagenet": "resnet34 resnet50 resnet101 resnext50_32x4d wide_resnet50_2 regnet_x_400mf regnet_x_1_6gf regnet_y_400mf "
+    "regnet_y_1_6gf mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 vgg11_bn vgg16_bn densenet121 "
+    "densenet169 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5".split(),
+    "cifar100": "resnet20 resnet56 vgg11_bn vgg16_bn shufflenet_v2_x0_5 shufflenet_v2_x1_0".split(),
+}
+HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
+RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what the table above has, and KW's two weights
+    "--batch-size": (256, 32, whole(1), "number of images that are optimised together"),
+    "--iterations": (2000, 5000, whole(0), "number of steps per batch"),
+    "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
+    "--beta1": (0.9, 0.5, number(0, 0.9999), "beta1 of Adam"),
+    "--beta2": (0.999, 0.9, number(0, 0.9999), "beta2 of Adam"),
+    "--ce-weight": (1.0, 1.0, number(0), "lambda_1, weight of the cross-entropy"),
+    "--bn-weight": (1.0, 0.01, number(0), "lambda_2, weight of L_BN"),
+    "--first-bn": (1.0, 10.0, number(0), "factor of the first BatchNorm's term in L_BN"),
+    "--tv-weight": (2.5e-5, 1e-4, number(0), "weight of the total variation, a part of lambda_3"),
+    "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm, the other part of lambda_3"),
+    "--kl-weight": (100.0, 100.0, number(0), "--data-source kw: lambda_2, weight of the Kullback-Leibler divergence"),
+    "--blur-weight": (10.0, 10.0, number(0), "--data-source kw: lambda_3, weight of the squared distance to blurred images"),
+    "--jitter": (2, 30, whole(0), "shift the images by up to this many pixels in every step"),
+    "--flip": (False, True, None, "mirror the images in half of the steps"),
+    "--clip": (False, True, None, "keep pixels in the range of images"),
+}
+
+
+def default_zoo(cfg):
+    """Names of the networks of --zoo where it is not given: the bundled ones for CIFAR-10."""
+    bundled = [path.stem.removesuffix(f"_{cfg.dataset}") for path in sorted(ASSETS.glob(f"*_{cfg.dataset}.pt"))]
+    return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
+
+
+def load_source(cfg):
+    """The networks that --data-source inverts, or that normalise its images; --mean and --std are filled in."""
+    own = cfg.arch if cfg.weights is None else f"{cfg.arch}={cfg.weights}"
+    zoo, (cfg.mean, cfg.std) = load_zoo(cfg.zoo if cfg.data_source == "mixmix" else [own], cfg)
+    if cfg.zoo_sample > len(zoo):
+        names = ", ".join(model.name for model in zoo)
+        raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
+    return zoo
+
+
 def parser():
     p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune", "kd"))
     add = p.add_argument_group("MixMix").add_argument
@@ -546,8 +487,7 @@ def main(argv=None):
         if cfg.task in TASKS:
             return execute(cfg, make_and_compress, files=("grid.png", "parts", "images"))
         make_set = functools.partial(synthesis.synthesize, load=load_source, make=invert)
-        judge = functools.partial(evaluate.evaluate, load=load_zoo)
-        other = {"synth": make_set, "evaluate": judge, "transfer": transfer.transfer}
+        other = {"synth": make_set, "evaluate": evaluate.evaluate, "transfer": transfer.transfer}
         return check_networks(cfg) if cfg.check else other[cfg.task](cfg)
 
 

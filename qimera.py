@@ -75,16 +75,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError
+from common import InputError, finetune
 from common.bns import BatchNormStatistics
 from common.boundaries import analyze
 from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.distributed import whole_moments
-from common.finetune import MatchedFeatures, add_flags, keep_ranges, phases, set_ranges, short_schedule, student_optimizer
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels
-from common.ops import kd_loss, mix_images, soft_labels, superpose, upsample_conv
+from common.ops import kd_loss, soft_labels, superpose, upsample_conv
 from common.quant import quantize
 from common.report import execute
 from common.run import Run
@@ -120,14 +119,14 @@ class ConditionalBatchNorm(nn.Module):
 class Generator(nn.Module):
     """The body of the generator; for large images its BatchNorms are conditional (Sec. 5.1).
 
-    `latent_dim` is d, `num_classes` C, `image_size` the side of the images, a multiple of 4, `channels` theirs.
+    `in_features` is d, `num_classes` C, `image_size` the side of the images, a multiple of 4, `channels` theirs.
     """
 
-    def __init__(self, latent_dim, num_classes, image_size=32, channels=3):
+    def __init__(self, in_features, num_classes, image_size=32, channels=3):
         super().__init__()
         norm = BatchNorm if image_size <= SMALL_IMAGE else partial(ConditionalBatchNorm, num_classes)
         self.side = image_size // 4
-        self.linear = nn.Linear(latent_dim, 128 * self.side**2)
+        self.linear = nn.Linear(in_features, 128 * self.side**2)
         self.bn0 = norm(128)
         self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
         self.bn1 = norm(128, eps=BN_EPS)
@@ -241,8 +240,10 @@ class ReleasedLatent(Latent):
 
 
 def standardise(x, dims):
+    """x (B, ..., d) less its mean, over its standard deviation: each sample's own (-1), or those of the batch (0, -1)."""
     variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    mean, variance = (mean, variance) if dims == -1 else whole_moments(mean, variance)
+    if dims != -1:
+        mean, variance = whole_moments(mean, variance)  # other processes may have rows of the batch
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 
@@ -364,7 +365,7 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = set_ranges(student, cfg.act_ranges)
+    student = finetune.set_ranges(student, cfg.act_ranges)
     real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None
@@ -372,10 +373,9 @@ def compress(teacher, cfg, run=None):
         teacher = maps.teacher
     else:
         stats = BatchNormStatistics(teacher)
-    features = MatchedFeatures(teacher, student, cfg.feature_weight)
-    trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
-    optim_g = torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=run.fused)
-    optim_q = student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
+    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
@@ -399,9 +399,7 @@ def compress(teacher, cfg, run=None):
         run.log(loss_g=loss)
 
     def student_step(x, teacher_logits, soft):
-        if cfg.mix != "none":
-            x, soft = mix_images(x, soft, cfg.mix)
-            teacher_logits = run.compute(teacher, x)
+        x, teacher_logits, soft = finetune.mixed(run, teacher, x, teacher_logits, soft)
         student_logits = run.compute(student, x)
         if maps:
             _, loss = zaq_losses(teacher_logits, student_logits, maps.stages(), soft, cfg)
@@ -427,11 +425,11 @@ def compress(teacher, cfg, run=None):
     run.announce(describe(student))
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
-    for calibrating, tuning in phases(run, student, generator, synthesize, optim_g, optim_q):
+    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
         student.train(cfg.adversarial == "zaq")  # whose code trains its BatchNorm statistics, too
         for _ in run.steps():
             step(calibrating, tuning)
-    return keep_ranges(student)
+    return finetune.keep_ranges(student)
 
 
 RELEASED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
@@ -442,7 +440,7 @@ RELEASED = {  # p, K at up to four bits and from five on, and whether the releas
     "mobilenet_v2": (0.4, 100, 100, False),
 }
 
-SHORT = short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
+SHORT = finetune.short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
 
 
 def parser():
@@ -482,8 +480,8 @@ def parser():
     add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
     add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
-    discovered = "qimera, or autorecon:GENOTYPE, where GENOTYPE is as for autorecon.py --genotype (Table 3)"
-    add("--generator", default="qimera", help=discovered)
+    generators = "qimera, or autorecon:GENOTYPE, where GENOTYPE is as for autorecon.py --genotype (Table 3)"
+    add("--generator", default="qimera", help=generators)
     game = "train adversarially as ZAQ (Table 3): by its released code (zaq), or by Eq. 11 and 12 as printed (zaq-paper)"
     add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py compares them")
     weight = {"type": number(0, 1e6)}
@@ -500,7 +498,7 @@ def parser():
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", latent, "--cbn --generator --adversarial")
     p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-steps", distilling)
-    add_flags(p, SHORT)
+    finetune.add_flags(p, SHORT)
     p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p
 

@@ -92,7 +92,10 @@ class Calls(TorchFunctionMode):
         self.found, self.hooks, self.stack = [], [], [("", None)]
         for name, module in model.named_modules():
             self.hooks.append(module.register_forward_pre_hook(lambda m, _, name=name: self.stack.append((name, m))))
-            self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True))
+            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _leave(self, *_):
+        self.stack.pop()  # returns None: anything else would take the place of the module's output
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.found.append((function, *self.stack[-1]))

@@ -101,7 +101,10 @@ class TrainedRun:
     @cached_property
     def _entering(self):
         """What the last pass has sent into the teacher's last layer, by the name "features"."""
-        seen, layer = {}, self.teacher.get_submodule(last_layer(self.teacher, self.example)[0])
+        try:
+            seen, layer = {}, self.teacher.get_submodule(last_layer(self.teacher, self.example)[0])
+        except InputError as error:
+            raise InputError(f"--analyze {self.folder}: {error}; analyse a run of a network with such a layer") from None
         layer.register_forward_pre_hook(lambda _, args: seen.update(features=args[0].flatten(1)))
         return seen
 

@@ -93,13 +93,15 @@ def pick_capture(name, device, steps, worth=WORTH_COMPILING):
     return "compile" if device.type == "cpu" and steps >= worth and compiler() else "none"
 
 
-def compiled(step):
-    """`step` through torch.compile, with static shapes. It draws the random numbers that the eager step would draw.
+def compiled(step, variants=None):
+    """`step` through torch.compile, with static shapes. It draws the random numbers that the eager step would draw. `variants`
+    is how many compiled forms of it are kept, for other arguments or shapes (default: PyTorch's eight).
 
     Each phase of a run (calibrating or not, tuning or not) is compiled at its first step and not again; functions under
     `torch.compiler.disable`, such as the optimizers' steps with their changing learning rates, stay as they are.
     """
-    return torch._functorch.config.patch(PARTITIONER)(torch.compile(step, dynamic=False, **COMPILER))
+    step = torch._functorch.config.patch(PARTITIONER)(torch.compile(step, dynamic=False, **COMPILER))
+    return step if variants is None else torch._dynamo.config.patch(cache_size_limit=variants)(step)  # torch 2.6's name
 
 
 class GraphedStep:

@@ -1,6 +1,7 @@
 """Checkpoints, of which a run keeps the last two, and the lock of its folder."""
 
 import fcntl
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -71,4 +72,5 @@ def lock(path, part=None):
 
 def share(file):
     """Leave all of a lock but the first part to other processes."""
-    fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
+    with suppress(OSError):  # a file system without locks
+        fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)

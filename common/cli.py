@@ -284,8 +284,7 @@ class Parser(argparse.ArgumentParser):
             flag, _, value = setting.partition(" ")
             action = self._option_string_actions[flag]
             found = getattr(args, action.dest)
-            turned_off = isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
-            return found is False if turned_off else str(found) == value if value else found != action.default
+            return str(found) == value if value else found != action.default
 
         for setting, flags in self.idle:
             if all(map(holds, setting.split(" and "))):
@@ -357,12 +356,17 @@ def checked_schedule(cfg):
     return cfg
 
 
+def altered(cfg, **settings):
+    """A copy of the arguments with some of them set otherwise."""
+    return argparse.Namespace(**(vars(cfg) | settings))
+
+
 def check_image_size(cfg, multiple):
     """Raise an InputError where a generator whose first map is --image-size / `multiple` pixels wide cannot be trained."""
     if cfg.data_source == "real":
         return  # no generator
     if cfg.image_size % multiple:
-        below = cfg.image_size // multiple * multiple
+        below = max(cfg.image_size // multiple, 1) * multiple
         possible = f"makes images of multiples of {multiple} pixels, such as {below} or {below + multiple}"
         raise InputError(f"--image-size is {cfg.image_size} and the generator {possible}; give another network or size")
     if cfg.batch_size * cfg.image_size == multiple:

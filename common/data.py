@@ -33,7 +33,8 @@ NORMALISATION = {
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("val", "test")  # folders that hold test images
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
-FROM_TRAINING_SET = ("real", "confusing", "unconfusing")  # values of --data-source that read real training images
+HALF_REAL = ("confusing", "unconfusing")  # values of --data-source: half of each batch is real
+FROM_TRAINING_SET = ("real", *HALF_REAL)  # those that read real training images
 MOST_REAL = 50_000  # of them; as many as CIFAR has, and 7.5 GB of ImageNet's
 
 
@@ -167,6 +168,11 @@ def load_test_set(
         own_generator = torch.Generator()  # else each pass would draw from the run's random numbers
         loader = DataLoader(folder, batch_size, num_workers=workers, pin_memory=on_gpu, generator=own_generator)
         return TestSet(loader, len(folder), str(folder.root), normalisation, device)
+    return in_memory(images, labels, name, normalisation, device, batch_size)
+
+
+def in_memory(images, labels, name, normalisation, device, batch_size):
+    """A `TestSet` of images (N, C, H, W) uint8 and labels (N,) int64."""
     batches = list(zip(images.split(batch_size), labels.split(batch_size)))
     return TestSet(batches, len(labels), name, normalisation, device)
 

@@ -194,7 +194,7 @@ class _Whole(torch.autograd.Function):
         return own(add_up(grad.clone(memory_format=torch.contiguous_format)))
 
 
-def whole(x):
+def whole_batch(x):
     """The rows of the whole batch (B, ...), of which this process has x (B / N, ...), floating point; with a graph to all."""
     return _Whole.apply(x) if sharing else x
 
@@ -208,14 +208,14 @@ def whole_moments(mean, variance):
     """Mean and biased variance over the whole batch from those over this process's part, tensors of one shape."""
     if not sharing:
         return mean, variance
-    means, variances = whole(torch.stack([mean, variance])[None]).unbind(1)
+    means, variances = whole_batch(torch.stack([mean, variance])[None]).unbind(1)
     mean = means.mean(0)
     return mean, (variances + (means - mean).square()).mean(0)
 
 
 def whole_extremes(low, high):
     """Extremes of the whole batch from those of this process's part, scalars."""
-    return (whole(low[None]).amin(), whole(high[None]).amax()) if sharing else (low, high)
+    return (whole_batch(low[None]).amin(), whole_batch(high[None]).amax()) if sharing else (low, high)
 
 
 def sample(values, count):

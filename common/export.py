@@ -192,8 +192,8 @@ def load_quantized(path, model=None):
         state |= {f"{name}.{key}": stored[key] for key in ("low", "high", "scale", "zero_point")}
         state[f"{name}.seen"] = torch.tensor(True)
     expected = {key for key in student.state_dict() if not key.endswith("num_batches_tracked")}
-    odd = sorted(expected ^ set(state)) or [name for name in expected if shapes[name] != state[name].shape]
-    if odd or set(activations) != set(content["activations"]):
+    odd = sorted(expected ^ set(state)) or sorted(set(activations) ^ set(content["activations"]))
+    if odd := odd or [name for name in expected if shapes[name] != state[name].shape]:
         raise InputError(
             f"'{path}' was made from another architecture than the one given (they differ in '{odd[0]}'); give that"
         )

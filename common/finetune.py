@@ -21,7 +21,8 @@ from torch import fx, nn
 from common import InputError, distributed
 from common.cli import number, one_of
 from common.learned import LearnedStep, learned_step, learned_steps, scaled_gradient, search_parameters
-from common.quant import QuantAct, observe, quantized_activations
+from common.ops import mix_images
+from common.quant import QuantAct, quantized_activations, set_observing
 from common.trace import works_in_place
 
 SAMPLE = 2048  # values of a batch that a search looks at
@@ -153,6 +154,21 @@ class MatchedFeatures:
         return loss + self.weight * self.distance() if self.weight else loss
 
 
+def mixed(run, teacher, x, teacher_logits, y):
+    """A batch as --mix has it: images (B, ...), the teacher's logits (B, C), labels (B,) or their probabilities (B, C)."""
+    if run.cfg.mix == "none":
+        return x, teacher_logits, y
+    soft = F.one_hot(y, run.cfg.num_classes).to(x.dtype) if y.ndim == 1 else y
+    x, soft = mix_images(x, soft, run.cfg.mix)
+    return x, run.compute(teacher, x), soft
+
+
+def generator_optimizer(generator, cfg, fused):
+    """Adam for what is trained of a generator; real images in its place have no parameters, which only a group may lack."""
+    trained = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+    return torch.optim.Adam([{"params": trained}], cfg.lr_g, betas=(cfg.beta1, 0.999), fused=fused)
+
+
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
     """AdamW or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
     steps = learned_steps(student)
@@ -193,8 +209,8 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}
     for epoch in run.epochs(cfg.epochs, student, synthesize, evaluate_from=tuned_from, **parts):
         set_rates(cfg, epoch, optim_g, optim_q)
-        observe(student, epoch < calibrated)
+        set_observing(student, epoch < calibrated)
         yield epoch < calibrated, epoch >= tuned_from
-        observe(student.eval(), False)
+        set_observing(student.eval(), False)
         if epoch + 1 == min(calibrated, tuned_from, cfg.epochs):
             run.measure("calibrated_top1", student)

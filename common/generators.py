@@ -6,6 +6,8 @@ from torch import nn
 
 from common.ops import upsample_conv
 
+BN_EPS = 0.8  # of the BatchNorms after convolutions, as in the released code of GDFQ and of DAFL
+
 
 class HumanDesigned(nn.Module):
     """Noise, and labels where it is told of them, to images.
@@ -28,7 +30,7 @@ class HumanDesigned(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, half, 3, padding=1)
         self.conv3 = nn.Conv2d(half, channels, 3, padding=1)
-        self.bn0, self.bn1, self.bn2 = norm(width, eps=1e-5), norm(width, eps=0.8), norm(half, eps=0.8)
+        self.bn0, self.bn1, self.bn2 = norm(width, eps=1e-5), norm(width, eps=BN_EPS), norm(half, eps=BN_EPS)
         self.bn3 = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, z, y=None):

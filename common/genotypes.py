@@ -40,8 +40,9 @@ def to_short(genotype, edges):
     return " | ".join(" ".join(letters[genotype[name]] for name in names) for names in _in_order(edges))
 
 
-def read(name, edges, candidates, flag):
-    """The genotype of "published:NAME", of a genotype.json, or of a folder with one; `flag` is what errors call it.
+def read(name, edges, candidates, flag, others=()):
+    """The genotype of "published:NAME", of a genotype.json, or of a folder with one; `flag` is what errors call it, and
+    `others` is what else that flag takes.
 
     Raises:
         InputError: no such genotype, or an unusable one; the edge is named.
@@ -52,9 +53,8 @@ def read(name, edges, candidates, flag):
         return from_short(short, edges)
     path = Path(name) / "genotype.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise InputError(
-            f"{flag} {name} is not a file; give a genotype.json, its folder, published:NAME, search, random, gdfq or gdfq-cbn"
-        )
+        known = ", ".join(("a genotype.json", "its folder", "published:NAME", *others))
+        raise InputError(f"{flag} {name} is not a file; give one of {known}")
     try:
         genotype = dict(json.loads(path.read_text())["edges"])
     except (ValueError, KeyError, TypeError):

@@ -23,7 +23,7 @@ from torch import fx, nn
 from common import InputError
 from common.activations import kind_of
 from common.quant import QuantAct, quantized_activations, quantized_layers
-from common.trace import METADATA, evaluate, overwriting
+from common.trace import METADATA, compute_node, overwriting
 
 LARGEST = 2**31 - 1
 HEADROOM = 4  # bits: fixed-point numbers may be 16 times as large as the largest activation range
@@ -45,6 +45,7 @@ def multiplier(real):
 
 
 def saturated(x):
+    """int64 values as int32, cut off at its ends."""
     return x.clamp(-LARGEST, LARGEST).int()
 
 
@@ -110,6 +111,7 @@ class IntegerNetwork:
                 values[node] = self.compute(node, values)
 
     def compute(self, node, values):
+        """The value of a node of the graph from those of its inputs; int32 fixed-point, or codes behind a `QuantAct`."""
         module, kind = self.modules.get(node.target) if node.op == "call_module" else None, kind_of(node, self.modules)
         inputs = [values[n] for n in node.args if isinstance(n, fx.Node)]
         x = inputs[0] if inputs else None
@@ -121,7 +123,7 @@ class IntegerNetwork:
         if isinstance(module, QuantAct):
             return (rescale(x, *self.acts[node.target]) + int(module.zero_point)).clamp(0, 2**module.bits - 1)
         if kind in EXACT or not any(isinstance(values[n], torch.Tensor) for n in node.all_input_nodes):
-            return evaluate(node, values.__getitem__, self.modules)
+            return compute_node(node, values.__getitem__, self.modules)
         if kind in ("add", "iadd") and len(inputs) == 2:
             return saturated(inputs[0].long() + inputs[1])
         if kind in ("mul", "imul") and len(inputs) == 2:
@@ -149,6 +151,7 @@ class IntegerNetwork:
         raise InputError(f"--integer-check: '{node.name}' ({kind}) has no integer arithmetic here; use --export alone")
 
     def product(self, x, y):
+        """x * y of fixed-point numbers, int32."""
         return rescale(x, y.long(), torch.tensor(self.point))
 
     def curve(self, x, kind):
@@ -159,6 +162,7 @@ class IntegerNetwork:
         return table[index] + rescale(table[index + 1] - table[index], rest.long(), torch.tensor(down))
 
     def mean(self, x, dim, keepdim=False):
+        """The mean of fixed-point numbers over `dim`, rounded, halves up; int32."""
         total = x.sum(dim, keepdim, dtype=torch.long)
         count = x.numel() // total.numel()
         return saturated((total + count // 2).div(count, rounding_mode="floor"))

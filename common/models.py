@@ -21,7 +21,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.models.vgg import make_layers
 from torchvision.ops import Conv2dNormActivation
 
-from common import InputError, first_line, timm_models
+from common import InputError, first_line, replacing, timm_models
 from common.data import NORMALISATION
 from common.published import PUBLISHED, bundled_weights, locate_weights, torchvision_weights
 from common.timm_models import is_own, is_timm, stated
@@ -191,11 +191,11 @@ def _build_own(arch, num_classes):
         factory = getattr(importlib.import_module(module_name), factory_name)
         takes_classes = "num_classes" in inspect.signature(factory).parameters
     except Exception as error:  # whatever the caller's own code raises
-        raise InputError(f"--arch '{arch}' cannot be imported ({error}); give package.module:factory") from None
+        raise InputError(f"--arch '{arch}' cannot be imported ({first_line(error)}); give package.module:factory") from None
     try:
         model = factory(num_classes=num_classes) if takes_classes else factory()
     except Exception as error:
-        what = f"--arch '{arch}' failed with {type(error).__name__}: {error}"
+        what = f"--arch '{arch}' failed with {type(error).__name__}: {first_line(error)}"
         raise InputError(f"{what}; the factory must run with no argument but num_classes") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
@@ -344,6 +344,12 @@ def default_weights(arch, dataset):
             return source
     build(arch, 10, 32)  # an unknown architecture is the likelier mistake, and says so
     raise InputError(f"no weights of {arch} for {dataset} are known; give --weights FILE")
+
+
+def save_weights(model, path):
+    """Write the state dict of a network, its tensors on the CPU and in row-major order; all of the file or nothing."""
+    with replacing(path) as partial:
+        torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
 
 
 def read_weights(path):

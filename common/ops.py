@@ -276,7 +276,7 @@ def mix_images(x, soft, how):
         Mixed images and probabilities, as x and soft.
     """
     batch, _, height, width = x.shape
-    whole, own = distributed.whole, distributed.own
+    whole, own = distributed.whole_batch, distributed.own
     partner = own(whole(torch.rand(batch, device=x.device)).argsort())  # a permutation that a CUDA graph can hold
     share = torch.rand(batch, device=x.device)  # of the partner
     if how == "mixup":

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import InputError, replacing
+from common import InputError
 from common.checkpoint import load_checkpoint, previous, save_checkpoint
 from common.cli import friendly_errors, number, resumable, whole
-from common.data import KINDS, NORMALISATION, NUM_CLASSES, TestSet, accuracy, as_tensors, fetch_cifar, read_cifar
-from common.models import build, input_channels, probe
+from common.data import KINDS, NORMALISATION, NUM_CLASSES, accuracy, as_tensors, fetch_cifar, in_memory, read_cifar
+from common.models import build, input_channels, probe, save_weights
 from common.progress import Progress
 from common.run import pick_device
 
@@ -100,7 +100,7 @@ def fast_optimizers(model, args, steps):
     warmup, total = max(steps // 2, 1), args.epochs * steps
 
     def triangle(step):
-        return min((step + 1) / warmup, (total - step) / (total - warmup))
+        return min((step + 1) / warmup, (total - step) / max(total - warmup, 1))
 
     sgd = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
     return [Muon([{"params": kernels}], args.lr_kernels), sgd], triangle
@@ -228,11 +228,9 @@ def train(args):
 
     model.eval()
     images, labels = test_split
-    batches = list(zip(images.split(500), labels.split(500)))
-    top1 = accuracy(model, TestSet(batches, len(labels), args.data_dir, NORMALISATION[args.dataset], device))
+    top1 = accuracy(model, in_memory(images, labels, args.data_dir, NORMALISATION[args.dataset], device, 500))
     print(f"test accuracy after the last epoch: {top1:.2f} % of {len(labels)} images", flush=True)
-    with replacing(args.out) as partial:
-        torch.save({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, partial)
+    save_weights(model, args.out)
     for path in (checkpoint, previous(checkpoint)):
         path.unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ WEIGHT_FUNCTIONS = {
 }  # fmt: skip
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # which may hold a weight, too
 OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
+ACT_PREFIX = "act_quant_"  # of the names that a quantized network gives its `QuantAct`s
 INPUT_BITS = 8  # the network's own input, with act_placement="input": images are 8-bit integers already
 
 
@@ -164,7 +165,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
 
 class _QuantWeight:
     """Weights quantized at each forward: all of a network's before its first layer, or this layer's own when it is called
-    alone. `packed` is set on a network read from a file, whose weights are exact."""
+    alone. Weights that are `packed` are used as they are: they are values of codes, or not to be quantized."""
 
     packed = False
     ready = None  # the quantized weights, while the network computes
@@ -222,7 +223,7 @@ class _AllWeights:
     def quantize(self, network, args):
         if torch.compiler.is_compiling():  # a compiler fuses each layer's own operations, and better
             return
-        unpacked = [layer for layer in self.layers if not layer.packed]
+        unpacked = [layer for layer in self.layers if not layer.packed and "quantizer" not in layer._modules]
         for bits, zero in {(layer.bits, layer.zero) for layer in unpacked}:
             layers = [layer for layer in unpacked if (layer.bits, layer.zero) == (bits, zero)]
             for layer, weight in zip(layers, FakeQuantizeWeights.apply(bits, zero, *(layer.weight for layer in layers))):
@@ -334,7 +335,7 @@ def quantized_activations(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantAct)]
 
 
-def observe(model, on):
+def set_observing(model, on):
     """Let the activation ranges of `model` follow the data, or freeze them."""
     for _, module in quantized_activations(model):
         module.observing = on
@@ -418,7 +419,7 @@ def _quantize_graph(traced, abits, act_placement, clipped):
     order, images = {node: index for index, node in enumerate(graph.nodes)}, images_of(graph, modules)
 
     def insert(node, users, before):
-        name = f"act_quant_{sum(isinstance(m, QuantAct) for m in traced.children())}"
+        name = f"{ACT_PREFIX}{sum(isinstance(m, QuantAct) for m in traced.children())}"
         traced.add_submodule(name, QuantAct(INPUT_BITS if node in images else abits, clipped))
         with graph.inserting_before(before):
             quantized = graph.call_module(name, (node,))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, distributed, replacing
+from common import InputError, distributed
 from common.check import describe, print_check
-from common.cli import resumable
+from common.cli import altered, resumable
 from common.data import agreement, evaluate, find_test_set, fixed_paths
 from common.deploy import check_export, deploy
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
-from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher
+from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher, save_weights
 from common.ops import count_flops
 from common.published import PAPER_TOP1
 from common.quant import quantized_layers
@@ -37,7 +37,7 @@ def alone(cfg, name):
     own = {"arch": arch, "weights": weights or None}
     if (arch, own["weights"]) != (cfg.arch, cfg.weights):
         own |= {"mean": None, "std": None}
-    return argparse.Namespace(**vars(cfg) | own)
+    return altered(cfg, **own)
 
 
 def prepare(cfg, **about):
@@ -77,7 +77,12 @@ def prepare(cfg, **about):
 
 
 def per_channel(cfg, normalisation, channels):
-    """(mean, std) from --mean and --std, else from the weights' own normalisation, one value per image channel."""
+    """(mean, std) from --mean and --std, else from the weights' own normalisation, one value per image channel; 0.5 where that
+    has another number of channels.
+
+    Raises:
+        InputError: --mean or --std of another length, not finite, or not above 0.
+    """
     values = []
     for flag, given, known in (("--mean", cfg.mean, normalisation[0]), ("--std", cfg.std, normalisation[1])):
         value = list(given or (known if len(known) == channels else [0.5]))
@@ -143,8 +148,7 @@ def finish(run, teacher, student):
         save_quantized(student, file, meta)
         student = load_quantized(file, copy.deepcopy(teacher).cpu()).to(run.device)
     else:
-        with replacing(file) as partial:
-            torch.save({key: value.cpu().contiguous() for key, value in student.state_dict().items()}, partial)
+        save_weights(student, file)
     if run.images is None:
         save_samples(run, folder / "samples.png")
     batches = run.test_set or (SyntheticSet(run) if run.images is None else ImageSet(run.images, run.device))
@@ -289,7 +293,7 @@ def evaluate_file(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     student = load_quantized(cfg.eval, own).to(device)
-    test_set = find_test_set(argparse.Namespace(**vars(cfg) | meta), device, meta["channels"])
+    test_set = find_test_set(altered(cfg, **meta), device, meta["channels"])
     if test_set is None:
         raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
     top1, top5, _ = evaluate(student, test_set)

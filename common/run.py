@@ -89,7 +89,7 @@ class Run:
     the run's batches (common/distributed.py) only the first has a folder.
 
     Args:
-        cfg: from `Parser.parse` or `Parser.config`.
+        cfg: from `Parser.parse` or `Parser.config`; its `precision` and `capture` become those that are used.
         folder: where the run leaves its files, or None.
         files: names of files and folders that this method leaves beside those of any run.
         result: the file that a finished run has.
@@ -354,7 +354,7 @@ class Run:
         return json.loads(json.dumps(arguments))
 
     def _claim_folder(self):
-        """Whether the folder can take this run, before anything is computed; nothing is written yet."""
+        """Refuse a folder that cannot take this run, before anything is computed. That of an unfinished run is locked."""
         existing = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"--out {self.folder} cannot be written ({existing} forbids it); give another folder")
@@ -425,8 +425,11 @@ class Run:
         machine = {"processor": processor(self.device), "threads": torch.get_num_threads()}
         content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}, "machine": machine}
         if not self.cfg.resume:  # results first, so that none is ever found beside the arguments of another run
-            for path in (self.folder / name for name in sorted(self.files, key=self.result_file.__ne__)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in (self.folder / name for name in (self.result_file, *self.files)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
         write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         if self.part is not None:
             share(self.held)

@@ -15,7 +15,7 @@ import torch
 
 from common import InputError, first_line
 from common.capture import pick_capture
-from common.cli import fill_in, resumable, whole
+from common.cli import altered, fill_in, resumable, whole
 from common.data import fixed_paths
 from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
@@ -169,8 +169,8 @@ def make_set(cfg, load, make, begin=lambda: None):
     parts = labels.tensor_split(math.ceil(cfg.count / cfg.batch_size))  # none much smaller than the others
     if cfg.data_source not in READY:
         cfg.capture = pick_capture(cfg.capture, pick_device(cfg.device), cfg.iterations * len(parts), worth=STEPS)
-    files = ("images.npz", "grid.png", "batches")
-    run = Run(cfg, cfg.out, files, free=("part",), fixed=fixed_paths(cfg), part=cfg.part and cfg.part[0])
+    own = ("images.npz", "grid.png", "batches")
+    run = Run(cfg, cfg.out, own, free=("part",), fixed=fixed_paths(cfg), part=cfg.part and cfg.part[0])
     if joins and not (run.folder / "config.json").exists():
         raise InputError(f"--part: --out {run.folder} holds no run yet; start --part 0/{cfg.part[1]} first, which begins it")
     if not joins:
@@ -239,8 +239,7 @@ def find_images(cfg, run, load, make):
     """
     source = cfg.images[0] if cfg.images else run.folder / "images"
     if not cfg.images:
-        own = {"out": str(source), "task": "synth", **cfg.synthesis}
-        make_set(argparse.Namespace(**vars(cfg) | own), load, make, begin=run.start)
+        make_set(altered(cfg, out=str(source), task="synth", **cfg.synthesis), load, make, begin=run.start)
     images, labels, normalisation = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
         raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")

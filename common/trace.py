@@ -31,7 +31,7 @@ METADATA = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_cont
 VIEWS = "getitem view reshape flatten permute transpose chunk split narrow squeeze unsqueeze contiguous detach identity".split()
 
 
-def evaluate(node, value, modules):
+def compute_node(node, value, modules):
     """What a node of a graph computes.
 
     Args:
@@ -104,7 +104,7 @@ class _Tracer(fx.Tracer):
 
     def value(self, node, index):
         """What `node` is for an example."""
-        return evaluate(node, None, self.modules) if node.op == "get_attr" else self.values[node][index]
+        return compute_node(node, None, self.modules) if node.op == "get_attr" else self.values[node][index]
 
     def create_proxy(self, kind, target, args, kwargs, *more, **named):
         if self.reshaping and (kind, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):
@@ -121,7 +121,8 @@ class _Tracer(fx.Tracer):
         self.computing = True
         try:
             values = self.values[node] = [
-                evaluate(node, lambda n, index=index: self.value(n, index), self.modules) for index in range(len(self.examples))
+                compute_node(node, lambda n, index=index: self.value(n, index), self.modules)
+                for index in range(len(self.examples))
             ]
         finally:
             self.computing = False
@@ -382,8 +383,10 @@ def fold_batchnorm(model, example=None):
                 f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call a layer of its own"
             )
     for node in list(traced.graph.nodes):
-        before = node.args[0] if node.op == "call_module" and node.args else None
-        if type(modules.get(node.target)) is nn.BatchNorm2d and type(modules.get(before.target)) is nn.Conv2d:
+        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+            continue
+        before = node.args[0]
+        if before.op == "call_module" and type(modules[before.target]) is nn.Conv2d:
             if len(before.users) == 1 and modules[node.target].track_running_stats:
                 traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
                 node.replace_all_uses_with(before)
@@ -403,7 +406,7 @@ def constant_value(traced, node):
     inputs = {n: constant_value(traced, n) for n in node.all_input_nodes}
     if any(value is None for value in inputs.values()):
         return None
-    return evaluate(node, inputs.__getitem__, {"": traced})
+    return compute_node(node, inputs.__getitem__, {"": traced})
 
 
 def _plain_convolution(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -465,8 +468,9 @@ def last_layer(model, example=None):
     """
     try:
         graph = trace(model, example)
-    except Exception:  # whatever the model's own forward raises when it is traced
-        raise InputError("the last layer of the model cannot be found, since it cannot be traced") from None
+    except Exception as error:  # whatever the model's own forward raises when it is traced
+        why = f"since the model cannot be traced ({first_line(error)})"
+        raise InputError(f"the last layer of the model cannot be found, {why}") from None
     modules, shaping = dict(graph.named_modules()), (torch.reshape, "reshape", torch.flatten, "flatten", "view")
     node = next(node for node in graph.graph.nodes if node.op == "output")
     while node.all_input_nodes:

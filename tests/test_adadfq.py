@@ -23,7 +23,7 @@ from adadfq import (
 from adadfq import student_loss as side_of_the_student
 from common import capture
 from common.bns import BatchNormStatistics
-from common.quant import observe, quantize
+from common.quant import quantize, set_observing
 from common.report import draw_images
 from common.run import Run
 
@@ -151,7 +151,7 @@ def test_first_generator_step_equals_one_computed_by_hand(net, bits):
     generator, student, stats = adadfq.Generator(5, 16), quantize(net, bits, bits), BatchNormStatistics(net)
     y = torch.randint(5, (8,))
     x = generator(torch.randn(8, 100), y)
-    observe(student, True)
+    set_observing(student, True)
     z_p, z_q = net(x), student(x)
     optimizer, bns = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999)), stats.loss()
     unopposed = generator_loss(z_p, z_q.detach(), y, bns, cfg)  # without the graph through the student
@@ -231,9 +231,9 @@ def test_every_epoch_tells_how_the_game_stands(net):
     before = run.history[1]["disagreement"]
     assert before + last["gain_g"] + last["gain_q"] == pytest.approx(last["disagreement"], abs=3e-6)
     student, x = quantize(net, 2, 2), draw_images(run, torch.arange(256) % 5, 0)
-    observe(student, True)
+    set_observing(student, True)
     student(x)
-    observe(student, False)
+    set_observing(student, False)
     with torch.no_grad():
         rows = (net(x) - student(x)).double().tolist()
     expected = 1 - sum(map(plain_entropy, rows)) / 256 / math.log(5)
@@ -281,6 +281,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--no-as", "--alpha-as", 0.1], "--alpha-as has no effect with --no-as; leave one of them out"),
         (["--no-ds", "--no-as", "--beta", 2], "--beta has no effect with --no-ds and --no-as"),
         (["--no-margin", "--lambda-u", 0.8], "--lambda-u has no effect with --no-margin"),
+        (["--no-ds", "--no-as", "--no-margin", "--no-bns", "--lr-g", 1], "--lr-g has no effect with --no-ds and --no-as and"),
         (["--dataset", "folder", "--num-classes", 1, "--image-size", 8], "--num-classes is 1; give a whole number of"),
     ]:
         assert words in fails(adadfq.main, *arguments)

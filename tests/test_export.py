@@ -11,7 +11,7 @@ import gdfq
 from common import InputError
 from common.export import load_quantized, pack, read_quantized, save_quantized, unpack
 from common.models import build, design_of
-from common.quant import observe, quantize, quantized_layers
+from common.quant import quantize, quantized_layers, set_observing
 from common.run import Run
 from common.tasks.blocks import brecq_places
 from common.trace import fold_batchnorm
@@ -21,10 +21,10 @@ META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "design
 
 def calibrated(model, bits, placement="relu", size=16, example=None):
     student = quantize(model, bits, bits, placement, example=example)
-    observe(student, True)
+    set_observing(student, True)
     torch.manual_seed(2)
     student(torch.randn(16, 3, size, size))
-    observe(student, False)
+    set_observing(student, False)
     return student
 
 

@@ -13,7 +13,7 @@ from common import InputError
 from common.export import load_quantized, save_quantized
 from common.finetune import LearnedAct, MatchedFeatures, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
 from common.learned import learned_step
-from common.quant import QuantAct, fake_quantize, observe, quantize, quantized_activations
+from common.quant import QuantAct, fake_quantize, quantize, quantized_activations, set_observing
 from common.run import duration
 
 
@@ -43,10 +43,10 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
     student = set_ranges(quantize(net, 3, 3), "learned")
     acts = [act for _, act in quantized_activations(student)]
     assert all(isinstance(act, LearnedAct) for act in acts)
-    observe(student, True)
+    set_observing(student, True)
     student(x).sum().backward()
     assert all(act.scale.grad is None and act.scale > 0 for act in acts)
-    observe(student, False)
+    set_observing(student, False)
     optimizer = student_optimizer(student, "sgd", 0.1, 0.5, fused=False)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(student.parameters()))
@@ -85,9 +85,9 @@ def test_weight_decay_of_adam_is_decoupled(net):
 def test_features_are_matched_layer_by_layer(net):
     torch.manual_seed(0)
     x, student = torch.randn(8, 3, 16, 16), quantize(net, 3, 3)
-    observe(student, True)
+    set_observing(student, True)
     student(x)
-    observe(student, False)
+    set_observing(student, False)
     norms = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     apart = []
     for name, layer in norms:  # independently: the inputs of both layers, through the formula of BatchNorm in eval mode
@@ -136,9 +136,9 @@ def test_features_are_those_of_the_batchnorms_also_where_a_network_works_in_plac
         torch.manual_seed(0)
         net = trained(Residual(inplace))
         student = quantize(net, 3, 3, example=x)
-        observe(student, True)
+        set_observing(student, True)
         student(x)
-        observe(student, False)
+        set_observing(student, False)
         features = MatchedFeatures(net, student, 1.0)
         net(x), student(x)
         distances.append(features.distance())

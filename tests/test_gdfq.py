@@ -9,7 +9,7 @@ import gdfq
 from common import InputError
 from common.models import input_channels
 from common.ops import kd_loss, mix_images
-from common.quant import observe, quantized_activations, quantized_layers
+from common.quant import quantized_activations, quantized_layers, set_observing
 from gdfq import Generator, compress, config, generator_loss, student_loss
 
 TINY = {"dataset": "folder", "num_classes": 5, "image_size": 16, "batch_size": 8, "epochs": 3, "iters": 4}
@@ -111,7 +111,7 @@ def test_first_student_step_equals_one_computed_by_hand(net):
     y = torch.randint(5, (8,))
     x = generator(torch.randn(8, 100), y).detach()
     reference = gdfq.quantize(net, 4, 4)
-    observe(reference, True)
+    set_observing(reference, True)
     logits, cfg = reference(x), config(**settings)
     student_loss(logits, net(x).detach(), y, cfg).backward()
     expected = net.fc.weight - 0.1 * 1.9 * reference.fc.weight.grad  # Nesterov: gradient + 0.9 * buffer
@@ -133,7 +133,7 @@ def test_batchnorm_statistics_follow_the_images_only_with_no_fixed_bns(net):
         gdfq.generator_loss(watched(x), y, stats.loss(cfg.bns_form), cfg).backward()
         optimizer.step()
         optimizer.zero_grad()
-        observe(reference, not training)  # --calibrate-epochs 1
+        set_observing(reference, not training)  # --calibrate-epochs 1
         reference.train(training)(x.detach())
     state = student.state_dict()
     buffers = {name: value for name, value in reference.state_dict().items() if "running" in name}

@@ -18,7 +18,7 @@ from common.export import load_quantized, save_quantized
 from common.models import build
 from common.ops import soft_labels, superpose
 from common.progress import close_all
-from common.quant import observe, quantize, quantized_activations
+from common.quant import quantize, quantized_activations, set_observing
 from common.run import Run
 from common.trace import last_layer
 from qimera import Latent, ReleasedLatent, compress, config, make_labels, single_labels
@@ -193,7 +193,7 @@ def test_zaq_compares_the_outputs_of_the_stages(net):
     """They are those of the full-precision network's and the student's own layers, at the three lowest resolutions."""
     teacher, x = trained(build("resnet20", 5, 64), 64, steps=2).requires_grad_(False), torch.randn(4, 3, 64, 64)
     student = quantize(teacher, 4, 4)
-    observe(student, True)
+    set_observing(student, True)
     maps, expected = zaq.FeatureMaps(teacher, student, "relu", x[:2]), []
     for stage in (teacher.layer1, teacher.layer2, teacher.layer3):
         stage.register_forward_hook(lambda module, args, output: expected.append(output))
@@ -289,7 +289,7 @@ def test_first_student_step_equals_one_computed_by_hand(net):
     classes, _, shares = torch.randint(5, (8, 2)), torch.rand(()), torch.randn(8, 2).softmax(1)
     soft = (F.one_hot(classes, 5) * shares[:, :, None]).sum(1)  # Eq. 7
     x = generator(make_labels(classes, shares, 5)).detach()
-    observe(reference, True)
+    set_observing(reference, True)
     q, p = reference(x), net(x).detach()
     kd = 400 * F.kl_div((q / 20).log_softmax(1), (p / 20).softmax(1), reduction="sum") / 40
     (F.cross_entropy(q, soft) + kd).backward()

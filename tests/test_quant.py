@@ -14,10 +14,10 @@ from common.quant import (
     affine_parameters,
     channel_parameters,
     fake_quantize,
-    observe,
     quantize,
     quantized_activations,
     quantized_layers,
+    set_observing,
 )
 from common.trace import fold_batchnorm
 
@@ -40,9 +40,9 @@ def test_weights_quantized_at_once_are_those_of_each_layer_alone(layout):
     student = quantize(trained(FunctionalNet()).to(memory_format=layout), 3, 8)
     student.conv2.bits, layers, used, gradients = 5, dict(quantized_layers(student)), {}, []
     x, upstream = torch.randn(4, 3, 16, 16), torch.randn(4, 5)
-    observe(student, True)
+    set_observing(student, True)
     student(x)
-    observe(student, False)
+    set_observing(student, False)
     hooks = [layer.register_forward_pre_hook(lambda layer, _: used.update({layer: layer.ready})) for layer in layers.values()]
     (student(x) * upstream).sum().backward()
     for name, layer in layers.items():
@@ -100,7 +100,7 @@ def test_functions_are_found_and_the_teacher_is_untouched(net):
     student = quantize(net, 4, 3)
     assert [layer.bits for _, layer in quantized_layers(student)] == [4] * 4
     assert [act.bits for _, act in quantized_activations(student)] == [3] * 3
-    observe(student, True)
+    set_observing(student, True)
     x = torch.randn(4, 3, 16, 16)
     student(x).sum().backward()
     assert all(p.grad is not None for p in student.parameters())
@@ -110,10 +110,10 @@ def test_functions_are_found_and_the_teacher_is_untouched(net):
 
 def test_quantized_forward_equals_a_hand_written_one(net):
     student, x = quantize(net, 4, 4), torch.randn(8, 3, 16, 16)
-    observe(student, True)
+    set_observing(student, True)
     with torch.no_grad():
         student(x)
-        observe(student, False)
+        set_observing(student, False)
 
         def weight(layer):
             low, high = layer.weight.flatten(1).amin(1), layer.weight.flatten(1).amax(1)
@@ -136,7 +136,7 @@ def test_input_placement_covers_every_layer_once(net):
     seen = []
     for _, layer in quantized_layers(student):
         layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0].unique())))
-    observe(student, True)
+    set_observing(student, True)
     student(torch.randn(8, 3, 16, 16))
     assert len(seen) == 4 and all(count <= 256 for count in seen) and all(count <= 16 for count in seen[1:])
 
@@ -161,7 +161,7 @@ def test_untraceable_network_has_its_modules_replaced(placement, bits):
     model, x = trained(ModuleNet()), torch.randn(4, 3, 16, 16)
     student = quantize(model, 4, 4, placement, example=x)
     assert [act.bits for _, act in quantized_activations(student)] == bits
-    observe(student, True)
+    set_observing(student, True)
     student(x)
     assert all(act.seen and act.high > act.low for _, act in quantized_activations(student))
     assert set(model.state_dict()) <= set(student.state_dict())

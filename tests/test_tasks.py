@@ -28,10 +28,10 @@ from common.quant import (
     QuantConv2d,
     QuantLinear,
     fake_quantize,
-    observe,
     quantize,
     quantized_activations,
     quantized_layers,
+    set_observing,
 )
 from common.report import arithmetic
 from common.run import Run
@@ -180,9 +180,9 @@ def test_blocks_are_residual_ones_or_layers_and_make_up_the_network(arch, names)
         x = block(x, dict(folded.named_modules()), quantize_activations=False)
     torch.testing.assert_close(x, net(images), atol=1e-4, rtol=1e-4)
     student = quantize(folded, 4, 4)
-    observe(student, True)
+    set_observing(student, True)
     student(images)
-    observe(student, False)
+    set_observing(student, False)
     x = images
     for block in find_blocks(student, net):
         x = block(x, dict(student.named_modules()))
@@ -610,6 +610,22 @@ def test_a_layer_that_is_called_twice_is_refused():
 
     with pytest.raises(InputError, match="is called 2 times"):
         fold_batchnorm(trained(Twice()))
+
+
+def test_a_batchnorm_may_have_the_name_of_a_method_of_tensors():
+    class Normed(FunctionalNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv1(x)))
+            return self.fc(x.mean((2, 3)) / x.norm())
+
+    net, x = trained(Normed()), torch.randn(4, 3, 16, 16)
+    folded = fold_batchnorm(net)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), net(x), atol=1e-5, rtol=1e-4)
 
 
 def test_only_channels_without_a_residual_sum_are_removed():

@@ -20,10 +20,10 @@ from common.quant import (
     QuantConv2d,
     channel_parameters,
     fake_quantize,
-    observe,
     quantize,
     quantized_activations,
     quantized_layers,
+    set_observing,
 )
 from common.run import Run
 from common.trace import fold_batchnorm, memory_layout, trace
@@ -103,9 +103,9 @@ def test_eight_bits_are_nearly_the_network(name, placement):
     student = quantize(net, 8, 8, placement, example=x)
     if name == "WorksInPlace" and placement == "input":
         assert [act.bits for _, act in quantized_activations(quantize(net, 4, 4, "input", example=x))] == [8, 4, 4, 4]
-    observe(student, True)
+    set_observing(student, True)
     student(x)
-    observe(student, False)
+    set_observing(student, False)
     for layout in (torch.contiguous_format, torch.channels_last):
         error = student(x.clone(memory_format=layout)) - net(x)
         assert error.std() < 0.05 * net(x).std()
@@ -115,9 +115,9 @@ def test_eight_bits_are_nearly_the_network(name, placement):
 def test_files_hold_them(name, tmp_path):
     net, x = strangers.make(name), batch(name)
     student = quantize(net, 3, 4, example=x)
-    observe(student, True)
+    set_observing(student, True)
     student(x)
-    observe(student, False)
+    set_observing(student, False)
     meta = settings(name, channels=input_channels(net), arch=None, wbits=3, abits=4, act_placement="relu")
     save_quantized(student, tmp_path / "quantized.pt", meta)
     loaded = load_quantized(tmp_path / "quantized.pt", strangers.FAMILY[name]())

@@ -33,7 +33,9 @@ def add_flags(parser, **more):
     def flags(module):
         return {action.option_strings[0] for group in module.add_flags(parser) for action in group._group_actions}
 
-    own = {name: flags(module) | more.pop(name, set()) for name, module in TASKS.items()} | more
+    own = {name: flags(module) for name, module in TASKS.items()}
     own["transfer"] = own["ptq"] | flags(transfer)
+    for task, others in more.items():
+        own[task] = own.get(task, set()) | others
     for task, used in own.items():
         parser.without_effect(f"--task {task}", "--clipped-ste", *sorted(set().union(*own.values()) - used))

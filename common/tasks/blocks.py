@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.activations import is_activation, kind_of
 from common.cli import one_of, whole
-from common.quant import QuantAct
-from common.trace import METADATA, evaluate
+from common.quant import ACT_PREFIX, QuantAct
+from common.trace import METADATA, compute_node
 
 LAYERS = (nn.Conv2d, nn.Linear)
 ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul"}
@@ -29,8 +29,8 @@ class Block(NamedTuple):
         """The block's output for its input `x`, with its submodules taken from the dict `modules`."""
         env = {self.entry: x}
         for node in self.nodes:
-            passes = node.op == "call_module" and node.target.startswith("act_quant_") and not quantize_activations
-            env[node] = env[node.args[0]] if passes else evaluate(node, env.__getitem__, modules)
+            passes = node.op == "call_module" and node.target.startswith(ACT_PREFIX) and not quantize_activations
+            env[node] = env[node.args[0]] if passes else compute_node(node, env.__getitem__, modules)
         return env[self.nodes[-1]]
 
 

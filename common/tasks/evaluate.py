@@ -9,6 +9,7 @@ from common.images import read_images
 from common.progress import Progress
 from common.report import print_rows, show_finished, write_result
 from common.run import Run
+from common.zoo import load_zoo
 
 
 @full_precision()
@@ -30,10 +31,10 @@ def inception_score(probabilities):
     return (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
 
 
-def judge(zoo, held_out, images, labels, bar, cfg, device):
+def judge(zoo, held_out, images, labels, source, cfg, device):
     """What all networks see in one set of images; the Inception Score is that of the first held-out one, or of the zoo."""
     seen = {}
-    for model in Progress([*zoo, *held_out], desc=bar, leave=False):
+    for model in Progress([*zoo, *held_out], desc=source, leave=False):
         top1, bn, probabilities = look(model, images, labels, cfg.batch_size, device)
         seen[model.name] = {"top1": round(top1, 2), "bn_loss": round(bn, 4)}
         if model is (held_out or zoo)[0]:
@@ -44,13 +45,11 @@ def judge(zoo, held_out, images, labels, bar, cfg, device):
     return judged | {"inception_score": round(score, 3), "models": seen}
 
 
-def evaluate(cfg, load):
+def evaluate(cfg):
     """--task evaluate: what the zoo's and the held-out networks see in the images of each --images (Tables 1 and 2).
 
     Args:
         cfg: --zoo, --held-out, --images, --batch-size and the shared flags.
-        load: function of names of networks, `cfg` and (mean, std) of images; returns the networks, with `place`, `name` and
-            `stats`, and (mean, std).
 
     Returns:
         The contents of evaluation.json, by source: accuracies and BN losses by network, mean and deviation of the zoo's, and
@@ -62,7 +61,8 @@ def evaluate(cfg, load):
     for name in cfg.images:
         images, labels, shared = read_images(name, cfg, labelled=True)
         if shared != loaded_for:  # most often once: all sources are normalised alike
-            (zoo, _), (held_out, _), loaded_for = load(cfg.zoo, cfg, shared), load(cfg.held_out, cfg, shared), shared
+            (zoo, _), (held_out, _) = (load_zoo(names, cfg, shared) for names in (cfg.zoo, cfg.held_out))
+            loaded_for = shared
         result[name] = judge(zoo, held_out, images, labels, name, cfg, run.device)
     run.start()
     return write_result(run, result, show_evaluation)

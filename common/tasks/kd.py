@@ -28,6 +28,7 @@ from common.cli import fill_in, number, whole
 from common.generators import HumanDesigned
 from common.images import jitter, sampler
 from common.models import SMALL_IMAGE, build_student, input_channels
+from common.ops import kd_loss
 from common.run import Run
 
 GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()
@@ -141,7 +142,7 @@ def compress(model, images, cfg, run=None, added=None):
     def iteration(chosen):
         x, logits = generator_step(chosen) if images is None else labelled_batch()
         ours = run.compute(student, x)
-        loss = F.kl_div(F.log_softmax(ours, 1), F.log_softmax(logits, 1), reduction="batchmean", log_target=True)
+        loss = kd_loss(ours, logits, 1.0, "batchmean")
         run.update(sgd, loss)
         run.log(loss_q=loss)
 

@@ -94,7 +94,7 @@ def reconstruct_weights(block, roundings, modules, x, target, run, bar):
         bar: of all steps.
     """
     cfg = run.cfg
-    optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=True)
+    optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=run.fused)
     for index in range(cfg.weight_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
         soft = {name: functools.partial(modules[name].with_weight, weight=r()) for name, r in roundings.items()}
@@ -111,7 +111,7 @@ def reconstruct_steps(block, steps, modules, x, target, run, bar):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
     cfg = run.cfg
-    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step, fused=True)
+    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step, fused=run.fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
     for _ in range(cfg.step_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)

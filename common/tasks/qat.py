@@ -40,7 +40,7 @@ from common.finetune import MatchedFeatures, keep_ranges, set_ranges, student_op
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
 from common.ops import kd_loss, mix_images
-from common.quant import observe, quantize, quantized_activations, quantized_layers
+from common.quant import quantize, quantized_activations, quantized_layers, set_observing
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import trace
@@ -106,7 +106,6 @@ def learn_steps(student):
     """Let the weights of all layers have a learned step; returns the `LearnedStep`s in the places of activations."""
     for _, layer in quantized_layers(student):
         layer.quantizer = LearnedWeight(layer.weight, layer.bits)
-        layer.packed = True  # so that it is left out when the network quantizes the weights of all its layers
     device = next(student.parameters()).device
     steps = {name: LearnedStep(act.bits, lsq=True).to(device) for name, act in quantized_activations(student)}
     for name, step in steps.items():
@@ -136,10 +135,10 @@ def compress(model, images, cfg, run=None):
     matched = MatchedFeatures(traced, student, cfg.feature_weight if short else 0.0)
     x, draw = sampler(images, cfg.qat_batch_size, run.device)
     if short:
-        observe(set_ranges(student, "learned"), True)
+        set_observing(set_ranges(student, "learned"), True)
         with torch.no_grad():
             student(draw())
-        observe(student, False)
+        set_observing(student, False)
     else:
         begin_steps(lambda: student(draw()), learn_steps(student))
     kind = "adam" if short else "sgd"
@@ -169,7 +168,8 @@ def compress(model, images, cfg, run=None):
 
     step = run.capture(iteration, optimizer)
     run.rates = "--qat-lr"
-    epochs = math.ceil(cfg.qat_steps / max(min(500, cfg.qat_steps // 20), 1))  # the rate decays by epochs
+    longest = max(min(500, cfg.qat_steps // 20), 1)  # steps of an epoch: the rate decays by epochs, at least 20
+    epochs = math.ceil(cfg.qat_steps / longest)
     for epoch in run.epochs(epochs, student, None, iters=math.ceil(cfg.qat_steps / epochs), optimizer=optimizer):
         for group in optimizer.param_groups:
             group["lr"] = cfg.qat_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))

@@ -197,7 +197,7 @@ def compress(teacher, cfg, run=None):
     def student_step(x, teacher_logits, y):
         if added:  # half of the batch is real (Table 1 of Qimera)
             x = torch.cat([x[: len(y) // 2], added(None, y[len(y) // 2 :])])
-            teacher_logits = run.compute(teacher, x)
+            teacher_logits = run.compute(teacher, x) if cfg.mix == "none" else None  # of mixed images, then
         x, teacher_logits, y = finetune.mixed(run, teacher, x, teacher_logits, y)
         logits = run.compute(student, x)
         loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))

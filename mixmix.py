@@ -76,7 +76,7 @@ from common.capture import compiled
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
-from common.models import SMALL_IMAGE, input_channels
+from common.models import SMALL_IMAGE, input_channels, probe
 from common.ops import box_mix
 from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
@@ -360,7 +360,19 @@ def load_source(cfg):
     if cfg.zoo_sample > len(zoo):
         names = ", ".join(model.name for model in zoo)
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
+    if cfg.low_iterations and cfg.data_source not in synthesis.READY:
+        refuse_fixed_size(zoo, cfg)
     return zoo
+
+
+def refuse_fixed_size(zoo, cfg):
+    """Raise an InputError that names a network which does not take images of half the resolution."""
+    for model in zoo:
+        try:
+            probe(model.model, cfg.num_classes, cfg.image_size // 2)
+        except InputError:
+            what = f"does not take images of {cfg.image_size // 2} pixels, which the initial iterations have"
+            raise InputError(f"zoo model {model.name} {what}; give --low-iterations 0") from None
 
 
 def parser():

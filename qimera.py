@@ -480,7 +480,7 @@ def parser():
     add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
     add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
-    generators = "qimera, or autorecon:GENOTYPE, where GENOTYPE is as for autorecon.py --genotype (Table 3)"
+    generators = "qimera, or autorecon:GENOTYPE (Table 3): a genotype.json, its folder, published:NETWORK-DATASET or random"
     add("--generator", default="qimera", help=generators)
     game = "train adversarially as ZAQ (Table 3): by its released code (zaq), or by Eq. 11 and 12 as printed (zaq-paper)"
     add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py compares them")

@@ -61,7 +61,8 @@ class TrainedRun:
             self.script = importlib.import_module(method)
         except ImportError:
             self._refuse(f"needs {method}.py, whose run it is; copy it beside this script")
-        self.teacher = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)[0].to(self.device)
+        teacher, *_ = load_teacher(cfg.arch, cfg.dataset, cfg.num_classes, cfg.image_size, cfg.weights)
+        self.teacher = teacher.float().to(self.device)
         self.example, channels = probe(self.teacher, cfg.num_classes, cfg.image_size), input_channels(self.teacher)
         try:
             generator = self.script.make_generator(self.teacher, cfg, channels, self.example)

@@ -5,8 +5,10 @@ import ctypes
 import operator
 import os
 import shutil
+import sysconfig
 import warnings
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -61,7 +63,10 @@ def keep_freed_memory():
 
 
 def compiler(device_type="cpu"):
-    """The compiler that torch.compile calls, or None: one of C++ for a CPU, of C for a GPU."""
+    """The compiler that torch.compile calls, of C++ for a CPU, of C for a GPU; None where there is none, or where there are no
+    headers of Python, which the compiled code includes."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return None
     names = ("CXX", "g++", "clang++") if device_type == "cpu" else ("CC", "gcc", "clang")
     return next((c for c in (os.environ.get(names[0]), *names[1:]) if c and shutil.which(c)), None)
 
@@ -85,7 +90,8 @@ def pick_capture(name, device, steps, worth=WORTH_COMPILING):
         raise InputError(f"--capture cudagraph needs a CUDA device and this run is on {device}; give auto, none or compile")
     if name == "compile" and not compiler(device.type):
         kind, usual, other = ("C++", "g++", "none") if device.type == "cpu" else ("C", "gcc", "cudagraph")
-        raise InputError(f"--capture compile needs a {kind} compiler and none is installed; install {usual} or give {other}")
+        what = f"needs a {kind} compiler and Python's headers, and one of them is not installed"
+        raise InputError(f"--capture compile {what}; install {usual} and python3-dev, or give {other}")
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import hashlib
 import re
 import signal
@@ -127,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
         images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
-        add("--data-dir", help=f"{images} (default: ./data; without it, CIFAR-10 uses the bundled 2,000 images)")
+        add("--data-dir", help=f"{images} (default: CIFAR's files in ./data, else CIFAR-10's 2,000 bundled images)")
         add("--download", action="store_true", help="download CIFAR, training and test images")
         sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: depends on data set and architecture)"
         weights = f"weights of the network: a file (of PyTorch or .safetensors), a URL, or {sources}"
@@ -169,7 +170,8 @@ class Parser(argparse.ArgumentParser):
             self.without_effect(f"--task {task}", "--export")
         self.without_effect("--overwrite", "--resume")
         of_training = "--weights --mean --std --bits --wbits --abits --act-placement --clipped-ste --seed --precision --capture"
-        self.without_effect("--eval", of_training, "--out --resume --overwrite --eval-every --check")
+        of_the_file = "--dataset --num-classes --image-size"
+        self.without_effect("--eval", of_the_file, of_training, "--out --resume --overwrite --eval-every --check")
         self.shared = set(vars(self.parse_args([])))
 
     def error(self, message):
@@ -286,11 +288,16 @@ class Parser(argparse.ArgumentParser):
             found = getattr(args, action.dest)
             return str(found) == value if value else found != action.default
 
+        schedule = getattr(args, "schedule", "paper")
+        by_schedule = {name for name in self.schedules[schedule] if given[name] is unset}
         for setting, flags in self.idle:
-            if all(map(holds, setting.split(" and "))):
+            parts = setting.split(" and ")
+            if all(map(holds, parts)):
+                theirs = by_schedule & {self._option_string_actions[part.split(" ")[0]].dest for part in parts}
+                note = f" (which --schedule {schedule} sets)" if theirs else ""
                 for idle in flags:
                     if given[self._option_string_actions[idle].dest] is not unset:
-                        raise InputError(f"{idle} has no effect with {setting}; leave one of them out")
+                        raise InputError(f"{idle} has no effect with {setting}{note}; leave one of them out")
 
     def _changed(self, args, defaults):
         """The method's own flags that are not as in `defaults`, for the folder's name, so that ablations do not share a folder;
@@ -393,8 +400,12 @@ def friendly_errors(program):
         if ours:
             signal.signal(signal.SIGTERM, _terminate)
         yield
-    except (ValueError, torch.OutOfMemoryError) as error:  # an InputError is one of the former
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, torch.OutOfMemoryError, OSError) as error:  # an InputError is one of the first
+        if isinstance(error, OSError):
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+                raise
+            error = f"{error.filename} cannot be used ({error.strerror}); give another path, or change its permissions"
+        elif isinstance(error, torch.OutOfMemoryError):
             error = f"the GPU's memory is full ({first_line(error)}); lower the batch size, or give --device cpu"
         elif "more than 1 value per channel when training" in str(error):
             error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"

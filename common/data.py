@@ -3,10 +3,12 @@
 import hashlib
 import http.client
 import os
+import tempfile
 import urllib.request
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -57,8 +59,8 @@ def download(address, path, digest=None):
     Raises:
         InputError: no connection, or a file with another digest.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    path, zipped = Path(path), urlsplit(address).path.endswith(".zip")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other runs may fetch it, too
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +72,13 @@ def download(address, path, digest=None):
                         bar.update(len(block))
             if size and partial.stat().st_size != size:
                 raise OSError(f"the connection ended after {partial.stat().st_size:,} of {size:,} bytes")
-            if address.endswith(".zip"):
+            if zipped:
                 with zipfile.ZipFile(partial) as archive:
                     content = archive.read(archive.namelist()[0])
                 partial.write_bytes(content)
         except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
             partial.unlink(missing_ok=True)
-            what = "unpack it and save its one file" if address.endswith(".zip") else "save it"
+            what = "unpack it and save its one file" if zipped else "save it"
             reason = getattr(error, "reason", error)
             raise InputError(
                 f"{address} cannot be fetched ({reason}); download it on a machine with internet access and {what} as {path}"
@@ -157,7 +159,10 @@ def load_test_set(
     """
     device = torch.device(device)
     batch_size = batch_size or evaluation_batch(device, image_size)
-    if dataset in ("cifar10", "cifar100"):
+    if dataset in KINDS:
+        if channels != 3:
+            what = f"has images of 3 channels, and the model takes {channels}"
+            raise InputError(f"--dataset {dataset} {what}; give --dataset folder for the images that it was trained with")
         images, labels, name = _load_cifar(dataset, data_dir, fetch)
     elif data_dir is None:
         return None
@@ -200,8 +205,15 @@ def _load_cifar(dataset, data_dir, fetch):
 
 def fetch_cifar(kind, root):
     """Download torchvision's own files of a CIFAR data set into the folder `root`: training and test images."""
-    archive = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}")
-    datasets.utils.extract_archive(str(archive), str(root))
+    archive, place = download(kind.url, root / kind.filename, f"md5:{kind.tgz_md5}"), root / kind.base_folder
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as folder:  # so that no run finds half of it
+            datasets.utils.extract_archive(str(archive), folder)
+            Path(folder, kind.base_folder).rename(place)
+    except OSError as error:
+        if not place.is_dir():  # another run was not quicker
+            why = error.strerror or first_line(error)
+            raise InputError(f"{archive} cannot be unpacked ({why}); make room, and repeat the command") from None
 
 
 def read_cifar(dataset, data_dir, train=False):
@@ -344,6 +356,8 @@ def read_pictures(folder, image_size, channels):
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
     if not files:
         raise InputError(f"--images {folder} holds no pictures ({', '.join(PICTURES)}); give a folder that does")
+    if channels not in (1, 3):
+        raise InputError(f"--images {folder}: the model takes {channels} channels and pictures have 1 or 3; give an images.npz")
     fit = _Fit(image_size, channels)
     try:
         return torch.stack([fit(_open_image(path)) for path in Progress(files, desc="reading pictures", leave=False)])

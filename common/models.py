@@ -297,6 +297,8 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     if weights is None:
         model, source = build(arch, num_classes, image_size), f"as {arch} returns it"
     else:
+        if weights == "timm" and not is_timm(arch):
+            raise InputError(f"--weights timm is for --arch timm:NAME, and --arch is {arch}; give a file or another source")
         if weights == "timm" and (found := stated(arch)["num_classes"]) != num_classes:
             advice = f"give --weights FILE, or --dataset folder --num-classes {found}"
             raise InputError(f"--weights timm: {arch} is for {found} classes and the data set has {num_classes}; {advice}")
@@ -316,7 +318,7 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
             fit(model, state, path)
             if design == "pad":
                 normalisation = NORMALISATION["imagenet"]  # akamaster's networks, the only ones with such shortcuts
-            elif Path(path).name in {Path(address).name for address, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()}:
+            elif any(Path(path).name.endswith(Path(a).name) for a, _ in PUBLISHED["chenyaofo"].get(dataset, {}).values()):
                 normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
     refuse_infinite(model, f"--weights: the network {source}")
     return model.eval().requires_grad_(False), normalisation, source

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torchvision
@@ -155,5 +156,5 @@ def locate_weights(weights, arch, dataset):
         return cached or download(address, cache / f"{timm_models.full_name(arch)}{Path(address).suffix}"), weights
     if re.match("https?://", weights):
         unique = hashlib.sha256(weights.encode()).hexdigest()[:8]  # two addresses may end in the same name
-        return download(weights, cache / f"{unique}-{Path(weights).name.removesuffix('.zip')}"), weights
+        return download(weights, cache / f"{unique}-{Path(urlsplit(weights).path).name.removesuffix('.zip')}"), weights
     return Path(weights), weights

@@ -232,7 +232,10 @@ def write_result(run, result, show):
 
 def show_finished(run, show):
     """Print what a run that is there already has found, as `write_result` did, and how it would be made anew; returns it."""
-    result = json.loads((run.folder / run.result_file).read_text())
+    try:
+        result = json.loads((run.folder / run.result_file).read_text())
+    except ValueError:
+        raise InputError(f"{run.folder / run.result_file} is damaged; --overwrite runs it again") from None
     show(result, run)
     print("  this run was finished before; --overwrite runs it again", flush=True)
     return result

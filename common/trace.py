@@ -388,7 +388,8 @@ def fold_batchnorm(model, example=None):
         before = node.args[0]
         if before.op == "call_module" and type(modules[before.target]) is nn.Conv2d:
             if len(before.users) == 1 and modules[node.target].track_running_stats:
-                traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+                modules[before.target] = fuse_conv_bn_eval(modules[before.target], modules[node.target])
+                traced.set_submodule(before.target, modules[before.target])
                 node.replace_all_uses_with(before)
                 traced.graph.erase_node(node)
                 rest = nn.Module()

@@ -54,6 +54,7 @@ def load_zoo(names, cfg, shared=None):
         own = alone(cfg, name)
         try:
             model, normalisation, _ = load_teacher(own.arch, cfg.dataset, cfg.num_classes, cfg.image_size, own.weights)
+            model = model.float()
             layout = memory_layout(model, probe(model, cfg.num_classes, cfg.image_size))
             channels = input_channels(model)
             shared = shared or tuple(per_channel(cfg, normalisation, channels))

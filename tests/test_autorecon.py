@@ -484,7 +484,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     tiny, kd = [*command_line(STAGE_1), "--arch", "tiny:net"], ["--task", "kd", "--student-arch", "resnet20"]
     for arguments, words in [
         (["--genotype", "genotype.json"], "holds no genotype"),
-        (["--genotype", "absent.json"], "is not a file; give a genotype.json"),
+        (["--genotype", "absent.json"], "is not a file; give one of a genotype.json, its folder, published:NAME, search"),
         (["--genotype", "published:resnet21"], "is not known; published are resnet20-cifar10"),
         (["--genotype", "random", "--search-only"], "--search-only has no effect with --genotype; leave one of them out"),
         (["--genotype", "random", "--tau-start", 3], "--tau-start has no effect with --genotype"),

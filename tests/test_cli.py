@@ -1,5 +1,6 @@
 """The command line end to end: what a run leaves, what it refuses, how it goes on after it was killed."""
 
+import errno
 import functools
 import json
 import os
@@ -230,6 +231,8 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
     (run / "config.json").write_text(config.replace('"bns_form"', '"older"'))  # of a version with other flags
     assert "bns_form unknown there, gdfq here; older gdfq there, unknown here" in fails(gdfq.main, *arguments)
     (run / "config.json").write_text(config)
+    (run / "result.json").write_text("{")
+    assert "result.json is damaged; --overwrite runs it again" in fails(gdfq.main, *arguments)
     (run / "result.json").unlink()
     assert "holds an unfinished run; give --resume to continue it, or --overwrite" in fails(gdfq.main, *arguments)
     assert (run / "quantized.pt").exists()
@@ -325,12 +328,21 @@ def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch
     assert "checkpoint.pt holds the first 2 epochs" in sentence
 
 
-def test_a_full_gpu_is_one_sentence(fails):
+@pytest.mark.parametrize("error, sentence", [
+    (
+        torch.OutOfMemoryError("CUDA out of memory.\nMore of it"),
+        "the GPU's memory is full (CUDA out of memory.); lower the batch size, or give --device cpu",
+    ),
+    (
+        PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+        "/root/x cannot be used (Permission denied); give another path, or change its permissions",
+    ),
+])  # fmt: skip
+def test_a_full_gpu_or_a_forbidden_path_is_one_sentence(fails, error, sentence):
     def main(argv):
         with friendly_errors("gdfq.py"):
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+            raise error
 
-    sentence = "the GPU's memory is full (CUDA out of memory.); lower the batch size, or give --device cpu"
     assert fails(main) == f"gdfq.py: error: {sentence}"
 
 

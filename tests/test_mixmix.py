@@ -569,6 +569,10 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*tiny, "--clipped-ste"], "--clipped-ste has no effect with --task synth"),
         ([*tiny, *command_line({f"{name}_weight": 0 for name in ("ce", "bn", "tv", "l2")})], "minimises nothing"),
         ([*data, "--task", "kd", "--zoo", "tiny:net"], "--task kd needs --student-arch"),
+        (
+            [*data, "--task", "synth", "--zoo", "strangers:ViewAndFeatureFlags", "--zoo-sample", 1, "--low-iterations", 2],
+            "ViewAndFeatureFlags does not take images of 8 pixels, which the initial iterations have; give --low-iterations 0",
+        ),
         *(([*own, "--arch", "tiny:branch", "--task", task], "the model cannot be traced") for task in ("ptq", "qat", "prune")),
         ([*own, "--arch", "tiny:net", "--task", "kd", "--student-arch", "resnet2x"], "--student-arch 'resnet2x' is not known"),
         ([*data, "--task", "transfer"], "--task transfer needs --images"),

@@ -612,14 +612,14 @@ def test_a_layer_that_is_called_twice_is_refused():
         fold_batchnorm(trained(Twice()))
 
 
-def test_a_batchnorm_may_have_the_name_of_a_method_of_tensors():
+def test_two_batchnorms_in_a_row_one_with_the_name_of_a_method_of_tensors_are_folded():
     class Normed(FunctionalNet):
         def __init__(self):
             super().__init__()
             self.norm = nn.BatchNorm2d(8)
 
         def forward(self, x):
-            x = F.relu(self.norm(self.conv1(x)))
+            x = F.relu(self.norm(self.bn1(self.conv1(x))))
             return self.fc(x.mean((2, 3)) / x.norm())
 
     net, x = trained(Normed()), torch.randn(4, 3, 16, 16)

@@ -14,6 +14,11 @@ from common.models import load_teacher
 NAME = "timm:test_resnet.r160_in1k"
 
 
+def extra(module):
+    """A module of an optional package; the test is skipped where it is not installed."""
+    return pytest.importorskip(module, reason=f"{module} is not installed (requirements-extra.txt)")
+
+
 @pytest.mark.parametrize("package", ["timm", "safetensors"])
 def test_a_missing_package_is_named(tmp_path, fails, monkeypatch, package):
     for module in ("timm", "safetensors", "safetensors.torch"):
@@ -22,10 +27,11 @@ def test_a_missing_package_is_named(tmp_path, fails, monkeypatch, package):
     flags = ["--arch", "timm:resnet18"] if package == "timm" else ["--weights", tmp_path / "net.safetensors"]
     sentence = fails(gdfq.main, *flags)
     assert f"needs {package}, which is not installed; pip install -r requirements-extra.txt" in sentence
+    assert "--weights timm is for --arch timm:NAME, and --arch is resnet20" in fails(gdfq.main, "--weights", "timm")
 
 
 def test_weights_of_safetensors(tmp_path, fails):
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = extra("safetensors.torch")
     bundled, *_ = load_teacher("resnet20", "cifar10", 10, 32)
     safetensors.save_model(bundled, str(tmp_path / "net.safetensors"))
     loaded, *_ = load_teacher("resnet20", "cifar10", 10, 32, str(tmp_path / "net.safetensors"))
@@ -35,7 +41,7 @@ def test_weights_of_safetensors(tmp_path, fails):
 
 
 def test_a_network_of_timm_brings_its_own_settings(tmp_path, fails, monkeypatch):
-    timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+    timm, safetensors = extra("timm"), extra("safetensors.torch")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
@@ -56,7 +62,7 @@ def test_a_network_of_timm_brings_its_own_settings(tmp_path, fails, monkeypatch)
 
 
 def test_a_network_of_timm_is_quantized_and_read_again(tmp_path):
-    timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+    timm, safetensors = extra("timm"), extra("safetensors.torch")
     torch.manual_seed(0)
     weights, name = tmp_path / "net.safetensors", "test_efficientnet"  # whose BatchNorms compute their activations
     safetensors.save_model(trained(timm.create_model(name, num_classes=5), size=32, steps=3), str(weights))

@@ -39,6 +39,7 @@ LENGTH = {"epochs", "iters", "batch_size"}
 ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say where a run lies, or what else it does
 APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device"}  # arguments that no row's name has
 PROTOCOL = {"--weights", "--task", "--schedule", "--epochs", "--iters", "--batch-size"}  # with another one, another table
+MACHINE = {"--precision", "--capture", "--threads", "--eval-every"}  # flags that leave the method as it is
 
 PAPERS = {  # by the task of MixMix: the table that has such an experiment
     None: "Table 2 of Qimera and of AdaDFQ",
@@ -46,6 +47,12 @@ PAPERS = {  # by the task of MixMix: the table that has such an experiment
     "qat": "Table 4 of MixMix, which has ImageNet",
     "prune": "Table 5 of MixMix, which has ImageNet",
     "kd": "Table 7 of MixMix",
+}
+NETWORK = "cifar10", "resnet20"  # of the overview and of accuracy.png
+LENGTHS = {  # the heading of the overview's column: the flags of PROTOCOL that its runs were given
+    "`short`": ("--schedule short",),
+    "`tenth`": ("--epochs 40", "--iters 200", "--batch-size 16"),
+    "`whole`": (),
 }
 HEADS = "bits | method | seeds | calibrated | last epoch | best epoch | drop | published | best published | minutes | KB"
 HEADER = """# Results
@@ -64,6 +71,13 @@ machine. KB is the size of the written network.
 
 A command stands above each table. The other rows differ from it in the script, `--bits` and `--seed`, and in the flags shown in
 the method column. `DIR` is a folder with the test images.
+"""
+OVERVIEW = """## Points lost, by length of training
+
+ResNet-20 on CIFAR-10, the runs of the tables below: accuracy in full precision less accuracy after the last epoch, mean ±
+standard deviation, and in brackets the number of runs on all machines. `short` is `--schedule short`, 720 iterations of 16
+images with settings of its own; `tenth` is 8,000 iterations of 16 images with the paper's settings; `whole` is the script's
+plain command, 80,000 iterations. Where a cell names a flag, its runs had it.
 """
 PICTURES = {
     "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "
@@ -149,10 +163,17 @@ def read_run(folder, machine=None):
     }
 
 
+def protocol_of(flags):
+    return tuple(flag for flag in flags if flag.split()[0] in PROTOCOL)
+
+
+def network_of(runs):
+    return runs[0]["arguments"]["dataset"], runs[0]["arguments"]["arch"]
+
+
 def block_of(run):
     """The name of the table that a run belongs to."""
-    arguments = run["arguments"]
-    protocol = [flag for flag in run["flags"] if flag.split()[0] in PROTOCOL]
+    arguments, protocol = run["arguments"], protocol_of(run["flags"])
     machine = run["machine"]["processor"] or "unknown machine"
     parts = arguments["arch"], arguments["dataset"], *protocol, f"{run['result']['images']} images", machine
     return re.sub(r"[^\w.]+", "-", " ".join(parts)).strip("-").lower()
@@ -198,11 +219,17 @@ def rows_of(runs):
     return rows, common
 
 
+def published(bits, method, *network):
+    """Cells with the points that have been published for this method and for the best one, empty where none are known."""
+    drops = [paper_drop(name, int(bits), *network) if bits.isdigit() else None for name in (method, "best")]
+    return ["" if drop is None else f"{drop:.2f}" for drop in drops]
+
+
 def table(runs):
     """The text of one table: title, what all runs share, command and rows."""
     rows, common = rows_of(runs)
     arguments, (first_bits, first_method, own) = runs[0]["arguments"], next(iter(rows))
-    protocol = [f"`{flag}`" for flag in common if flag.split()[0] in PROTOCOL]
+    protocol = [f"`{flag}`" for flag in protocol_of(common)]
 
     def all_of(texts):
         return "; ".join(dict.fromkeys(filter(None, texts)))
@@ -222,23 +249,46 @@ def table(runs):
     lines = [f"## {arguments['arch']} on {arguments['dataset']}" + "".join(f", {flag}" for flag in protocol), ""]
     lines += ["; ".join(filter(None, shown)) + f"; versions: {all_of(versions)}.", "", "```bash", command, "```", ""]
     lines += [f"| {HEADS} |", "|---" * (HEADS.count("|") + 1) + "|"]
-    network = arguments["dataset"], arguments["arch"]
     for (bits, method, flags), seeds in rows.items():
         results = [run["result"] for run in seeds]
         calibrated, last, best = ([result[f"{n}_top1"] for result in results] for n in ("calibrated", "last", "best"))
-        published = [paper_drop(name, int(bits), *network) if bits.isdigit() else None for name in (method, "best")]
         cells = [
             bits,
             " ".join([METHODS[method], *(f"`{flag}`" for flag in flags)]),
             ", ".join(str(run["seed"]) for run in seeds),
             *map(spread, (calibrated, last, best)),
             f"{fmean(result['fp_top1'] - result['last_top1'] for result in results):.2f}",
-            *("" if figure is None else f"{figure:.2f}" for figure in published),
+            *published(bits, method, *network_of(runs)),
             spread([result["seconds"] / 60 for result in results], 1),
             f"{(results[0].get('bytes_quantized') or results[0]['bytes_student']) / 1024:,.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def overview(tables):
+    """The text of the table of points lost after each length of training, from the runs of NETWORK on all machines. Of a
+    method's rows it has the one with the fewest flags."""
+    rows = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # (bits, method) -> heading -> flags -> points lost
+    for heading, protocol in LENGTHS.items():
+        chosen = [runs for runs in tables if network_of(runs) == NETWORK and protocol_of(rows_of(runs)[1]) == protocol]
+        runs = [run | {"flags": [f for f in run["flags"] if f.split()[0] not in MACHINE]} for runs in chosen for run in runs]
+        for (bits, method, flags), seeds in (rows_of(runs)[0] if runs else {}).items():
+            lost = rows[bits, method][heading][flags]
+            lost += [run["result"]["fp_top1"] - run["result"]["last_top1"] for run in seeds]
+
+    def cell(found):
+        if not found:
+            return ""
+        flags = min(found, key=len)
+        return ", ".join([f"{spread(found[flags])} ({len(found[flags])})", *(f"`{flag}`" for flag in flags)])
+
+    heads = ["bits", "method", *LENGTHS, "published", "best published"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for bits, method in sorted(rows, key=lambda row: (row[0], ORDER[row[1]])):
+        cells = [bits, METHODS[method], *(cell(rows[bits, method][heading]) for heading in LENGTHS)]
+        lines.append("| " + " | ".join([*cells, *published(bits, method, *NETWORK)]) + " |")
+    return "\n".join([OVERVIEW, *lines]) if rows else ""
 
 
 def page(place):
@@ -247,7 +297,8 @@ def page(place):
     tables.sort(key=lambda runs: (runs[0]["arguments"]["arch"] != "resnet20", -len({run["method"] for run in runs})))
     shown = {name: about for name, about in PICTURES.items() if (place.parent / name).exists()}
     pictures = "\n\n".join(f"![{about}]({name})\n\n*{about}*" for name, about in shown.items())
-    return "\n\n".join(filter(None, [HEADER.strip(), *map(table, tables), "## Pictures" if shown else "", pictures])) + "\n"
+    parts = HEADER.strip(), overview(tables), *map(table, tables), "## Pictures" if shown else "", pictures
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -307,7 +358,7 @@ def draw_accuracy(place):
         for bits, method, flags in sorted(rows, key=lambda row: len(row[2])):
             runs, arguments = rows[bits, method, flags], rows[bits, method, flags][0]["arguments"]
             alike = len({len(run["curve"]) for run in runs}) == 1 < len(runs[0]["curve"])
-            if not alike or (arguments["dataset"], arguments["arch"]) != ("cifar10", "resnet20"):
+            if not alike or network_of(runs) != NETWORK:
                 continue
             steps = None if arguments.get("schedule") == "short" else arguments["epochs"] * arguments["iters"]
             if (line := (method, steps)) not in panels[bits]:
@@ -329,7 +380,7 @@ def draw_accuracy(place):
                 axes.fill_between(np.median(seconds, 0), top1.min(0), top1.max(0), alpha=0.2, color=look(method)["color"], lw=0)
             full = runs[0]["result"]["fp_top1"]
             axes.axhline(full, color="black", lw=1, label="full precision")
-            if best := paper_drop("best", int(bits), "cifar10", "resnet20") if bits.isdigit() else None:
+            if best := paper_drop("best", int(bits), *NETWORK) if bits.isdigit() else None:
                 axes.axhline(full - best, color="grey", ls=":", lw=1, label="best published")
             axes.set_xscale("log")
             axes.set_xticks([60 * minutes for minutes in MINUTES], map(str, MINUTES))

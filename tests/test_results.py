@@ -27,7 +27,7 @@ def test_every_figure_of_the_readme_is_on_a_page():
 
 
 def write_run(folder, cfg, top1, calibrated=70.0, machine=None):
-    """The folder of a finished run of 12 epochs of 10 seconds."""
+    """The folder of a finished run, its first 12 epochs, of 10 seconds each."""
     folder.mkdir()
     config = {"arguments": vars(cfg), "versions": {"torch": "2.14.1"}} | ({"machine": machine} if machine else {})
     figures = {"fp_top1": 92.41, "calibrated_top1": calibrated, "last_top1": top1, "best_top1": top1 + 1, "images": 2000}
@@ -46,7 +46,7 @@ def test_a_row_names_the_flags_that_make_it_again():
 
 
 def test_a_table_from_run_folders(tmp_path, fails):
-    argv = "--bits 3 --epochs 12 --iters 60 --batch-size 16 --data-dir /home/me/cifar --seed".split()
+    argv = "--bits 3 --epochs 40 --iters 200 --batch-size 16 --data-dir /home/me/cifar --seed".split()
     top1, machine, runs = [87.0, 88.5, 88.1], {"processor": "avx2", "threads": 2}, []
     for seed, accuracy in enumerate(top1):
         runs.append(write_run(tmp_path / f"g{seed}", gdfq.parse_args([*argv, str(seed)]), accuracy, machine=machine))
@@ -66,9 +66,14 @@ def test_a_table_from_run_folders(tmp_path, fails):
     assert f"| 3 | GDFQ | 0, 1, 2 | 70.00 ± 0.00 | {spread} | {drops} | 2.0 ± 0.0 | 2 |" in page
     for row in ("GDFQ `--no-ce` | 0 |  | 80.00 |", "AdaDFQ | 0 | 70.00 | 90.00 | 91.00 | 2.41 | 9.00 |"):
         assert f"| 3 | {row}" in page
+    lost = 92.41 - np.array([*top1, 86.6])
+    assert f"| 3 | GDFQ |  | {lost[:3].mean():.2f} ± {np.std(lost[:3], ddof=1):.2f} (3) |  | 18.78 | 5.78 |" in page
     before = file.read_text()
     results.main([runs[0], "--out", str(out)])  # in the place of itself
     assert (file.read_text(), out.read_text("utf-8")) == (before, page)
+    elsewhere = gdfq.parse_args([*argv, "0", "--capture", "none"])  # another table, the same row of the overview
+    results.main([write_run(tmp_path / "gpu", elsewhere, 86.6, machine={"processor": "gpu", "threads": 1}), "--out", str(out)])
+    assert f"| 3 | GDFQ |  | {lost.mean():.2f} ± {np.std(lost, ddof=1):.2f} (4) |  | 18.78 | 5.78 |" in out.read_text("utf-8")
     without = write_run(tmp_path / "agreement", gdfq.parse_args([*argv, "0"]), 1.0)
     (tmp_path / "agreement" / "result.json").write_text('{"fp_top1": null}')
     assert "agreement holds no accuracy on test images" in fails(results.main, without, "--out", out)

@@ -28,11 +28,13 @@ Where the equations are:
     batch's minimum                                    student's loss has no minimum)          student's Eq. 13
     L_BNS                 sum of squared L2 norms      mean over layers and channels           --variant, --bns-form
     alpha_ds, lambda_l    0.2, 0.1 everywhere          by network and bits                     --variant, --alpha-ds, --lambda-l
-    rates' decay          student's, every 100         both, by network and bits               both; --variant, --decay-epochs
+    learning-rate decay   student's, every 100         both, by network and bits               both; --variant, --decay-epochs
                           epochs, ImageNet once, 350
     generator's beta1     0.9                          0.5                                     --variant, --beta1
-    student's forward     not said                     once for each side                      once for both where it can be
-    teacher, top-1 %      C10 93.89, C100 70.33, R18 71.47, R50 77.73, MBV2 73.03              --weights; C10 bundled: 92.41
+    student's forward     not said                     once for each side                      once for both losses where
+                                                                                               possible (last paragraph)
+    teacher, top-1 %      CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47, ResNet-50 77.73,   --weights; bundled for
+                          MobileNetV2 73.03                                                    CIFAR-10: 92.41
     precision             fp32                         fp32                                    --precision; auto: bf16 where
                                                                                                the hardware computes it
     BatchNorms' eps       not given                    0.8 after convolutions                  0.8
@@ -90,12 +92,14 @@ from common.quant import quantize
 from common.report import draw_images, execute, print_rows
 from common.run import Run
 
+# ----------------------------------------------------------------------------------------------------------- generator
+
+
 BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
-GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm in the place of a conditional one."""
+    """BatchNorm that is called with labels, as a conditional one is, and ignores them."""
 
     def forward(self, x, y):
         return super().forward(x)
@@ -117,8 +121,8 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(z | y). For small images the label enters as an embedding that multiplies the noise, for large ones through conditional
-    BatchNorms.
+    """G(z | y). For small images (up to 64 pixels) the label enters as an embedding that multiplies the noise, for large ones
+    through conditional BatchNorms.
 
     Args:
         num_classes: number of labels.
@@ -159,6 +163,12 @@ def make_generator(teacher, cfg, channels, example=None):
 def sample(generator, y, cfg):
     """Images of labels y (B,), with fresh noise."""
     return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+GDFQ_BNS_WEIGHT = 0.1  # alpha of GDFQ's L(G) = L_CE + alpha L_BNS
 
 
 def entropy(z_p, z_q, temperature=1.0):
@@ -214,23 +224,24 @@ def generator_loss(z_p, z_q, y, bns, cfg):
     """
     if cfg.generator_loss == "gdfq":
         return F.cross_entropy(z_p, y) + GDFQ_BNS_WEIGHT * bns
-    loss = bns.new_zeros(()) if cfg.no_bns else cfg.gamma * bns
-    if not cfg.no_ds:
-        loss = loss + cfg.beta * cfg.alpha_ds * loss_ds(z_p, z_q, y)  # L_bal, Eq. 9
-    if not cfg.no_as:
-        loss = loss + cfg.beta * cfg.alpha_as * loss_as(z_p, z_q, y)
-    if not cfg.no_margin:
-        loss = loss + margin_loss(normalised_entropy(z_p, z_q), cfg.lambda_l, cfg.lambda_u)
-    return loss
+    zero = torch.zeros_like(bns)
+    hinges = zero if cfg.no_margin else margin_loss(normalised_entropy(z_p, z_q), cfg.lambda_l, cfg.lambda_u)
+    l_ds = zero if cfg.no_ds else loss_ds(z_p, z_q, y)
+    l_as = zero if cfg.no_as else loss_as(z_p, z_q, y)
+    l_bal = cfg.alpha_ds * l_ds + cfg.alpha_as * l_as  # Eq. 9
+    return hinges + cfg.beta * l_bal + cfg.gamma * (zero if cfg.no_bns else bns)
 
 
 def student_loss(z_p, z_q, y, cfg):
-    """What the student minimises: logits (B, C), labels (B,) or their probabilities (B, C), which only GDFQ's
-    loss looks at.
+    """What the student minimises, as --student-loss says.
 
     "eq13" is the paper's 1 - H'_info(p_ds) (Eq. 13). The default "entropy-t" is not Eq. 13 but what the released code has
     there: -T^2 H(z_p - z_q; T), for large T half the variance over the classes of the logits' difference, up to a constant.
     "gdfq" is cross-entropy and distillation, as a control.
+
+    Args:
+        z_p, z_q: the teacher's and the student's logits, (B, C).
+        y: labels (B,) or their probabilities (B, C); only "gdfq" uses them.
     """
     temperature = cfg.temperature
     if cfg.student_loss == "eq13":
@@ -240,12 +251,85 @@ def student_loss(z_p, z_q, y, cfg):
     return F.cross_entropy(z_q, y) + kd_loss(z_q, z_p, temperature, "mean")  # GDFQ's, as released
 
 
+# ----------------------------------------------------------------------------------------------------------- algorithm
+
+
+def compress(teacher, cfg, run=None):
+    """Quantize a network without data.
+
+    Args:
+        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
+            copied and left as it is.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the loop; by default nothing is written or shown.
+
+    Returns:
+        The quantized network, in eval mode.
+
+    Raises:
+        InputError: a teacher without BatchNorm, of another shape, or with something that cannot be quantized.
+    """
+    run = run or Run(cfg)
+    device, channels = run.device, input_channels(teacher)
+    check_image_size(cfg, multiple=4)
+    teacher, example = run.adopt(teacher)
+    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
+    student = finetune.set_ranges(student, cfg.act_ranges)
+    shared = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits, for both losses
+    stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
+    real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there
+    generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
+    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
+    sgd = {"momentum": 0.9, "nesterov": True}
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, **sgd)
+
+    def synthesize(y):
+        return run.compute(sample, generator, y, cfg)
+
+    def generator_step():
+        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
+        x = synthesize(y)
+        z_p, z_q = run.compute(teacher, x), shared.for_generator(x)
+        bns = stats.loss(cfg.bns_form)
+        if not real:
+            loss = generator_loss(z_p, z_q, y, bns, cfg)
+            if loss.requires_grad:
+                shared.update_generator(optim_g, loss)
+            run.log(loss_g=loss, bns=bns)
+        run.log(**game_figures(z_p.detach(), z_q.detach(), y))
+        return x.detach(), z_p.detach(), y
+
+    def student_step(x, z_p, y):
+        x, z_p, y = finetune.mixed(run, teacher, x, z_p, y)
+        loss = features.added_to(student_loss(z_p, shared.for_student(x), y, cfg))
+        run.update(optim_q, loss)
+        run.log(loss_q=loss)
+
+    def iteration(calibrating, tuning):
+        shared.begin(calibrating, tuning)
+        batch = generator_step()
+        if tuning:
+            student_step(*batch)
+
+    run.announce(describe(student))
+    step = run.capture(iteration, optim_g, optim_q)
+    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
+    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
+        with measured_gains(run, teacher, student) if tuning and not calibrating else nullcontext():  # Figure 3(a)
+            for _ in run.steps():
+                step(calibrating, tuning)
+    return finetune.keep_ranges(student)
+
+
+# ------------------------------------------------------------------------------------------------------------ analyses
+
+
 @torch.no_grad()
 def game_figures(z_p, z_q, y):
-    """How the game stands for a batch: mean and quantiles of H' (for a quantile q the sample nearest to rank q (B - 1)), the
-    shares of the samples of Definition 1 (the teacher says y, the student does not follow) and of Definition 2, which is based
-    on it (both say y), and the student's cross-entropy, the training loss of Figure 3(b). Logits (B, C), labels (B,); scalar
-    tensors by name."""
+    """How the game stands for a batch, as scalar tensors by name: mean, 10 %, 50 % and 90 % quantiles of H' (of quantile q the
+    sample nearest to rank q (B - 1)); ds_samples, the share of disagreement samples (Definition 1: the teacher says y, the
+    student does not); as_samples, that of agreement samples (Definition 2: both say y); train_loss, the
+    student's cross-entropy (Figure 3(b)). Logits (B, C), labels (B,)."""
     h, p, q = normalised_entropy(z_p, z_q), z_p.argmax(1), z_q.argmax(1)
     known = p == y
     ordered = whole_batch(h).sort().values
@@ -274,72 +358,6 @@ def measured_gains(run, teacher, student):
     yield
     after_g, after_q = disagreement(run, teacher, student_before, student)
     run.note(gain_g=after_g - before, gain_q=after_q - after_g, disagreement=after_q)
-
-
-def compress(teacher, cfg, run=None):
-    """Quantize a network without data.
-
-    Args:
-        teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
-            copied and left as it is.
-        cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop; by default nothing is written or shown.
-
-    Returns:
-        The quantized network, in eval mode.
-
-    Raises:
-        InputError: a teacher without BatchNorm, of another shape, or with something that cannot be quantized.
-    """
-    run = run or Run(cfg)
-    device, channels = run.device, input_channels(teacher)
-    check_image_size(cfg, multiple=4)
-    teacher, example = run.adopt(teacher)
-    student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = finetune.set_ranges(student, cfg.act_ranges)
-    shared = OneForward(run, student, same_images=cfg.mix == "none")
-    stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
-    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
-    generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
-    optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
-    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
-
-    def synthesize(y):
-        return run.compute(sample, generator, y, cfg)
-
-    def generator_step():
-        y = torch.randint(cfg.num_classes, (cfg.batch_size,), device=device)
-        x = synthesize(y)
-        z_p, z_q = run.compute(teacher, x), shared.for_generator(x)
-        bns = stats.loss(cfg.bns_form)
-        if not real:
-            loss = generator_loss(z_p, z_q, y, bns, cfg)
-            if loss.requires_grad:
-                shared.update_generator(optim_g, loss)
-            run.log(loss_g=loss, bns=bns)
-        run.log(**game_figures(z_p.detach(), z_q.detach(), y))
-        return x.detach(), z_p.detach(), y
-
-    def student_step(x, z_p, y):
-        x, z_p, y = finetune.mixed(run, teacher, x, z_p, y)
-        loss = features.added_to(student_loss(z_p, shared.for_student(x), y, cfg))
-        run.update(optim_q, loss)
-        run.log(loss_q=loss)
-
-    def iteration(calibrating, tuning):  # arguments, because a captured step is made anew for each combination
-        shared.begin(calibrating, tuning)
-        batch = generator_step()
-        if tuning:
-            student_step(*batch)
-
-    run.announce(describe(student))
-    step = run.capture(iteration, optim_g, optim_q)
-    # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
-    for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
-        with measured_gains(run, teacher, student) if tuning and not calibrating else nullcontext():
-            for _ in run.steps():
-                step(calibrating, tuning)
-    return finetune.keep_ranges(student)
 
 
 def similarity(z_p, z_q):
@@ -385,6 +403,9 @@ def analyze(cfg, samples=3200, batch=16, each=10):
     return result
 
 
+# -------------------------------------------------------------------------------------------------------- command line
+
+
 class Settings(NamedTuple):
     """What the released code sets by network and bits."""
 
@@ -396,7 +417,7 @@ class Settings(NamedTuple):
 
 
 CIFAR = Settings(4, 1e-4, (100, 200, 300), 0.2, 0.1)
-IMAGENET = {  # 5 bits stand for more
+IMAGENET = {  # by network and bits; 2 bits take the values of 3, and 6 to 8 bits those of 5
     ("resnet18", 3): Settings(50, 1e-5, (350, 400), 0.2, 0.1),
     ("resnet18", 4): Settings(50, 1e-5, (350, 400), 0.2, 0.3),
     ("resnet18", 5): Settings(50, 1e-5, (350, 400), 0.3, 0.3),
@@ -419,16 +440,18 @@ def parser():
     add("--variant", choices=("released", "paper"), default="released", help=variant)
     p.add_training(
         "AdaDFQ: schedule",
-        epochs=400, iters=200, batch_size=16, calibrate_epochs=4, lr_g=1e-3, weight_decay=1e-4, latent_dim=100,
-        warmup_epochs=Described("CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100"),
-        beta1={"released": 0.5, "paper": 0.9}, lr_q=Described("1e-4, ImageNet 1e-5, ResNet-50 1e-4"),
+        epochs=400, iters=200, batch_size=16,
+        warmup_epochs=Described("CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100"), calibrate_epochs=4,
+        lr_g=1e-3, beta1={"released": 0.5, "paper": 0.9},
+        lr_q=Described("CIFAR 1e-4, ImageNet 1e-5, ResNet-50 on ImageNet 1e-4"), weight_decay=1e-4,
         decay_epochs=Described("CIFAR 100 200 300, ImageNet by network and bits"),
-        bns_form={"released": "gdfq", "paper": "sum"},
+        latent_dim=100, bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
-    low = "lower bound of the normalised entropy H' (Eq. 12; default: 0.1; released on ImageNet: by network, bits)"
+    by_network = "with --variant released on ImageNet 0.1 to 0.4, by network and bits"
+    low = f"lower bound of the normalised entropy H' (Eq. 12) (default: 0.1; {by_network})"
     add("--lambda-l", type=number(0, 1), help=low)
     add("--lambda-u", type=number(0, 1), default=0.8, help="upper bound of the normalised entropy H' (Eq. 12)")
-    about = "weight of L_ds (Eq. 9; default: 0.2; released on ImageNet: by network, bits)"
+    about = f"weight of L_ds (Eq. 9) (default: 0.2; {by_network.replace('0.4', '0.3')})"
     add("--alpha-ds", type=number(0), help=about)
     add("--alpha-as", type=number(0), default=0.1, help="weight of L_as (Eq. 9)")
     add("--beta", type=number(0), default=1.0, help="common weight of L_ds and L_as (Eq. 12)")

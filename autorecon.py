@@ -11,6 +11,7 @@ Where the equations are:
     Operation                    up-sampling, conditional BatchNorm, convolution      Table 1
     Generator                    nodes as sums of edges, edges as sums of operations  Eq. 3, 8
     Architecture.probabilities   p = softmax(alpha)                                   Eq. 4
+    Architecture.sample          each edge drawn by itself                            Eq. 5
     Architecture.gumbel_softmax  m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
     reconstruction_loss          L_r = L_class + weight * L_bns                       Eq. 1
     search                       weights and architecture by turns                    Eq. 2, 6; Algorithm 1, lines 1-8
@@ -33,7 +34,7 @@ generators built from them, which show the macro-architecture exactly. The paper
     activation ranges     plain moving average over the first four epochs                           GDFQ, without feedback
     Table 4's settings    500 epochs of 50 batches of 256, student's rate 0.1 and weight decay      DFAD's CIFAR script
                           5e-4, five student steps, L1 of the logits
-      rates' decay        at epochs 100 and 200                                                     DFAD, where asked for
+      learning-rate decay at epochs 100 and 200                                                     DFAD, if a flag asks for it
       student's steps     after the generator's, the first on its images                            DFAD: before it, all
                                                                                                     on fresh images
       latent vector       100 entries (--latent-dim)                                                GDFQ (DFAD: 256)
@@ -49,11 +50,15 @@ The paper gives these settings:
     generator in stage 2  fixed (Algorithm 1), trained before   initialised again and trained along with the student,
                           (Figure 1)                            as in GDFQ, whose settings the paper takes
     L_KD                  as in GDFQ                            temperature 20
-    precision             fp32                                  --precision; auto: bf16 where the hardware has it
-    Table 4's networks    ResNet-34 into R18                    --arch, --student-arch
-    teacher, ImageNet, %  R18 71.47, R50 77.72, MBV2 73.03      torchvision's: 69.76, 76.13, 71.88; --weights
-    teacher, CIFAR-100    R18 78.83, R50 79.36, MBV2 70.72      no public source; MBV2 with 74.20: chenyaofo's
-    teacher, ResNet-20    AIT has C10 93.89, C100 70.33         C10: bundled, 92.41; C100: pytorchcv's, as in AIT
+    precision             fp32                                  --precision; auto is bf16 where the hardware has it
+    Table 4's networks    ResNet-34 into ResNet-18              --arch, --student-arch
+    teachers, top-1 in %
+      of ImageNet         ResNet-18 71.47, ResNet-50 77.72,     torchvision's: 69.76, 76.13, 71.88; --weights
+                          MobileNetV2 73.03
+      of CIFAR-100        ResNet-18 78.83, ResNet-50 79.36,     no public source; MobileNetV2 with 74.20: chenyaofo's
+                          MobileNetV2 70.72
+      ResNet-20           as AIT has it: CIFAR-10 93.89,        CIFAR-10: bundled, 92.41; CIFAR-100: pytorchcv's, as in AIT
+                          CIFAR-100 70.33
 
 The cell and the Gumbel noise on p are those of AdversarialNAS (Gao et al., CVPR 2020). Table 3 scales a found architecture:
 `--genotype RUN --scale 2`; in a search, --scale is also that of the super net. The published generators need four to five
@@ -66,7 +71,7 @@ BatchNorms, because the published generators differ from GDFQ's in that, too. `-
 `--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` a search
 decides in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge
 open, and the paper's soft search has not been measured. The generator that was found costs as much as GDFQ's; at 3 and 4
-bits in the short schedule it is no better than random draws, and GDFQ's is better than both (docs/MEASUREMENTS.md).
+bits in the short schedule it is no better than random draws, and at 3 bits GDFQ's is better than both (docs/MEASUREMENTS.md).
 `--schedule short` (SHORT) takes minutes: with the published generator of CIFAR-10's ResNet-20 instead of a search, and
 other weights of the losses.
 """
@@ -137,6 +142,8 @@ class ConditionalBatchNorm(nn.Module):
         nn.init.zeros_(self.beta.weight)
 
     def affine(self, x, y):
+        """The labels' scale and shift of x, which is normalised already: `weighted_operation` normalises a node once for all
+        operations."""
         rows = (superpose(y, t.weight) if y.is_floating_point() else t(y) for t in (self.beta, self.gamma))
         beta, gamma = (row.to(x.dtype)[:, :, None, None] for row in rows)
         return torch.addcmul(beta, gamma, x)
@@ -325,10 +332,9 @@ def search(teacher, cfg, folder=None):
         The genotype, dict of edge -> operation, and how many seconds the steps took.
     """
     hard = cfg.search_mode == "hard"
-    eager = hard or cfg.capture == "none" or pick_device(cfg.device).type == "cpu"  # hard mode's path is decided on the host
-    schedule = {"epochs": cfg.search_epochs, "iters": cfg.search_iters + cfg.arch_iters}
-    capture = "none" if eager else "cudagraph"
-    run = Run(altered(cfg, **schedule, capture=capture), folder)
+    graphed = not hard and cfg.capture != "none" and pick_device(cfg.device).type == "cuda"  # hard mode's path needs the host
+    capture, iters = "cudagraph" if graphed else "none", cfg.search_iters + cfg.arch_iters
+    run = Run(altered(cfg, epochs=cfg.search_epochs, iters=iters, capture=capture), folder)
     teacher, _ = run.adopt(teacher)
     supernet = run.place(build_generator(None, cfg, input_channels(teacher)))
     architecture = Architecture(cfg.gumbel, hard).to(run.device)
@@ -414,7 +420,7 @@ def compress(teacher, cfg, run=None):
     else:
         student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
         student = finetune.set_ranges(student, cfg.act_ranges)
-    real = cfg.data_source == "real"  # then there is nothing to search or train in the generator's place
+    real = cfg.data_source == "real"  # training images take the generator's place; nothing is searched or trained there
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # stage 2 draws the same numbers whether the genotype was searched or given
     features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
@@ -423,7 +429,8 @@ def compress(teacher, cfg, run=None):
     stats = BatchNormStatistics(teacher)
     generator = RealImages(run) if real else run.place(build_generator(genotype, cfg, input_channels(teacher)))
     optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
-    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=not distilling)
+    sgd = {"momentum": 0.9, "nesterov": not distilling}
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, **sgd)
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
@@ -532,7 +539,7 @@ def parser():
     p = Parser("autorecon", __doc__.split("\n\n")[0], unquantized=("kd",), settings=("variant", "task"))
     add = p.add_argument_group("AutoReCon, stage 1: the search").add_argument
     sources = "search for the generator, or take a genotype.json, the folder of a run that has one, published:NETWORK-DATASET"
-    add("--genotype", default="search", help=f"{sources}, or a control: random, gdfq, gdfq-cbn (the same for large images)")
+    add("--genotype", default="search", help=f"{sources}, or a control: random, gdfq, gdfq-cbn")
     add("--search-only", action="store_true", help="stop after stage 1")
     add("--search-epochs", type=whole(1, 10**6), default=25, help="epochs of the search, L1 of Algorithm 1")
     add("--search-iters", type=whole(1, 10**6), default=200, help="batches per epoch for the super net's weights, T1")
@@ -562,7 +569,7 @@ def parser():
         bns_weight=0.1, bns_form={"released": "gdfq", "paper": "sum"},
         kd_weight=1.0, temperature=20.0, kd_reduction={"released": "mean", "paper": "batchmean"},
     )  # fmt: skip
-    steps = "student steps per iteration, all but the first on new images"
+    steps = "number of student steps per iteration; all but the first take new images"
     p.add_derived(group, "--student-steps", {"quantize": 1, "kd": 5}, steps, type=whole(1, 10**6))
     add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
     stage1 = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha --search-only"

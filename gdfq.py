@@ -6,13 +6,13 @@ network (the student) is calibrated and then fine-tuned on these images, with la
 
     python gdfq.py --arch resnet20 --dataset cifar100 --bits 4
 
-Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 11 of AdaDFQ):
+Where the equations are (the Qimera paper restates GDFQ; the numbers are Qimera's where no other paper is named):
     Generator                       G(z | y)
     generator_loss                  L(G) = L_CE + alpha * L_BNS                         Eq. 1
     BatchNormStatistics.loss        L_BNS                                               Eq. 11 of AdaDFQ
     student_loss                    L(Q) = L_CE + delta * L_KD                          Eq. 3
     common.ops.kd_loss              L_KD, Kullback-Leibler divergence at temperature T
-    common.quant                    the quantizer                                       Eq. 10, Eq. 18 of AdaDFQ
+    common.quant                    the quantizer                                       Eq. 10; Eq. 18 of AdaDFQ
 
     what                     paper                      released code               here
     L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
@@ -22,8 +22,8 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
       after convolutions
     student's BatchNorms     statistics are fixed       eval mode                   eval mode; scale and shift learn, as
                                                                                     there (--no-fixed-bns)
-    quantizer                restated in Eq. 10, 18     2^n - 1 steps, a range for  as released, integer zero points
-                                                        each channel or activation
+    quantizer                Qimera's Eq. 10,           2^n - 1 steps, a range for  as released, integer zero points
+                             AdaDFQ's Eq. 18            each channel or activation
     activation ranges        moving average             one that feeds its bias     plain moving average
                                                         correction back
     quantized                all layers, activations    all layers, outputs of      --act-placement relu
@@ -31,18 +31,19 @@ Where the equations are (numbers of the Qimera paper, which restates GDFQ; Eq. 1
     calibration              not given                  first 4 epochs              --calibrate-epochs 4
     generator alone          not given                  4 epochs, on ImageNet 50    --warmup-epochs
     temperature              not given                  20                          20 (--temperature)
-    CIFAR-10; ResNet-50,     not at hand                not among its settings      as CIFAR-100; as ResNet-18
+    settings, CIFAR-10       not given                  none                        those of CIFAR-100
+    settings, ResNet-50,     not given                  none                        those of ResNet-18
       MobileNetV2
-    precision                fp32                       fp32                        --precision; auto: bf16 where the
-                                                                                    hardware computes it
+    precision                fp32                       fp32                        --precision; auto is bf16 where the
+                                                                                    hardware has it
     teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
       Qimera and AdaDFQ      ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
       report it                                                                     for CIFAR-100, torchvision's for ImageNet
-    real samples in          not said                   not released                half of each batch from which the
+    real samples in          not given                  not released                half of each batch from which the
       Qimera's Table 1                                                              student learns
-    Mixup, CutMix in         not said                   not released                every batch from which the student
+    Mixup, CutMix in         not given                  not released                every batch from which the student
       Qimera's Table 2                                                              learns; shares U(0, 1), see mix_images
-    reported accuracy        not said                   best epoch on test images   last epoch (best also recorded)
+    reported accuracy        not given                  best epoch on test images   last epoch (best also recorded)
 
 The text of the paper was not at hand: the column says what the papers that restate it give.
 The published figures were made with the released code, so `--variant released` is the default. Activation ranges are updated
@@ -68,11 +69,14 @@ from common.quant import quantize
 from common.report import execute
 from common.run import Run
 
+# ----------------------------------------------------------------------------------------------------------- generator
+
+
 BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm in the place of a conditional one."""
+    """BatchNorm that is called with labels, as a conditional one is, and ignores them."""
 
     def forward(self, x, y):
         return super().forward(x)
@@ -94,8 +98,8 @@ class ConditionalBatchNorm(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(z | y). For small images the label enters as an embedding that multiplies the noise, for large ones through conditional
-    BatchNorms.
+    """G(z | y). For small images (up to 64 pixels) the label enters as an embedding that multiplies the noise, for large ones
+    through conditional BatchNorms.
 
     Args:
         num_classes: number of labels.
@@ -138,6 +142,9 @@ def sample(generator, y, cfg):
     return generator(torch.randn(len(y), cfg.latent_dim, device=y.device), y)
 
 
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
 def generator_loss(teacher_logits, y, bns, cfg):
     """L(G) = L_CE + alpha * L_BNS, Eq. 1: images of labels y (B,) with the statistics the teacher knows; bns is a scalar."""
     loss = 0.0 if cfg.no_ce else F.cross_entropy(teacher_logits, y)
@@ -150,6 +157,9 @@ def student_loss(student_logits, teacher_logits, target, cfg):
     if cfg.no_kd:
         return loss
     return loss + cfg.kd_weight * kd_loss(student_logits, teacher_logits, cfg.temperature, cfg.kd_reduction)
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
 
 
 def compress(teacher, cfg, run=None):
@@ -175,10 +185,11 @@ def compress(teacher, cfg, run=None):
     student = finetune.set_ranges(student, cfg.act_ranges)
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
-    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
+    real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there
     generator = RealImages(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
-    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    sgd = {"momentum": 0.9, "nesterov": True}
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, **sgd)
     train_generator = not real and not (cfg.no_ce and cfg.no_bns)
 
     def synthesize(y):
@@ -202,7 +213,7 @@ def compress(teacher, cfg, run=None):
         logits = run.compute(student, x)
         loss = features.added_to(student_loss(logits, teacher_logits, y, cfg))
         run.update(optim_q, loss)
-        run.log(loss_q=loss, train_loss=F.cross_entropy(logits.detach(), y))
+        run.log(loss_q=loss, train_loss=F.cross_entropy(logits.detach(), y))  # AdaDFQ's Figures 1 and 3(b)
 
     def iteration(calibrating, tuning):
         batch = generator_step()
@@ -222,7 +233,7 @@ def compress(teacher, cfg, run=None):
     return finetune.keep_ranges(student)
 
 
-# -------------------------------------------------------------------------------- a control of Qimera's Table 1
+# ------------------------------------------------------------------------------------- a control of Qimera's Table 1
 
 
 @torch.no_grad()
@@ -252,7 +263,7 @@ def select_real(teacher, cfg, device):
     return images[chosen], labels[chosen]
 
 
-# -------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------------- command line
 
 
 SHORT = finetune.short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean", feature_weight=200.0)

@@ -8,7 +8,8 @@ part of each image (data mixing). One set of images then serves to compress any 
 
 Where the equations are:
     bn_loss                  L_BN                                                      Eq. 2
-    prior_loss               L_prior: total variation and L2 norm; that of KW          Sec. 3.1
+    mixed_cross_entropy      L_CE, where nothing is mixed (beta = 0)                   Eq. 1
+    prior_loss               L_prior: total variation and L2 norm; of KW, a blur       Sec. 3.1
     LossWeights              lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior          Eq. 3
     mixmix_loss              the same, with the mean over m' models, of mixed images   Eq. 6
     draw_boxes               the box of the mask alpha                                 Eq. 7
@@ -23,7 +24,8 @@ No code of it was published. What the paper leaves open or has differently, and 
 
     what                 here                                                          why
     recipe               DeepInversion's for ImageNet and for CIFAR-10 (RECIPE), for   the paper aligns with it
-                         both with warm-up and cosine (its rate for CIFAR is constant)
+                         both with warm-up and cosine (DeepInversion's own rate for
+                         CIFAR is constant)
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              docs/MEASUREMENTS.md
     5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
                          (CIFAR: 2,000, all at full size)
@@ -31,34 +33,36 @@ No code of it was published. What the paper leaves open or has differently, and 
                          default (--weights-form)                                      fixed ones did as well
     L_prior, lambda_3    R_TV + lambda R_L2 (Sec. 3.1) as a weighted mean: lambda_3     values not published
                          is the sum of --tv-weight and --l2-weight
-    batch                ImageNet 32, where DeepInversion has 84 (total variation is    memory of m' networks
-                         a norm over the batch: it weighs 0.62 as much); CIFAR 256
+    batch                ImageNet 32, where DeepInversion has 84 (total variation is a  memory of m' networks
+                         norm over the batch, so against the mean cross-entropy it
+                         weighs sqrt(32/84) = 0.62 as much); CIFAR 256
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    held out             without MobileNet-b; the first one's predictions make         not in torchvision (docs/PAPERS.md);
-                         the Inception Score (of ten classes, at most 10)              Table 2 does not say whose
+    held out             MobileNet-b is left out; the Inception Score is that of the    not in torchvision (docs/PAPERS.md);
+                         first one's predictions, at most the number of classes        Table 2 does not say whose
     teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper does not say where its
                          MobileNetV2 72.49; CIFAR-10 94.31, 95.42)                     own are from
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
     box                  width, height uniform; place uniform inside; one per sample   "sampled from a uniform distribution"
     partner              a random permutation of the batch, new in every iteration     Algorithm 1 draws a mask each time
     prior                on the jittered images, before they are mixed                 Algorithm 1: L_prior(X_i)
-    in DAFL (Table 7)    Eq. 9 weighs as much as DAFL's one-hot loss, L_BN 0.1          not said
+    in DAFL (Table 7)    Eq. 9 weighs as much as DAFL's one-hot loss, L_BN 0.1          not given
                          (--kd-bn-weight), no prior; the teacher is always among the m'
-    images               1,024; for qat 100,000 on ImageNet, elsewhere 4,096, as       Sec. 5.2 has ImageNet only
-                         large a share of CIFAR's training images
+    images               1,024; for qat 100,000 on ImageNet, elsewhere 4,096: 8 % of   Sec. 5.2 has ImageNet only
+                         the training images, in CIFAR as in ImageNet
     KW                   Eq. 3, not mixed, with KL(N of the images || N stored), mean  Sec. 3.1 names both losses only;
                          over channels and layers, and a 3x3 blur of sigma 1; lambdas  weights: docs/MEASUREMENTS.md
                          1, 100, 10; the rest as in the recipe
-    precision            bf16 where the hardware has it (--precision), but on a CPU    not said; depthwise convolutions
-                         fp32 for networks with depthwise convolutions; float16        are slower in bf16 there
-                         images
+    precision            bf16 where the hardware has it (--precision), but on a CPU    not given; depthwise convolutions
+                         fp32 for networks with depthwise convolutions; images are     are slower in bf16 there
+                         stored as float16
 
 Baselines (--data-source): "single" inverts the network itself (DeepInversion), "kw" too, with the losses of The Knowledge
 Within (Sec. 3.1), "zeroq" matches its BatchNorm statistics only, "real" takes training images from DIR/train, "noise" draws
 N(0, 1). They share this recipe, so that only the losses differ, except that "zeroq", which is Eq. 2 alone, neither shifts nor
-mirrors its images. "single" has no adaptive term; DeepInversion's own settings for CIFAR are `--lr 0.05 --bn-weight 10`.
+mirrors its images. "single" leaves out the competition of Adaptive DeepInversion, whose settings for CIFAR are `--lr 0.05
+--bn-weight 10`.
 """
 
 import argparse
@@ -100,13 +104,6 @@ def logits_and_bn(model, x, cfg, autocast):
     return logits, bn_loss(model, cfg.first_bn, "kl" if cfg.data_source == "kw" else "norm")
 
 
-@functools.cache
-def compiled_look(run):
-    """`logits_and_bn` for --capture compile: compiled once for each network and size, in whichever batch it comes first."""
-    run.announce("compiling the networks: the first iteration of each takes a minute or two")
-    return compiled(logits_and_bn, variants=256)
-
-
 def image_prior(x):
     """Total variation and L2 norm of images (B, channels, H, W), as DeepInversion has them: the sum of the Frobenius norms,
     over the whole batch, of the differences in four directions; the mean of the images' norms."""
@@ -136,18 +133,18 @@ class LossWeights(nn.Module):
 
     def __init__(self, weights, learned=False):
         super().__init__()
-        self.fixed = {name: weight for name, weight in weights.items() if weight}
-        start = {name: torch.tensor(-math.log(weight)) for name, weight in self.fixed.items()}
+        self.initial = {name: weight for name, weight in weights.items() if weight}
+        start = {name: torch.tensor(-math.log(weight)) for name, weight in self.initial.items()}
         self.s = nn.ParameterDict(start if learned else {})
 
     def forward(self, losses):
         """The weighted sum of a dict of scalar losses."""
         if len(self.s):
             return sum(torch.exp(-s) * losses[name] + s for name, s in self.s.items())
-        return sum(weight * losses[name] for name, weight in self.fixed.items())  # Eq. 3
+        return sum(weight * losses[name] for name, weight in self.initial.items())  # Eq. 3
 
-    def learned(self):
-        """The lambdas as they are now, by loss name, for the record; none where they are fixed."""
+    def lambdas(self):
+        """The learned lambdas as they are now, by loss name, for the record; none where they are fixed."""
         return {f"lambda_{name}": torch.exp(-s) for name, s in self.s.items()}
 
 
@@ -157,7 +154,7 @@ def weights_of(cfg):
     return {"ce": cfg.ce_weight, "bn": bn, "prior": prior}
 
 
-def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
+def mixmix_loss(models, x, y, weights, cfg, autocast, forward=logits_and_bn):
     """Eq. 6, with the prior of Eq. 3: what a batch of images minimises.
 
     Args:
@@ -166,18 +163,18 @@ def mixmix_loss(models, x, y, weights, cfg, autocast, look=logits_and_bn):
         weights: a `LossWeights`.
         cfg: from `config(...)`, or the command line.
         autocast: function that returns the context the models run in.
-        look: `logits_and_bn`, or what computes the same.
+        forward: `logits_and_bn`, or what computes the same.
 
     Returns:
         The weighted loss, and a dict of its scalar parts: ce and bn of the mixed images, prior of the images
         before they are mixed, unless its weight is 0.
     """
-    prior = {"prior": prior_loss(x, cfg)} if "prior" in weights.fixed else {}  # of the images before they are mixed
+    prior = {"prior": prior_loss(x, cfg)} if "prior" in weights.initial else {}  # of the images before they are mixed
     not_mixed = x, torch.arange(len(x), device=x.device), x.new_zeros(len(x))
     mixed, partner, beta = not_mixed if cfg.no_dmix else mix_data(x)
     ce, bn = [], []
     for model in models:
-        logits, distance = look(model, mixed, cfg, autocast)
+        logits, distance = forward(model, mixed, cfg, autocast)
         ce.append(mixed_cross_entropy(logits, y, partner, beta))
         bn.append(distance)
     losses = {"ce": torch.stack(ce).mean(), "bn": torch.stack(bn).mean()} | prior  # Eq. 6
@@ -219,6 +216,13 @@ def mixed_cross_entropy(logits, y, partner, beta):
 # ------------------------------------------------------------------------------------------ Algorithm 1: the synthesis
 
 
+@functools.cache
+def compiled_forward(run):
+    """`logits_and_bn` for --capture compile: compiled once for each network and size, in whichever batch it comes first."""
+    run.announce("compiling the networks: the first iteration of each takes a minute or two")
+    return compiled(logits_and_bn, variants=256)
+
+
 def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     """Algorithm 1: one batch of images.
 
@@ -239,13 +243,13 @@ def invert(zoo, y, cfg, run, progress=lambda names, losses: None):
     mean, std = as_tensors((cfg.mean, cfg.std), run.device)
     low, high = ((pixel - mean) / std for pixel in (0, 1))
     compiling = cfg.capture == "compile"  # the networks, which all batches share, not the step
-    look = compiled_look(run) if compiling else logits_and_bn
+    forward = compiled_forward(run) if compiling else logits_and_bn
 
     def iteration(shrink, optimizer):
         seen = F.avg_pool2d(x, shrink) if shrink > 1 else x
         seen = jitter(seen, cfg.jitter // shrink, cfg.flip)
-        loss, losses = mixmix_loss(models, seen, y, weights, cfg, run.autocast, look)
-        run.log(**losses, **weights.learned())
+        loss, losses = mixmix_loss(models, seen, y, weights, cfg, run.autocast, forward)
+        run.log(**losses, **weights.lambdas())
         run.update(optimizer, loss)
         if cfg.clip:
             with torch.no_grad():
@@ -298,8 +302,17 @@ class DaflTerms:
 
 
 def compress(teacher, images, cfg, run=None):
-    """Quantize, prune or distil a network, as --task says; arguments as common/tasks/__init__.py has them, images None for
-    "kd" with a generator of its own."""
+    """Quantize, prune or distil a network, as --task says.
+
+    Args:
+        teacher: a trained classifier that can be traced (for "kd" it need not be); it is copied and left as it is.
+        images: (N, channels, H, W), normalised for the teacher, without labels; None for "kd" with a generator of its own.
+        cfg: from `config(...)`, or the command line.
+        run: what surrounds the task; by default nothing is written or shown.
+
+    Returns:
+        The quantized, pruned or distilled network, in eval mode.
+    """
     run = run or Run(cfg)
     run.announce(f"{cfg.task} with {'a generator' if images is None else f'{len(images):,} images'}")
     mixing = cfg.task == "kd" and images is None and cfg.data_source == "mixmix"
@@ -330,7 +343,7 @@ ZOO = {  # ImageNet: of the families that the paper names; squeeze and excitatio
 HELD_OUT = {"imagenet": ["resnet18", "efficientnet_b0"], "cifar10": ["regnet_y_narrow"], "cifar100": ["resnet32"]}  # Table 6
 RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what the table above has, and KW's two weights
     "--batch-size": (256, 32, whole(1), "number of images that are optimised together"),
-    "--iterations": (2000, 5000, whole(0), "number of steps per batch"),
+    "--iterations": (2000, 5000, whole(0), "number of iterations per batch"),
     "--lr": (0.25, 0.25, number(0), "peak learning rate of the pixels (Adam, cosine decay)"),
     "--beta1": (0.9, 0.5, number(0, 0.9999), "beta1 of Adam"),
     "--beta2": (0.999, 0.9, number(0, 0.9999), "beta2 of Adam"),
@@ -341,9 +354,9 @@ RECIPE = {  # (CIFAR, ImageNet), DeepInversion's or its README's but for what th
     "--l2-weight": (0.0, 1e-5, number(0), "weight of the L2 norm, the other part of lambda_3"),
     "--kl-weight": (100.0, 100.0, number(0), "--data-source kw: lambda_2, weight of the Kullback-Leibler divergence"),
     "--blur-weight": (10.0, 10.0, number(0), "--data-source kw: lambda_3, weight of the squared distance to blurred images"),
-    "--jitter": (2, 30, whole(0), "shift the images by up to this many pixels in every step"),
-    "--flip": (False, True, None, "mirror the images in half of the steps"),
-    "--clip": (False, True, None, "keep pixels in the range of images"),
+    "--jitter": (2, 30, whole(0), "in every iteration, shift images by up to this many pixels (half at half resolution)"),
+    "--flip": (False, True, None, "mirror the images in half of the iterations"),
+    "--clip": (False, True, None, "after every iteration, clip pixels to 0 to 1 (before normalisation)"),
 }
 
 
@@ -385,7 +398,8 @@ def parser():
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)
     origins = "images made from several networks (mixmix), or from --arch alone (single, zeroq, kw); training images (real) or "
     add("--data-source", choices=sources, default="mixmix", help=origins + "noise; the top of mixmix.py describes them")
-    ready = "use existing images: an images.npz, the run that made it, a folder of pictures, or bundled (for CIFAR-10)"
+    ready = "use existing images: an images.npz, the run that made it, a folder of pictures (with its subfolders; resized and "
+    ready += "cropped), or bundled (256 of CIFAR-10)"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
     zoo = "networks to invert: names, arch=weights or package.module:factory (default: those of the data set but held-out ones)"
     add("--zoo", nargs="+", help=zoo)
@@ -400,9 +414,10 @@ def parser():
         how = {"type": kind} if kind else {"action": argparse.BooleanOptionalAction}
         p.add_derived(group, flag, (small, large), about, **how)
     add = group.add_argument
-    low = "number of initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds)"
+    low = "number of initial iterations, at half the resolution (default: CIFAR 0, ImageNet two thirds of --iterations)"
     add("--low-iterations", type=whole(0), help=low)
-    add("--warmup-iterations", type=whole(0), default=100, help="number of steps of linear warm-up, per resolution")
+    warmup = "number of iterations in which --lr rises linearly, at each resolution"
+    add("--warmup-iterations", type=whole(0), default=100, help=warmup)
     add("--weights-form", choices=("fixed", "learned"), default="fixed", help="whether the three lambdas are fixed or learned")
     add("--lr-weights", type=number(0), default=0.01, help="learning rate of learned lambdas (Adam)")
     tasks.add_flags(p, kd={"--kd-bn-weight"}, synth={"--part"}, evaluate=set())

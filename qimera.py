@@ -18,12 +18,8 @@ Where the equations are:
     common/boundaries.py                   distance ratio, intrusion score; PCA               Table 5, Figure 3, 5
 
     what                       paper                      released code               here
-    teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
-    teacher, ResNet-18, -50,   71.47, 77.73,              as the paper                69.76, 76.13,
-      MobileNetV2              73.03 %                                                71.88 (torchvision); --weights
-    precision                  fp32                       fp32                        auto: bf16 where the hardware has it
     batch, CIFAR / ImageNet    64 / 16                    200 / 16                    --variant, --batch-size
-    student's rate             1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
+    student's learning rate    1e-4                       1e-4, on ImageNet 1e-6      --variant, --lr-q
     disentanglement mapping    to 64 (CIFAR), 100;        off, by an inverted flag;   --variant, --dm, --mapped-dim;
                                "single-layer perceptron"  linear, to 100              linear
     extracted initialization   always                     CIFAR-100, ResNet-50 only   --variant, --eei
@@ -46,7 +42,7 @@ Where the equations are:
     temperature of L_KD        not given                  20                          20, --temperature
     activation ranges          not given                  moving average that feeds   plain moving average
                                                           its correction back
-    ranges follow the images   not given                  in the first four epochs    --calibrate-epochs, four
+    calibration                not given                  first 4 epochs              --calibrate-epochs 4
     generator alone            not given                  4 epochs, on ImageNet 50    --warmup-epochs
     generator's Adam, beta1    not given                  0.5                         0.5, --beta1
     quantized                  all layers and             all layers, outputs of      --act-placement relu
@@ -60,10 +56,15 @@ Where the equations are:
                                                                                       zaq-paper: table in common/zaq.py
     intrusion score            sum of other logits        not released                sum of other probabilities
     Figure 3(a), real images   of the training set        not released                of the test set
+    teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
+    teacher, ResNet-18, -50,   71.47, 77.73,              as the paper                69.76, 76.13,
+      MobileNetV2              73.03 %                                                71.88 (torchvision); --weights
+    precision                  fp32                       fp32                        --precision; auto is bf16 where the
+                                                                                      hardware has it
     reported accuracy          not given                  best epoch on test images   last epoch (best also recorded)
 
-`--variant paper` is the default. The released scripts correspond to the published table's "+SE" and "+SE, EEI" cells; its
-headline figures are the "+SE, DM, EEI" cells, which need the mapping.
+`--variant paper` is the default. The released scripts correspond to "+SE" and "+SE, EEI" in the paper's Table 4. Its main
+results are those of "+SE, DM, EEI", which need the mapping.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
 """
 
@@ -90,11 +91,14 @@ from common.run import Run
 from common.trace import last_layer
 from common.zaq import FORMS, FeatureMaps, feature_distance
 
+# ----------------------------------------------------------------------------------------------------------- generator
+
+
 BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm in the place of a conditional one."""
+    """BatchNorm that is called with labels, as a conditional one is, and ignores them."""
 
     def forward(self, x, soft):
         return super().forward(x)
@@ -143,6 +147,9 @@ class Generator(nn.Module):
         return self.bn3(torch.tanh(self.conv3(x)))
 
 
+# ---------------------------------------------------------------------------------------- superposition, Eq. 5 to 9
+
+
 class Labels(NamedTuple):
     """What the samples of a batch are made of; a sample of one class has the shares (1, 0, ..., 0)."""
 
@@ -150,27 +157,6 @@ class Labels(NamedTuple):
     shares: torch.Tensor  # lambda, (B, K)
     soft: torch.Tensor  # y', (B, C)
     superposed: torch.Tensor  # bool scalar: whether this is a batch of superpositions
-
-
-def make_labels(classes, shares, num_classes, superposed=True):
-    """Labels of superpositions; `superposed` is a bool or a bool scalar tensor."""
-    soft = soft_labels(classes, shares, num_classes)  # y' = sum_k lambda_k y_k, Eq. 7, 8
-    return Labels(classes, shares, soft, torch.as_tensor(superposed, device=classes.device))
-
-
-def single_labels(y, k, num_classes):
-    """Labels of samples of one class each, y (B,), as superpositions of K."""
-    shares = torch.eye(1, k, device=y.device).expand(len(y), k)
-    return make_labels(y[:, None].expand(-1, k), shares, num_classes, superposed=False)
-
-
-def draw_labels(cfg, device):
-    """Labels of a batch, superposed with probability --p; drawn on the device, in shapes that do not depend on the outcome."""
-    classes = torch.randint(cfg.num_classes, (cfg.batch_size, cfg.k), device=device)
-    superposed = torch.rand((), device=device) < cfg.p
-    shares = torch.randn(cfg.batch_size, cfg.k, device=device).softmax(1)  # lambda, Eq. 9; its p_i ~ N(0, 1) are not --p
-    shares = torch.where(superposed, shares, torch.eye(1, cfg.k, device=device))
-    return make_labels(classes, shares, cfg.num_classes, superposed)
 
 
 class Latent(nn.Module):
@@ -184,8 +170,8 @@ class Latent(nn.Module):
             (Sec. 4.4, 5.1).
         noise_scale: factor on z.
 
-    With the noise after it, the linear M is another form of the table of embeddings: what it changes is where they start and
-    how they are trained.
+    With the noise after it, a linear M can express nothing that a table of C vectors in R^d cannot; it only changes their
+    initial values and how they are trained.
     """
 
     def __init__(self, num_classes, width, mapped=None, noise="after", noise_scale=1.0):
@@ -203,7 +189,7 @@ class Latent(nn.Module):
     def forward(self, labels, z):
         if self.noise == "after":
             m = self.mapping(self.embedding.weight)  # m_k = M(e_k), Sec. 4.3
-            return z + superpose(labels.soft, m)  # S(m) = z + sum_k lambda_k m_k
+            return z + superpose(labels.soft, m)  # S(m) = z + sum_k lambda_k m_k, Eq. 8; of two classes Eq. 6, of one Eq. 5
         return self.mapping(z + superpose(labels.soft, self.embedding.weight))  # M(S(e))
 
 
@@ -247,6 +233,27 @@ def standardise(x, dims):
     return (x - mean) * torch.rsqrt(variance + 1e-5)
 
 
+def make_labels(classes, shares, num_classes, superposed=True):
+    """Labels of superpositions; `superposed` is a bool or a bool scalar tensor."""
+    soft = soft_labels(classes, shares, num_classes)  # y' = sum_k lambda_k y_k, Eq. 7, 8
+    return Labels(classes, shares, soft, torch.as_tensor(superposed, device=classes.device))
+
+
+def single_labels(y, k, num_classes):
+    """Labels of samples of one class each, y (B,), as superpositions of K."""
+    shares = torch.eye(1, k, device=y.device).expand(len(y), k)
+    return make_labels(y[:, None].expand(-1, k), shares, num_classes, superposed=False)
+
+
+def draw_labels(cfg, device):
+    """Labels of a batch, superposed with probability --p; drawn on the device, in shapes that do not depend on the outcome."""
+    classes = torch.randint(cfg.num_classes, (cfg.batch_size, cfg.k), device=device)
+    superposed = torch.rand((), device=device) < cfg.p
+    shares = torch.randn(cfg.batch_size, cfg.k, device=device).softmax(1)  # lambda, Eq. 9; its p_i ~ N(0, 1) are not --p
+    shares = torch.where(superposed, shares, torch.eye(1, cfg.k, device=device))
+    return make_labels(classes, shares, cfg.num_classes, superposed)
+
+
 def make_latent(teacher, cfg, example=None):
     """The latent that `cfg` describes; its embeddings start as the rows of the teacher's last layer, or random."""
     try:
@@ -255,7 +262,7 @@ def make_latent(teacher, cfg, example=None):
         if cfg.eei:
             raise InputError(f"{error}; give --no-eei, which starts from random embeddings") from None
         rows = None
-    width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # Sec. 5.1
+    width = cfg.latent_dim or (64 if rows is None else rows.shape[1])  # the last layer's (Sec. 5.1); 64 is chosen here
     mapped = cfg.mapped_dim if cfg.dm else None
     about = cfg.num_classes, width, mapped, cfg.noise, cfg.noise_scale
     as_released = cfg.noise == "slot" or cfg.normalise
@@ -323,9 +330,12 @@ def discovered(cfg):
     return autorecon.Generator, autorecon.read_genotype(name, cfg.seed, "--generator autorecon:")
 
 
-def generator_loss(teacher_logits, soft, bns, bns_weight):
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def generator_loss(teacher_logits, soft, bns, cfg):
     """L(G) = L_CE + alpha * L_BNS, Eq. 1, with soft labels (B, C)."""
-    return F.cross_entropy(teacher_logits, soft) + bns_weight * bns
+    return F.cross_entropy(teacher_logits, soft) + cfg.bns_weight * bns
 
 
 def student_loss(student_logits, teacher_logits, soft, cfg):
@@ -336,12 +346,15 @@ def student_loss(student_logits, teacher_logits, soft, cfg):
 
 def zaq_losses(teacher_logits, student_logits, maps, soft, cfg):
     """ZAQ's L(G) and L(Q) with cross-entropy; logits and soft labels (B, C), maps from `FeatureMaps.stages`."""
-    l_o = -F.l1_loss(student_logits, teacher_logits)  # Eq. 2: falls as the outputs of P and Q part,
-    l_f = -feature_distance(*maps, cfg.adversarial)  # as their feature maps do,
-    l_a = -maps[0][-1].abs().mean()  # as the last ones of P grow
+    l_o = -F.l1_loss(student_logits, teacher_logits)  # L_o, Eq. 2: minus the distance of the logits of P and Q
+    l_f = -feature_distance(*maps, cfg.adversarial)  # L_f: minus the distance of their feature maps
+    l_a = -maps[0][-1].abs().mean()  # L_a: minus the mean activation of P's last feature map
     of_p, of_q = F.cross_entropy(teacher_logits, soft), F.cross_entropy(student_logits, soft)
     loss_g = l_o + cfg.zaq_beta * l_f + cfg.zaq_gamma * l_a + cfg.zaq_rho * of_p  # Eq. 11
     return loss_g, -l_o - cfg.zaq_beta * l_f + cfg.zaq_rho * of_q  # Eq. 12
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithm
 
 
 def compress(teacher, cfg, run=None):
@@ -366,7 +379,7 @@ def compress(teacher, cfg, run=None):
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
     student = finetune.set_ranges(student, cfg.act_ranges)
-    real = cfg.data_source == "real"  # then there is nothing to train in the generator's place
+    real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None
     if maps:
@@ -375,7 +388,8 @@ def compress(teacher, cfg, run=None):
         stats = BatchNormStatistics(teacher)
     features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
-    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, nesterov=True)
+    sgd = {"momentum": 0.9, "nesterov": True}
+    optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, **sgd)
 
     def synthesize(y):
         return run.compute(sample, generator, y, cfg)
@@ -390,10 +404,10 @@ def compress(teacher, cfg, run=None):
         if maps:
             loss, _ = zaq_losses(teacher_logits, run.compute(student, x), maps.stages(), soft, cfg)
         else:
-            bns = stats.loss(cfg.bns_form)
+            bns = stats.loss(cfg.bns_form)  # which also releases the batch that its hooks have kept
             if real:
                 return
-            loss = generator_loss(teacher_logits, soft, bns, cfg.bns_weight)
+            loss = generator_loss(teacher_logits, soft, bns, cfg)
             run.log(bns=bns)
         run.update(optim_g, loss)
         run.log(loss_g=loss)
@@ -432,12 +446,24 @@ def compress(teacher, cfg, run=None):
     return finetune.keep_ranges(student)
 
 
-RELEASED = {  # p, K at up to four bits and from five on, and whether the released script extracts embeddings
-    "cifar10": (0.4, 2, 2, False),
-    "cifar100": (0.4, 10, 50, True),
-    "resnet18": (0.4, 500, 100, False),
-    "resnet50": (0.7, 500, 100, True),
-    "mobilenet_v2": (0.4, 100, 100, False),
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+class Released(NamedTuple):
+    """What the released scripts set by data set and network."""
+
+    p: float
+    k_to_four_bits: int
+    k_from_five_bits: int
+    eei: bool
+
+
+RELEASED = {
+    "cifar10": Released(0.4, 2, 2, eei=False),
+    "cifar100": Released(0.4, 10, 50, eei=True),
+    "resnet18": Released(0.4, 500, 100, eei=False),
+    "resnet50": Released(0.7, 500, 100, eei=True),
+    "mobilenet_v2": Released(0.4, 100, 100, eei=False),
 }
 
 SHORT = finetune.short_schedule(bns_weight=100.0, kd_weight=20.0, kd_reduction="batchmean")
@@ -448,7 +474,8 @@ def parser():
     add = p.add_argument_group("Qimera").add_argument
     variant = "use the settings of the paper or of the released code; the table at the top of qimera.py lists them"
     add("--variant", choices=("paper", "released"), default="paper", help=variant)
-    add("--k", type=whole(1, 10**6), help="K, number of embeddings in a superposition (default: by data set, network and bits)")
+    k = "CIFAR-10 2; CIFAR-100 10, from 5 bits on 50; ImageNet 500, from 5 bits on 100, MobileNetV2 100; others 2"
+    add("--k", type=whole(1, 10**6), help=f"K, number of embeddings in a superposition (default: {k})")
     add("--p", type=number(0, 1), help="p, the share of batches that are superposed (default: 0.4, ImageNet ResNet-50 0.7)")
     mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet and --variant released 100)"
     add("--mapped-dim", type=whole(1, 10**6), help=mapped)
@@ -488,7 +515,7 @@ def parser():
     p.add_derived(group, "--zaq-beta", {"zaq": 1.0, "zaq-paper": 0.1}, "beta of Eq. 11 and 12", **weight)
     p.add_derived(group, "--zaq-gamma", {"zaq": 0.1, "zaq-paper": 0.05}, "gamma of Eq. 11", **weight)
     add("--zaq-rho", **weight, default=0.1, help="rho of Eq. 11 and 12")
-    steps = "student steps per generator step, all but the first on new images"
+    steps = "number of student steps per iteration; all but the first take new images"
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
     p.without_effect("--no-se", "--k --p")
     distilling = "--kd-weight --temperature --kd-reduction"
@@ -506,8 +533,9 @@ def parser():
 def _complete(cfg):
     paper, large = cfg.variant == "paper", cfg.image_size > SMALL_IMAGE
     cfg.no_se = cfg.no_se or cfg.data_source == "real"
-    p, k_four, k_five, released_eei = RELEASED.get(cfg.arch if large else cfg.dataset, RELEASED["cifar10"])
-    fill_in(cfg, {"dm": paper, "eei": paper or released_eei})
+    released = RELEASED.get(cfg.arch if large else cfg.dataset, RELEASED["cifar10"])
+    k = released.k_from_five_bits if cfg.wbits >= 5 else released.k_to_four_bits
+    fill_in(cfg, {"dm": paper, "eei": paper or released.eei})
     if cfg.mapped_dim is not None and not cfg.dm:
         raise InputError(f"--mapped-dim is {cfg.mapped_dim} and there is no disentanglement mapping; give --dm with it")
     if cfg.latent_dim is not None and cfg.eei:
@@ -518,8 +546,8 @@ def _complete(cfg):
         "mapped_dim": 64 if paper and not large else 100,
         "normalise": not paper,
         "cbn": "sum" if paper else "mean",
-        "k": 1 if cfg.no_se else min(k_five if cfg.wbits >= 5 else k_four, cfg.num_classes),
-        "p": 0.0 if cfg.no_se else p,
+        "k": 1 if cfg.no_se else min(k, cfg.num_classes),
+        "p": 0.0 if cfg.no_se else released.p,
     }
     fill_in(cfg, defaults)
     if cfg.k > cfg.num_classes:

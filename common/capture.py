@@ -19,7 +19,7 @@ from common import InputError, first_line
 
 CHOICES = ("auto", "none", "compile", "cudagraph")
 WARMUP_STEPS = 3  # run before a graph is captured, so that libraries have chosen their kernels and states exist
-# Steps: compiling costs two minutes and saves GDFQ 13 to 70 ms of each, on two cores. Where PyTorch's cache has the code it
+# Steps: compiling costs two minutes and saves GDFQ 4 to 70 ms of each, on two cores. Where PyTorch's cache has the code it
 # costs 20 s; the number is the same all the same, so that what a command computes does not depend on what ran before it.
 WORTH_COMPILING = 10_000
 # The backward pass computes cheap things anew from what is stored for it anyway: the compiler would rather store masks of the

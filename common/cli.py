@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from common import InputError, distributed, first_line
@@ -74,7 +75,7 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "calibrate_epochs": (whole(1, 10**6), "number of initial epochs in which the activation ranges follow the images"),
     "lr_g": (number(0), "learning rate of the generator (Adam)"),
     "beta1": (number(0, 0.9999), "beta1 of the generator's Adam"),
-    "lr_q": (number(0), "learning rate of the student"),
+    "lr_q": (number(0), "learning rate of the student (--optimizer)"),
     "weight_decay": (number(0), "weight decay of the student"),
     "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
     "latent_dim": (whole(1, 10**6), "length of the noise vector"),
@@ -99,13 +100,19 @@ def _in_words(default):
         return small if small == large else f"CIFAR {small}, ImageNet {large}"
     if isinstance(default, bool):
         return "on" if default else "off"
-    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    if isinstance(default, float) and 0 < default < 1e-3:
+        return np.format_float_scientific(default, trim="-", exp_digits=1)  # 1e-4
+    return str(default)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.HelpFormatter):
+    """--help with the defaults of all flags that have one."""
+
     def _get_help_string(self, action):
-        told = action.default is None or action.default is False or "(default" in action.help
-        return action.help if told else super()._get_help_string(action)
+        told = any(action.default is none for none in (None, False, argparse.SUPPRESS)) or "(default" in action.help
+        return action.help if told else f"{action.help} (default: {_in_words(action.default)})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,7 +126,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, method, description, unquantized=(), settings=("variant",)):
-        super().__init__(prog=f"{method}.py", description=description, formatter_class=_Help, allow_abbrev=False)
+        super().__init__(prog=f"{method}.py", description=description, formatter_class=Help, allow_abbrev=False)
         self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
         self.settings = settings
         add = self.add_argument_group("network and data").add_argument
@@ -127,16 +134,20 @@ class Parser(argparse.ArgumentParser):
         add("--arch", help=f"architecture: {names}, or package.module:factory (default: resnet20; resnet18 for ImageNet)")
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
-        images = "folder with the test images: one folder per class under val/ or test/, or torchvision's CIFAR files"
+        images = "folder with the test images: one folder per class in val/ or test/, or torchvision's CIFAR files; for "
+        images += "--data-source real also with the training images, in train/"
         add("--data-dir", help=f"{images} (default: CIFAR's files in ./data, else CIFAR-10's 2,000 bundled images)")
-        add("--download", action="store_true", help="download CIFAR, training and test images")
-        sources = "bundled|pytorchcv|chenyaofo|torchvision|timm (default: depends on data set and architecture)"
-        weights = f"weights of the network: a file (of PyTorch or .safetensors), a URL, or {sources}"
+        about = "download CIFAR, training and test images, to --data-dir (or ./data)"
+        add("--download", action="store_true", help=about)
+        weights = "weights of the network: a file (of PyTorch or .safetensors), a URL, or "
+        weights += "bundled|pytorchcv|chenyaofo|torchvision|timm (default: bundled if there are some, else pytorchcv or "
+        weights += "chenyaofo; torchvision for ImageNet; timm for timm:NAME; those that package.module:factory returns)"
         add("--weights", help=weights)
         add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
         add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
-        add("--mean", type=float, nargs="+", help="per-channel mean of the normalisation (default: that of the weights)")
-        add("--std", type=float, nargs="+", help="per-channel standard deviation of the normalisation (default: as --mean)")
+        channels = "per channel, of pixels from 0 to 1 (default: that of the weights; for your own network ImageNet's)"
+        add("--mean", type=float, nargs="+", help=f"mean of the normalisation {channels}")
+        add("--std", type=float, nargs="+", help=f"standard deviation of the normalisation {channels}")
         add = self.add_argument_group("quantization").add_argument
         add("--bits", type=whole(2, 8), default=4, help="number of bits of weights and activations, 2 to 8")
         add("--wbits", type=whole(2, 8), help="number of bits of the weights (default: --bits)")
@@ -147,11 +158,12 @@ class Parser(argparse.ArgumentParser):
         add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
-        add("--device", default=DEFAULTS["device"], help="device to run on: auto, cpu, cuda or cuda:i")
+        device = "device to run on: cpu, cuda, cuda:i, or auto (cuda where there is one)"
+        add("--device", default=DEFAULTS["device"], help=device)
         precision = "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware has it)"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
         capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, compile "
-        capture += "for long runs); on CUDA, compile also captures a CUDA graph"
+        capture += "for runs of 10,000 steps or more); on CUDA, compile also captures a CUDA graph"
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
         threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
         add("--threads", type=whole(1, 4096), help=threads)

@@ -43,7 +43,8 @@ def add_flags(parser, short):
     ranges = "activation ranges: each batch's minimum and maximum (extremes), the range with the smallest error (search), "
     ranges += "or a searched range whose step size is then learned (learned)"
     add("--act-ranges", default="extremes", type=one_of("extremes", "search", "learned"), help=ranges)
-    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help="optimizer of the student: sgd, or adam for AdamW")
+    about = "optimizer of the student: sgd (with momentum), or adam for AdamW"
+    add("--optimizer", default="sgd", type=one_of("sgd", "adam"), help=about)
     decay = "learning rate decay: divided by 10 at --decay-epochs (steps), or a cosine towards 0 after the warm-up (cosine)"
     add("--decay", default="steps", type=one_of("steps", "cosine"), help=decay)
     mix = "mix the images that the student learns from in pairs; the teacher's logits are those of the mixtures"
@@ -177,7 +178,7 @@ def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
     groups += [{"params": steps, "weight_decay": 0.0}] if steps else []
     if kind == "adam":
         return torch.optim.AdamW(groups, lr, fused=fused)
-    return torch.optim.SGD(groups, lr, momentum=0.9, fused=fused, **sgd)
+    return torch.optim.SGD(groups, lr, fused=fused, **sgd)
 
 
 def set_rates(cfg, epoch, optim_g, optim_q):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from common import InputError
 from common.checkpoint import load_checkpoint, previous, save_checkpoint
-from common.cli import friendly_errors, number, resumable, whole
+from common.cli import Help, friendly_errors, number, resumable, whole
 from common.data import KINDS, NORMALISATION, NUM_CLASSES, accuracy, as_tensors, fetch_cifar, in_memory, read_cifar
 from common.models import build, input_channels, probe, save_weights
 from common.progress import Progress
@@ -119,32 +119,30 @@ def usual_optimizers(model, args, steps):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m common.pretrain",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "Train a CIFAR network from scratch, as a teacher. The default recipe takes about 90 minutes on two AVX2 cores."
+    parser = argparse.ArgumentParser(prog="python -m common.pretrain", description=about, formatter_class=Help)
     add = parser.add_argument
     add("--arch", default="resnet20", help="architecture to train, as for --arch of the scripts")
     add("--dataset", choices=tuple(KINDS), default="cifar10", help="data set to train on")
     add("--data-dir", default="data", help="folder with train/ and test/, one folder per class in each, or torchvision's files")
     add("--download", action="store_true", help="download torchvision's files into --data-dir")
     add("--out", required=True, help="weights file to write")
-    add("--recipe", choices=tuple(RECIPES), default="fast", help="that of the bundled networks (fast), or the usual one (sgd)")
+    about = "recipe: that of the bundled networks (fast), or the usual one (sgd)"
+    add("--recipe", choices=tuple(RECIPES), default="fast", help=about)
     recipe = {
         "epochs": (whole(1), "number of epochs"),
         "small_epochs": (whole(0), "number of initial epochs on small crops"),
         "small_size": (whole(1, 32), "side of the small crops in pixels"),
         "decay_epochs": (whole(0), "epochs at which the learning rate is divided by 10; without any, it falls along a cosine"),
         "pad": (whole(0, 31), "width in pixels of the border from which crops are taken"),
-        "lr_kernels": (number(0), "peak step of Muon, relative to a kernel's norm"),
-        "lr": (number(0), "highest learning rate of SGD"),
-        "weight_decay": (number(0), "weight decay: of matrices (fast), of everything (sgd)"),
+        "lr_kernels": (number(0), "highest learning rate of the kernels (Muon; a step relative to the kernel's norm)"),
+        "lr": (number(0), "highest learning rate of SGD, for all other weights (fast) or all (sgd)"),
+        "weight_decay": (number(0), "weight decay, of matrices only (fast) or of everything (sgd)"),
     }
     for name, (kind, about) in recipe.items():
         default = ", ".join(f"{known} {values[name] or 'none'}" for known, values in RECIPES.items() if name in values)
         how = {"nargs": "*"} if name == "decay_epochs" else {}
-        add("--" + name.replace("_", "-"), type=kind, help=f"{about} ({default})", default=argparse.SUPPRESS, **how)
+        add("--" + name.replace("_", "-"), type=kind, help=f"{about} (default: {default})", default=argparse.SUPPRESS, **how)
     add("--batch-size", type=whole(1), default=128, help="images per iteration")
     precision = "precision of convolutions: bf16, or fp32 (TF32 on a GPU)"
     add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)

@@ -59,7 +59,7 @@ HEADER = """# Results
 
 `python -m common.results` makes this page from the files in [results/](results), which have one line for each run: the figures
 of its `result.json`, the arguments and versions of its `config.json`, and its accuracy by epoch from `metrics.jsonl`. Other
-measurements, such as how settings were chosen, speed and MixMix's tasks, are in [MEASUREMENTS.md](MEASUREMENTS.md).
+measurements, such as how settings were chosen, speed and most of MixMix's tasks, are in [MEASUREMENTS.md](MEASUREMENTS.md).
 
 Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is before the student
 learns. Quote the last epoch; the best one is chosen on the test images and stands there for comparison. "Drop" is what the
@@ -76,8 +76,10 @@ OVERVIEW = """## Points lost, by length of training
 
 ResNet-20 on CIFAR-10, the runs of the tables below: accuracy in full precision less accuracy after the last epoch, mean ±
 standard deviation, and in brackets the number of runs on all machines. `short` is `--schedule short`, 720 iterations of 16
-images with settings of its own; `tenth` is 8,000 iterations of 16 images with the paper's settings; `whole` is the script's
-plain command, 80,000 iterations. Where a cell names a flag, its runs had it.
+images with settings of its own. `tenth` is 8,000 iterations of 16 images, which is AdaDFQ's batch and a fraction of the others'
+(GDFQ, AutoReCon 200, Qimera 64), with rates that fall after 10, 20 and 30 of 40 epochs and the script's defaults else. `whole`
+is the script's plain command, 80,000 iterations. A seed counts once on each machine. Flags in a cell are those of its runs;
+AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.md#adadfqs-whole-schedule)).
 """
 PICTURES = {
     "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "

@@ -47,7 +47,7 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
     student(x).sum().backward()
     assert all(act.scale.grad is None and act.scale > 0 for act in acts)
     set_observing(student, False)
-    optimizer = student_optimizer(student, "sgd", 0.1, 0.5, fused=False)
+    optimizer = student_optimizer(student, "sgd", 0.1, 0.5, fused=False, momentum=0.9)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(student.parameters()))
     before = [act.scale.item() for act in acts]

@@ -181,7 +181,7 @@ def test_weights_fixed_and_learned():
         optimizer.zero_grad()
         learned(losses).backward()
         optimizer.step()
-    found = {name: value.item() for name, value in learned.learned().items()}  # the minimum is at lambda = 1 / L, above zero
+    found = {name: value.item() for name, value in learned.lambdas().items()}  # the minimum is at lambda = 1 / L, above zero
     assert found == pytest.approx({"lambda_bn": 1 / 5, "lambda_prior": 1 / 4}, rel=1e-3)
 
 
@@ -455,7 +455,7 @@ def test_distillation_with_the_mixmix_terms(net):
         mixmix.compress(net, None, cfg, run)
         histories[source] = run.history
     with_weight = config(**DATA, **KD, **GENERATOR, zoo=TINY["zoo"], zoo_sample=2, task="kd", arch="tiny:net")
-    assert mixmix.DaflTerms(net, Run(with_weight)).weights.fixed == {"ce": 0.05, "bn": 0.1}  # DAFL's one-hot weight
+    assert mixmix.DaflTerms(net, Run(with_weight)).weights.initial == {"ce": 0.05, "bn": 0.1}  # DAFL's one-hot weight
     assert "bn" in histories["mixmix"][-1] and "bn" not in histories["single"][-1]
     assert all(lines[-1]["loss_q"] < lines[0]["loss_q"] for lines in histories.values())
 

@@ -275,7 +275,7 @@ def test_losses_of_soft_labels_against_double_precision_formulas():
     ce = [-(soft.double() * v.double().log_softmax(1)).sum(1).mean() for v in (t, q)]
     log_p, log_q = ((v.double() / 20).log_softmax(1) for v in (t, q))
     kd = 400 * (log_p.exp() * (log_p - log_q)).sum() / 30  # mean over samples and classes
-    loss = qimera.generator_loss(t, soft, torch.tensor(3.0), 0.1)
+    loss = qimera.generator_loss(t, soft, torch.tensor(3.0), cfg)
     torch.testing.assert_close(loss.double(), ce[0] + 0.3, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(qimera.student_loss(q, t, soft, cfg).double(), ce[1] + 0.5 * kd, atol=1e-5, rtol=1e-4)
 

@@ -53,9 +53,10 @@ def add_flags(parser):
     """Declare the flags of this task; returns the groups of `parser` that hold them."""
     group = parser.add_argument_group("post-training quantization (BRECQ)")
     add = group.add_argument
-    add("--weight-iterations", type=whole(0), default=20000, help="number of steps per block for the rounding of the weights")
-    add("--step-iterations", type=whole(0), default=5000, help="number of steps per block for the activations' step sizes")
-    add("--ptq-batch-size", type=whole(1), default=32, help="number of images per step")
+    what = "number of iterations per block for "
+    add("--weight-iterations", type=whole(0), default=20000, help=what + "the rounding of the weights")
+    add("--step-iterations", type=whole(0), default=5000, help=what + "the activations' step sizes")
+    add("--ptq-batch-size", type=whole(1), default=32, help="number of images per iteration")
     add("--lr-rounding", type=number(0), default=1e-3, help="learning rate of the rounding (Adam)")
     add("--lr-step", type=number(0), default=4e-4, help="learning rate of the step sizes (Adam, cosine decay)")
     add("--rounding-weight", type=number(0), default=0.01, help="weight of the regulariser that decides the rounding")

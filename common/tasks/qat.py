@@ -141,8 +141,8 @@ def compress(model, images, cfg, run=None):
         set_observing(student, False)
     else:
         begin_steps(lambda: student(draw()), learn_steps(student))
-    kind = "adam" if short else "sgd"
-    optimizer = student_optimizer(student, kind, cfg.qat_lr, cfg.qat_weight_decay, run.fused, nesterov=True)
+    kind, sgd = "adam" if short else "sgd", {"momentum": 0.9, "nesterov": True}
+    optimizer = student_optimizer(student, kind, cfg.qat_lr, cfg.qat_weight_decay, run.fused, **sgd)
     modules = dict(student.named_modules())
 
     def outputs(x, modules, quantized):

@@ -80,9 +80,9 @@ from common.capture import compiled
 from common.cli import Parser, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
-from common.models import SMALL_IMAGE, input_channels, probe
+from common.models import SMALL_IMAGE, default_weights, input_channels, probe
 from common.ops import box_mix
-from common.report import arithmetic, execute
+from common.report import alone, arithmetic, execute
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
 from common.zoo import ZooModel, load_zoo
@@ -281,7 +281,7 @@ class DaflTerms:
     def __init__(self, teacher, run):
         cfg, channels = run.cfg, input_channels(teacher)
         shared = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-        others, _ = load_zoo([name for name in cfg.zoo if name != cfg.arch], cfg, shared)
+        others, _ = load_zoo([name for name in cfg.zoo if not is_own(name, cfg)], cfg, shared)
         models = ZooModel(cfg.arch, teacher, shared, shared, run.layout), *others
         if cfg.zoo_sample > len(models):
             raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(models)} models with the teacher; lower it")
@@ -366,6 +366,13 @@ def default_zoo(cfg):
     return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
 
 
+def is_own(name, cfg):
+    """Whether a network of --zoo is that of --arch and --weights."""
+    theirs = alone(cfg, name)
+    (arch, weights), (own, given) = (theirs.arch, theirs.weights), (cfg.arch, cfg.weights)
+    return arch == own and (weights or default_weights(arch, cfg.dataset)) == (given or default_weights(own, cfg.dataset))
+
+
 def load_source(cfg):
     """The networks that --data-source inverts, or that normalise its images; --mean and --std are filled in."""
     own = cfg.arch if cfg.weights is None else f"{cfg.arch}={cfg.weights}"
@@ -389,7 +396,9 @@ def refuse_fixed_size(zoo, cfg):
 
 
 def parser():
-    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized=("synth", "evaluate", "prune", "kd"))
+    compiling = "compile for sets of 2,000 iterations or more, which compiles the networks)"
+    unquantized = ("synth", "evaluate", "prune", "kd")
+    p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized, compiling=compiling)
     add = p.add_argument_group("MixMix").add_argument
     about = (
         "quantize (ptq, qat), prune or distil (kd) with the images; only make them (synth); compare them (evaluate, transfer)"
@@ -434,7 +443,9 @@ def refuse_idle(p):
     dafl = [*kd.GENERATOR_FLAGS, "--kd-bn-weight"]
     idle = {f"--task {task}": ["--bits", "--wbits", "--abits", "--act-placement"] for task in p.unquantized}
     idle["--task synth"] += ["--images"]
-    idle["--task transfer"] = ["--batch-size", "--export"]
+    for task in ("synth", "evaluate", "ptq", "prune"):
+        idle[f"--task {task}"] = [*idle.get(f"--task {task}", []), "--eval-every"]
+    idle["--task transfer"] = ["--batch-size", "--export", "--eval-every"]
     idle["--images"] = ["--data-source", "--count", *labels, *recipe, *zoo, *dafl]
     idle |= {f"--images and --task {task}": ["--batch-size", *networks] for task in TASKS}
     zoo = networks + zoo
@@ -477,6 +488,17 @@ def _complete(cfg):
         raise InputError("--task transfer has no networks to quantize; give --targets")
     if cfg.capture == "compile" and cfg.task != "synth":
         raise InputError(f"--capture compile is for --task synth, and --task is {cfg.task}; give auto, none or cudagraph")
+    exact = several or (cfg.images and cfg.task in ("ptq", "prune"))
+    for flag, value, only in (("--precision", cfg.precision, "fp32"), ("--capture", cfg.capture, "none")):
+        if exact and value not in ("auto", only):
+            raise InputError(f"{flag} is {value} and --task {cfg.task} has only {only}; leave it out")
+    if twice := sorted(set(cfg.zoo) & set(cfg.held_out)):
+        raise InputError(f"--zoo and --held-out both name {twice[0]}; give it in one of them")
+    others = several or (cfg.task == "synth" and cfg.data_source == "mixmix")
+    if others and cfg.weights is not None and not any(is_own(name, cfg) for name in (*cfg.zoo, *cfg.held_out, *cfg.targets)):
+        raise InputError(f"--weights has no effect with --task {cfg.task}: the networks are others; give --zoo ARCH=WEIGHTS")
+    if cfg.task == "kd" and not cfg.images and cfg.data_source in ("mixmix", "single"):
+        cfg.batch_size = cfg.kd_batch_size  # of the generator, by which it also draws what is evaluated and shown
     synthesis.complete(cfg)
     cfg.synthesis = {"capture": cfg.capture, "precision": cfg.precision}  # of the images; the task may have its own
     if task := TASKS.get("ptq" if cfg.task == "transfer" else cfg.task):

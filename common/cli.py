@@ -123,9 +123,12 @@ class Parser(argparse.ArgumentParser):
         description: first paragraph of --help.
         unquantized: values of the script's --task that leave a full-precision network.
         settings: names of the flags on which the defaults of other flags depend, see `add_derived`.
+        compiling: what --help says of --capture compile.
     """
 
-    def __init__(self, method, description, unquantized=(), settings=("variant",)):
+    LONG = "compile for runs of 10,000 steps or more); on CUDA, compile also captures a CUDA graph"
+
+    def __init__(self, method, description, unquantized=(), settings=("variant",), compiling=LONG):
         super().__init__(prog=f"{method}.py", description=description, formatter_class=Help, allow_abbrev=False)
         self.method, self.derived, self.idle, self.unquantized, self.schedules = method, {}, [], unquantized, {"paper": {}}
         self.settings = settings
@@ -162,9 +165,8 @@ class Parser(argparse.ArgumentParser):
         add("--device", default=DEFAULTS["device"], help=device)
         precision = "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware has it)"
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
-        capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, compile "
-        capture += "for runs of 10,000 steps or more); on CUDA, compile also captures a CUDA graph"
-        add("--capture", default="auto", type=one_of(*CHOICES), help=capture)
+        capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, "
+        add("--capture", default="auto", type=one_of(*CHOICES), help=capture + compiling)
         threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
         add("--threads", type=whole(1, 4096), help=threads)
         add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")

@@ -8,21 +8,23 @@ learned_step         s round(clip(x / s, -Q_N, Q_P)) with a gradient to s       
 import torch
 from torch import nn
 
-from common.quant import QuantAct, affine_parameters, fake_quantize, scale_
+from common.quant import QuantAct, affine_parameters, fake_quantize, scale_, with_zero
 
 
-def search_parameters(rows, bits, steps=80, power=2.4, by=0.01):
+def search_parameters(rows, bits, steps=80, power=2.4, by=0.01, zero=False):
     """Scale and zero point per row by BRECQ's search. It tries `steps` ranges, each narrower than the one before by `by` times
     the full range, and takes the one whose absolute errors, raised to `power`, have the smallest mean.
 
     Args:
         rows: (R, N) float32.
         bits: 2 to 8.
+        zero: whether the ranges include zero.
 
     Returns:
         scale, zero_point: (R, 1).
     """
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    low, high = with_zero(low, high) if zero else (low, high)
     best = torch.full_like(low, torch.inf)
     scale, zero_point = affine_parameters(low, high, bits)
     for step in range(steps):
@@ -39,15 +41,16 @@ class AdaRound(nn.Module):
     Args:
         weight: of a layer, (out, ...).
         bits: 2 to 8.
+        zero: whether the ranges include zero.
     """
 
     LOW, HIGH = -0.1, 1.1  # the stretched sigmoid's ends
 
-    def __init__(self, weight, bits):
+    def __init__(self, weight, bits, zero=False):
         super().__init__()
         weight = weight.detach().float()
         shape = (-1,) + (1,) * (weight.ndim - 1)
-        scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits))
+        scale, zero_point = (v.view(shape) for v in search_parameters(weight.flatten(1), bits, zero=zero))
         self.bits = bits
         for name, value in (("scale", scale), ("zero_point", zero_point), ("floor", torch.floor(weight / scale))):
             self.register_buffer(name, value)
@@ -121,6 +124,12 @@ class _ScaledGradient(torch.autograd.Function):
 scaled_gradient = _ScaledGradient.apply
 
 
+def lsq_start(values, largest):
+    """LSQ's first step, 2 mean |v| / sqrt(Q_P), a scalar; 1 where all values are 0, which every step leaves as they are."""
+    step = 2 * values.detach().abs().mean() / largest**0.5
+    return torch.where(step > 0, step, 1.0)
+
+
 class LearnedStep(nn.Module):
     """Activations with a learned step size; the first batch sets it.
 
@@ -141,9 +150,9 @@ class LearnedStep(nn.Module):
         x = x.detach().float()
         if self.lsq:
             self.zero_point.fill_(2 ** (self.bits - 1) if x.min() < 0 else 0)
-            self.scale.copy_(2 * x.abs().mean() / (2**self.bits - 1 - self.zero_point) ** 0.5)
+            self.scale.copy_(lsq_start(x, 2**self.bits - 1 - self.zero_point))
         else:
-            scale, zero_point = search_parameters(x.flatten()[None], self.bits)
+            scale, zero_point = search_parameters(x.flatten()[None], self.bits, zero=True)
             self.scale.copy_(scale[0, 0])
             self.zero_point.copy_(zero_point[0, 0])
 
@@ -166,7 +175,7 @@ class LearnedWeight(nn.Module):
         super().__init__()
         self.bits = bits
         self.register_buffer("zero_point", torch.tensor(2.0 ** (bits - 1), device=weight.device))
-        self.scale = nn.Parameter(2 * weight.detach().abs().mean() / (2 ** (bits - 1) - 1) ** 0.5)
+        self.scale = nn.Parameter(lsq_start(weight, 2 ** (bits - 1) - 1))
 
     def forward(self, weight):
         scale = scaled_gradient(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)

@@ -85,10 +85,13 @@ def complete(cfg):
 
 
 def make_labels(cfg):
-    """Labels of all images (count,), of --classes: balanced and shuffled, or drawn at random."""
+    """Labels of all images (count,), of --classes: balanced and shuffled, or drawn at random. Fewer images than classes are
+    of classes drawn at random, one each."""
     source, classes = torch.Generator().manual_seed(cfg.seed), torch.tensor(cfg.classes or range(cfg.num_classes))
     if cfg.labels == "random":
         return classes[torch.randint(len(classes), (cfg.count,), generator=source)]
+    if cfg.count < len(classes):
+        classes = classes[torch.randperm(len(classes), generator=source)]
     return classes[torch.arange(cfg.count) % len(classes)][torch.randperm(cfg.count, generator=source)]
 
 
@@ -238,8 +241,16 @@ def find_images(cfg, run, load, make):
         run: of the compression, which begins when the images are known to be usable.
     """
     source = cfg.images[0] if cfg.images else run.folder / "images"
+
+    def fitting(own):
+        networks = load(own)
+        if len(own.mean) != len(cfg.mean):
+            found = f"the zoo takes images of {len(own.mean)} channels and the network of {len(cfg.mean)}"
+            raise InputError(f"{found}; give another --zoo")
+        return networks
+
     if not cfg.images:
-        make_set(altered(cfg, out=str(source), task="synth", **cfg.synthesis), load, make, begin=run.start)
+        make_set(altered(cfg, out=str(source), task="synth", **cfg.synthesis), fitting, make, begin=run.start)
     images, labels, normalisation = read_images(source, cfg)
     if images.shape[1] != len(cfg.mean):
         raise InputError(f"--images {source} has {images.shape[1]} channels and the network {len(cfg.mean)}; give others")

@@ -44,7 +44,7 @@ def load_zoo(names, cfg, shared=None):
     """Networks by name: architectures, "arch=weights" or "package.module:factory".
 
     Returns:
-        A list of `ZooModel`, and (mean, std) of the images: `shared`, by default those of the first network.
+        A list of `ZooModel`, and (mean, std) of the images: `shared`, else --mean and --std, else those of the first network.
 
     Raises:
         InputError: a network that cannot be loaded, or does not fit the others; it is named.

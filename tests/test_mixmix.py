@@ -261,9 +261,12 @@ def test_networks_are_drawn_for_each_batch_and_epoch(net):
         invert(zoo, torch.arange(10) % 5, cfg, run, lambda drawn, losses: names.add(drawn))
     assert names == {"a, b", "a, c", "b, c"}
     networks = {"zoo": ["tiny:net", "tiny:other", "tiny:inverted"], "zoo_sample": 2, "arch": "tiny:net"}
-    terms = mixmix.DaflTerms(net, Run(config(**DATA, **KD, **GENERATOR, **networks, task="kd")))
+    settings = config(**DATA, **KD, **GENERATOR, **networks, task="kd")
+    terms = mixmix.DaflTerms(net, Run(settings))
     chosen = [terms.choose(epoch) for epoch in range(20)]
     assert set(chosen) == {(0, 1), (0, 2)} and chosen == [terms.choose(epoch) for epoch in range(20)]
+    settings.weights = "its own.pt"  # then the zoo's network of this architecture is another one
+    assert [model.name for model in mixmix.DaflTerms(net, Run(settings)).zoo] == [networks["arch"], *networks["zoo"]]
 
 
 def test_compiled_networks_make_the_images_of_eager_ones(net, monkeypatch):
@@ -302,6 +305,8 @@ def test_labels_are_balanced_or_random():
     assert make_labels(some).bincount().tolist() == [0, 34, 33, 0, 33]
     some.labels = "random"
     assert make_labels(some).unique().tolist() == [1, 2, 4]
+    few = make_labels(config(**TINY | {"count": 40, "num_classes": 100}))
+    assert len(few.unique()) == 40 and few.max() > 60  # not the first ones only
 
 
 def test_the_number_of_images_goes_by_task_and_data():
@@ -329,7 +334,7 @@ def test_what_is_judged_and_by_which_network(net):
     with torch.no_grad():
         found = judge(zoo, held_out, x, torch.arange(25) % 5, "", config(**TINY), torch.device("cpu"))  # batches of 10
         stats, bn = BatchNormStatistics(net), []
-        for part in x.split(10):
+        for part in x.tensor_split(3):
             net(part)
             bn.append(stats.loss("norm").item())
         assert found["models"]["a"]["bn_loss"] == pytest.approx(sum(bn) / 3, abs=1e-4)
@@ -581,6 +586,9 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
             [*data, "--task", "transfer", "--targets", "tiny:branch", "--images", "other.npz"],
             "--targets tiny:branch: the model",
         ),
+        (["--task", "evaluate", "--images", "bundled", "--precision", "bf16"], "--task evaluate has only fp32"),
+        (["--task", "synth", "--weights", "x.pt"], "--weights has no effect with --task synth: the networks are others"),
+        (["--task", "synth", "--zoo", "resnet20", "--held-out", "resnet20"], "--zoo and --held-out both name resnet20"),
         (
             ["--dataset", "folder", "--num-classes", 5, "--image-size", 16, "--task", "transfer", "--images", "other.npz"],
             "has no networks to quantize; give --targets",

@@ -129,10 +129,19 @@ def test_learned_steps_have_the_gradient_of_their_paper(lsq):
 
 def test_a_learned_step_begins_with_the_first_batch():
     first = LearnedStep(4)
-    batch = torch.rand(50)
+    batch = 1 + torch.rand(50)
     first.begin(batch)
-    scale, zero_point = search_parameters(batch[None], 4)
-    assert first.scale.item() == scale.item() and first.zero_point.item() == zero_point.item()
+    scale, zero_point = search_parameters(torch.cat([batch, torch.zeros(1)])[None], 4)  # the range includes zero
+    assert abs(first.scale.item() - scale.item()) < 0.2 * scale.item() and first.zero_point.item() == zero_point.item() == 0
+
+
+def test_what_is_always_zero_stays_zero():
+    """A channel that no image excites: LSQ's first step would be 0, and all that comes after it NaN."""
+    act, kernel, zeros = LearnedStep(4, lsq=True), LearnedWeight(torch.zeros(3, 2), 4), torch.zeros(2, 3)
+    act.begin(zeros)
+    out = act(zeros) + kernel(zeros)
+    out.sum().backward()
+    assert torch.equal(out, zeros) and act.scale.grad == kernel.scale.grad == 0
 
 
 def test_lsq_begins_and_scales_its_gradient_as_in_its_paper():
@@ -548,12 +557,11 @@ CONVS = [(4, 6, 3, 2, 1), (4, 8, (3, 1), 1, (1, 0), 1, 2), (4, 4, 3, 1, 2, 2, 4)
 
 @pytest.mark.parametrize("layer", [*(nn.Conv2d(*settings) for settings in CONVS), nn.Linear(5, 3)])
 def test_patches_are_what_each_output_sees(layer):
-    x = torch.randn(3, 5) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 9, 9)
-    y, places = layer(x), None
-    if y.ndim == 4:
-        count = y.shape[2] * y.shape[3]
-        places = torch.rand(3, count).argsort(1)[:, :5]
-        y = torch.stack([image.flatten(1)[:, place] for image, rows in zip(y, places) for place in rows])
+    x = torch.randn(3, 7, 5) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 9, 9)
+    y = layer(x)
+    y = y.flatten(2) if isinstance(layer, nn.Conv2d) else y.transpose(1, 2)
+    places = torch.rand(3, y.shape[2]).argsort(1)[:, :5]
+    y = torch.stack([image[:, place] for image, rows in zip(y, places) for place in rows])
     seen, groups = patches(layer, x, places), getattr(layer, "groups", 1)
     weights = layer.weight.flatten(1).view(groups, -1, seen.shape[2])
     ours = torch.cat([seen[g] @ weights[g].T for g in range(groups)], 1) + layer.bias
@@ -638,6 +646,29 @@ def test_only_channels_without_a_residual_sum_are_removed():
     assert list(removable(fold_batchnorm(build("vgg11_bn_x0_25", 5, 16)))) == [
         f"features.{i}" for i in (0, 4, 8, 11, 15, 18, 22)
     ]
+
+
+class OtherActivations(nn.Module):
+    """Activations and pooling of other kinds than ReLU modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(width, 8, 3, padding=1) for width in (3, 8, 8, 8, 8))
+        self.leaky, self.slopes, self.fc = nn.LeakyReLU(), nn.PReLU(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        a, b, c, d, e = self.convs
+        x = F.max_pool2d(F.silu(b(self.leaky(a(x)))), 2)
+        return self.fc(e(self.slopes(d(c(x).relu()))).mean((2, 3)))
+
+
+def test_channels_go_through_other_activations_and_a_network_without_any_is_refused(fails):
+    network = OtherActivations().eval()
+    found = removable(fold_batchnorm(network))
+    assert found == {f"convs.{i}": ([], [f"convs.{i + 1}"]) for i in (0, 1, 2)}  # a PReLU's slopes are the channels'
+    alone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match="--prune structured: the network has no convolution"):
+        prune(alone, torch.randn(8, 3, 16, 16), prune="structured")
 
 
 @pytest.mark.parametrize("arch", ["resnet20", "mobilenet_v2"])

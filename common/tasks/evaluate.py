@@ -1,5 +1,6 @@
 """What networks see in images (MixMix, Sec. 3.2, 5.1): accuracies, Inception Score and distance of the BatchNorm statistics."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ def look(model, images, labels, batch_size, device):
     """What one network makes of images: top-1 accuracy in percent, L_BN (Eq. 2, mean over batches), class probabilities."""
     model = model.place(device)
     probabilities, losses = [], []
-    for some in images.split(batch_size):
+    for some in images.tensor_split(math.ceil(len(images) / batch_size)):  # none much smaller than the others
         probabilities.append(model(some.to(device, torch.float32)).softmax(1).cpu())
         losses.append(model.stats.loss("norm").item())
     probabilities = torch.cat(probabilities)

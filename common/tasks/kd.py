@@ -3,8 +3,8 @@
     one_hot, activation, information    what the generator minimises, in `dafl_loss`          Eq. 4 to 7
     compress                            the student learns from the teacher's outputs        Eq. 1
 
-With images, the student learns from them alone: shifted and mirrored, labelled anew by the teacher each time. A method that
-has terms of its own for the generator hands them over as a class (see `compress`); MixMix does (its Sec. 5.4).
+With images, the student learns from them alone: each batch rolled and mirrored as a whole, labelled by the teacher anew. A
+method that has terms of its own for the generator hands them over as a class (see `compress`); MixMix does (its Sec. 5.4).
 
 The settings are those of the released code, whose recipe MixMix starts from; what is other here, or is left open:
 
@@ -16,7 +16,7 @@ The settings are those of the released code, whose recipe MixMix starts from; wh
                            generator 0.02
     generator              the layers of GDFQ's, without a label             the same (common/generators.py)
     reported accuracy      best epoch on test images                         last epoch (best also recorded)
-    with images            -                                                 shifts of an eighth of the side, mirrored
+    with images            -                                                 rolled by up to an eighth of the side, mirrored
 """
 
 import torch

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import InputError
+from common.activations import is_activation, kind_of
 from common.cli import fill_in, number, whole
 from common.models import fit, read_weights
 from common.progress import Progress
@@ -32,9 +34,8 @@ from common.quant import check_layers
 from common.run import Run
 from common.trace import fold_batchnorm
 
-CHANNELWISE = (
-    nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-)  # fmt: skip
+# what works on each channel alone, beside activations and depthwise convolutions; names as `kind_of` has them
+CHANNELWISE = {"identity", "dropout", "dropout2d", "maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d"}
 
 STUDENT = "pruned"  # what the network is called in the table of a run
 
@@ -78,6 +79,11 @@ def plan(model, cfg, run):
     """The network that is pruned: traced, its BatchNorms folded, every layer with a bias."""
     folded = fold_batchnorm(*run.adopt(model))
     check_layers(folded)
+    if cfg.prune == "structured" and not removable(folded):
+        raise InputError(
+            "--prune structured: the network has no convolution whose channels can be removed alone, because sums, products or "
+            "the classifier take them all; give --prune unstructured"
+        )
     return run.place(give_biases(folded))
 
 
@@ -112,19 +118,24 @@ def pick(columns, places):
     return columns.gather(2, places[:, None].expand(-1, columns.shape[1], -1)).movedim(2, 1).flatten(0, 1)
 
 
+def vectors(layer, x):
+    """What a layer takes or sends, as (B, D, places): pixels, for a linear layer all between its first and last dimension."""
+    return x.movedim(-1, 1).reshape(len(x), x.shape[-1], -1) if isinstance(layer, nn.Linear) else x.flatten(2)
+
+
 def patches(layer, x, places):
     """What each output of a layer sees.
 
     Args:
         layer: nn.Conv2d or nn.Linear.
-        x: its input, (B, C, H, W) or (B, D).
-        places: int64 (B, P), output pixels; nothing for a linear layer.
+        x: its input, (B, C, H, W) or (B, ..., D).
+        places: int64 (B, P), outputs in the order of `vectors`.
 
     Returns:
         (groups, B * P, D).
     """
     if isinstance(layer, nn.Linear):
-        return x[None]
+        return pick(vectors(layer, x), places)[None]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as the convolution does
     columns = pick(F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride), places)
@@ -142,13 +153,12 @@ def observe_layer(name, full, pruned, images, cfg):
     for part in images.split(64):
         pruned(part)
         full(part)
-        x, y, places = seen["x"], seen["y"], None
-        if y.ndim == 4:
-            count = y.shape[2] * y.shape[3]
-            places = torch.rand(len(y), count, device=y.device).argsort(1)[:, : cfg.points]
-            y = pick(y.flatten(2), places)
-        inputs.append(patches(layer, x, places))
-        targets.append(y)
+        y = vectors(layer, seen["y"])
+        places = torch.zeros(len(y), 1, dtype=torch.int64, device=y.device)
+        if isinstance(layer, nn.Conv2d) or y.shape[2] > 1:
+            places = torch.rand(len(y), y.shape[2], device=y.device).argsort(1)[:, : cfg.points]
+        inputs.append(patches(layer, seen["x"], places))
+        targets.append(pick(y, places))
     for hook in hooks:
         hook.remove()
     return torch.cat(inputs, 1), torch.cat(targets)
@@ -173,6 +183,11 @@ def refit(name, full, pruned, images, keep, cfg):
     layer.bias.copy_(torch.cat([intercept for _, intercept in solved]))
 
 
+def _slopes(module):
+    """Whether an activation has parameters for each channel."""
+    return isinstance(module, nn.PReLU) and module.num_parameters > 1
+
+
 def removable(network):
     """The convolutions of a traced network whose channels can go: all that a channel goes through, up to the convolutions
     that take it, works on that channel alone (activations, pooling, depthwise convolutions). What a residual sum, a
@@ -194,7 +209,8 @@ def removable(network):
                 consumers.append(user.target)
                 continue
             depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
-            if not depthwise and not isinstance(module, CHANNELWISE) and user.target not in (F.relu, torch.relu, F.relu6):
+            alone = is_activation(user, modules) and len(user.all_input_nodes) == 1 and not _slopes(module)
+            if not (depthwise or alone or kind_of(user, modules) in CHANNELWISE):
                 break
             way += [user.target] if depthwise else []
             ahead += user.users
@@ -239,7 +255,7 @@ def compress(model, images, cfg, run=None):
     pruned, images = copy.deepcopy(full), images.to(run.device, torch.float32)
     run.start()
     weighted = weighted_layers(full)
-    layers = [node.target for node in full.graph.nodes if node.target in weighted]
+    layers = [node.target for node in full.graph.nodes if node.op == "call_module" and node.target in weighted]
     quiet = run.folder is None
 
     def reconstruct(name, keep):

@@ -14,9 +14,10 @@ What the papers leave open or have differently, and what this code does:
     what                   paper                       BRECQ's code                here
     distance of outputs    weighted by the Fisher      squared error by default    squared error
                            information
-    ranges                 not given                   80 shrunk ranges, L_2.4     the same; activations on 64 images,
-                                                                                   as the full-precision network has
-                                                                                   them (there as the quantized one)
+    ranges                 not given                   80 shrunk ranges, L_2.4     the same; activations on 64 images, a
+                                                                                   block's input in full precision
+                                                                                   (there quantized)
+    rate of step sizes     not given                   4e-4                        --lr-step, but at most 2 % of the step
     lambda, sharpness      not given                   0.01; 20 to 2, linear,      the same (--rounding-weight)
                                                        after a fifth of the steps
     first layer            8 bits                      not reconstructed           rounded to nearest, --ends-bits;
@@ -47,6 +48,7 @@ from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import fold_batchnorm
 
 STUDENT = "quantized"  # what the network is called in the table of a run
+LARGEST_CHANGE = 0.02  # of a step size in an iteration, relative to its start: Adam moves all by its rate, whatever their size
 
 
 def add_flags(parser):
@@ -112,7 +114,8 @@ def reconstruct_steps(block, steps, modules, x, target, run, bar):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
     cfg = run.cfg
-    optimizer = torch.optim.Adam([step.scale for step in steps.values()], cfg.lr_step, fused=run.fused)
+    rates = {step.scale: min(cfg.lr_step, LARGEST_CHANGE * step.scale.item()) for step in steps.values()}
+    optimizer = torch.optim.Adam([{"params": [scale], "lr": rate} for scale, rate in rates.items()], fused=run.fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
     for _ in range(cfg.step_iterations):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
@@ -169,7 +172,7 @@ def compress(model, images, cfg, run=None):
 
     def rounded(block, x, target, learn):
         layers = calls(block, (nn.Conv2d, nn.Linear))
-        roundings = {name: AdaRound(layer.weight, layer.bits).to(run.device) for name, layer in layers.items()}
+        roundings = {name: AdaRound(layer.weight, layer.bits, layer.zero).to(run.device) for name, layer in layers.items()}
         if learn:
             reconstruct_weights(block, roundings, modules, x, target, run, bar)
         return {name: (r(hard=True).detach(), r.scale, r.zero_point) for name, r in roundings.items()}

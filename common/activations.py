@@ -1,6 +1,8 @@
 """The activation functions that a network computes: as modules, as functions, written out, inside other layers."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,62 +14,74 @@ ACTIVATION_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.rrelu, F.rrelu_, F.prelu, F.elu, F.elu_, F.silu, F.gelu, F.mish,
     F.hardswish, F.hardtanh, F.hardtanh_, torch.relu, torch.relu_, torch.prelu, torch.rrelu,
 }  # fmt: skip
-ACTIVATION_METHODS = {"relu", "relu_"}
+ACTIVATION_METHODS = {"relu", "relu_", "prelu"}
+# functions of single numbers of which written-out activations are made, as `kind_of` names them, and those that are bounded
+BOUNDED = {"sigmoid", "hardsigmoid", "tanh", "erf", "relu6", "hardtanh", "clamp", "clip"}
+POINTWISE = BOUNDED | set("add iadd sub isub mul imul div idiv truediv itruediv pow neg exp softplus".split())
 # what a network may compute between its layers and no quantizer here takes: gates, most often
 FULL_PRECISION = {
     "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Hardsigmoid", "Softmax", "LogSoftmax", "Softsign", "SELU", "CELU",
-    "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "GLU",
+    "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "GLU", "Erf", "Where", "Maximum",
 }  # fmt: skip
 
 
 def kind_of(node, modules):
     """What a node computes, as a name such as "relu6" or "logsoftmax"."""
-    function = type(modules[node.target]) if node.op == "call_module" else node.target
+    return name_of(type(modules[node.target]) if node.op == "call_module" else node.target)
+
+
+def name_of(function):
+    """The name of a function, class or method as `kind_of` has it."""
     name = getattr(function, "__name__", None) or getattr(function, "name", function)  # of a scripted function, a method
     return str(name).lower().replace("_", "")
 
 
-def _gated(gate, modules):
-    """The x of which `gate` is a function that makes an activation of x: x * sigmoid(x), x * relu6(x + 3) / 6 and so on."""
-    if not isinstance(gate, fx.Node) or not gate.args:
-        return None
-    kind, x = kind_of(gate, modules), gate.args[0]
-    inner = kind_of(x, modules) if isinstance(x, fx.Node) else ""
-    if kind in ("sigmoid", "hardsigmoid"):
-        return x
-    if (kind == "tanh" and inner == "softplus") or (kind == "relu6" and inner in ("add", "iadd") and 3 in x.args):
-        return x.args[0]
-    if kind in ("div", "truediv", "mul") and len(gate.args) == 2 and isinstance(gate.args[1], (int, float)):
-        return _gated(x, modules)
-    return None
+def clamps(function, args, kwargs):
+    """Whether a call by this name (as `kind_of` has it) cuts off what is negative, as ReLU does."""
+    least = kwargs.get("min", args[1] if len(args) > 1 else None)
+    return function in ("clamp", "clip", "clampmin") and isinstance(least, (int, float)) and least == 0
 
 
-def _is_swish(node, modules):
-    """Whether a node is an activation that is written out, x times a gate of x."""
-    if kind_of(node, modules) not in ("mul", "imul") or len(node.args) != 2:
+def _is_function_of(node, x, modules, through):
+    """Whether a value is made of another one, x, by functions of single numbers; `through` gets the nodes on the way."""
+    if node is x or node in through:
+        return True
+    if kind_of(node, modules) not in POINTWISE or not node.all_input_nodes:
         return False
-    return any(isinstance(x, fx.Node) and _gated(gate, modules) is x for x, gate in (node.args, node.args[::-1]))
+    through.add(node)
+    return all(_is_function_of(n, x, modules, through) for n in node.all_input_nodes)
+
+
+def _gates(node, modules):
+    """The nodes of the gate of an activation that is written out as x times a bounded function of x (Swish, hard swish, Mish,
+    GELU); none where `node` is not such a product."""
+    if kind_of(node, modules) not in ("mul", "imul") or len(node.args) != 2:
+        return set()
+    for x, gate in (node.args, node.args[::-1]):
+        if not isinstance(x, fx.Node) or not isinstance(gate, fx.Node):
+            return set()
+        while kind_of(x, modules) in ("mul", "imul", "div", "truediv") and len(x.all_input_nodes) == 1:
+            x = x.all_input_nodes[0]  # 0.5 x
+        inside = set()
+        if _is_function_of(gate, x, modules, inside) and any(kind_of(n, modules) in BOUNDED for n in inside):
+            return inside
+    return set()
 
 
 def _is_gate(node, modules):
     """Whether a node is the gate of an activation that is written out, or a step on the way to it."""
-    for user in node.users:
-        if _is_swish(user, modules):
-            if any(x is not node and _gated(node, modules) is x for x in user.args):
-                return True
-        elif kind_of(user, modules) in ("tanh", "div", "truediv", "mul") and user.args[0] is node and _is_gate(user, modules):
-            return True
-    return False
+    if kind_of(node, modules) not in POINTWISE:
+        return False
+    return any(node in _gates(user, modules) or _is_gate(user, modules) for user in node.users)
 
 
 def is_activation(node, modules):
     if node.op == "call_module":
         found = isinstance(modules[node.target], ACTIVATION_MODULES)
     else:
-        least = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
-        clamps = kind_of(node, modules) in ("clamp", "clip", "clampmin") and least == 0
-        found = clamps or node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS
-    return _is_swish(node, modules) or (found and not _is_gate(node, modules))
+        found = node.target in ACTIVATION_FUNCTIONS or node.target in ACTIVATION_METHODS
+        found = found or clamps(kind_of(node, modules), node.args, node.kwargs)
+    return bool(_gates(node, modules)) or (found and not _is_gate(node, modules))
 
 
 def full_precision_activations(student):
@@ -83,9 +97,19 @@ def full_precision_activations(student):
     return found
 
 
+class Call(NamedTuple):
+    """A torch function that was called, by the forward of a module and its name; ("", None) in front of the network."""
+
+    function: Callable
+    name: str
+    module: nn.Module | None
+    args: tuple
+    kwargs: dict
+    output: Any
+
+
 class Calls(TorchFunctionMode):
-    """Notes the torch functions that are called within it, with the name and the module of `model` whose forward calls them:
-    ("", None) for those in front of the network."""
+    """Notes each `Call` that is made within it while `model` computes."""
 
     def __init__(self, model):
         super().__init__()
@@ -98,8 +122,9 @@ class Calls(TorchFunctionMode):
         self.stack.pop()  # returns None: anything else would take the place of the module's output
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.found.append((function, *self.stack[-1]))
-        return function(*args, **(kwargs or {}))
+        output = function(*args, **(kwargs or {}))
+        self.found.append(Call(function, *self.stack[-1], args, kwargs or {}, output))
+        return output
 
     def __exit__(self, *error):
         for hook in self.hooks:
@@ -107,10 +132,21 @@ class Calls(TorchFunctionMode):
         return super().__exit__(*error)
 
 
-@torch.no_grad()
-def activations_inside(layer):
-    """Names of the activation functions that a layer's own forward calls."""
-    shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
-    with Calls(layer) as calls:
-        layer(layer.weight.new_zeros(shape))
-    return [function.__name__ for function, _, _ in calls.found if function in ACTIVATION_FUNCTIONS]
+def activations_among(calls):
+    """Those of a list of `Call`s that compute an activation, as a function or written out; not those of torch.nn's modules."""
+    functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.prelu}
+    found, multiple_of, made_of = [], {}, {}  # by id, of what a value is a multiple; and a function, and whether it is bounded
+    for call in calls:
+        name, values = name_of(call.function), [id(x) for x in call.args if isinstance(x, torch.Tensor)]
+        name = name.removeprefix("r") if name.removeprefix("r") in POINTWISE else name  # 2 * x calls rmul
+        before = [made_of.get(value, (set(), False)) for value in values]
+        gates = zip(values, before[::-1]) if name in ("mul", "imul") and len(values) == 2 else ()
+        gated = any(bounded and multiple_of.get(x, x) in origins for x, (origins, bounded) in gates)
+        if gated or call.function in functions or clamps(name, call.args, call.kwargs):
+            found += [] if isinstance(call.module, ACTIVATION_MODULES) else [call]
+        if name in POINTWISE:
+            bounded = name in BOUNDED or any(bounded for _, bounded in before)
+            made_of[id(call.output)] = set(values).union(*(origins for origins, _ in before)), bounded
+        if len(values) == 1 and name in ("mul", "imul", "div", "truediv"):
+            multiple_of[id(call.output)] = multiple_of.get(*values * 2)
+    return found

@@ -30,7 +30,8 @@ class BatchNormStatistics:
     forms = ("gdfq", "sum", "norm", "kl")
 
     def __init__(self, model):
-        layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and m.track_running_stats]
+        norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        layers = [m for m in norms if m.running_mean is not None]
         if not layers:
             raise InputError(
                 f"model {type(model).__name__} has no BatchNorm2d with running statistics, from which the images are "

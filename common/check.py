@@ -18,6 +18,7 @@ from common.trace import trace
 UNCHANGED_BY = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, F.max_pool2d, F.dropout}
 UNCHANGED_BY |= set("flatten reshape view permute transpose chunk split contiguous squeeze unsqueeze".split())
 UNCHANGED_BY_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle)
+UNCHANGED_BY_MODULES += (nn.ZeroPad2d,)
 HEADS = ("layer", "kind", "weight", "bits", "weights", "multiply-adds", "input")
 
 
@@ -60,7 +61,9 @@ def input_of(name, graph, modules):
     if graph is None:
         quantizer = getattr(modules[name], "input_quantizer", None)
         return f"{quantizer.bits} bits" if quantizer else "unknown: the network cannot be traced"
-    node = next(n for n in graph.nodes if n.op == "call_module" and n.target == name)
+    node = next((n for n in graph.nodes if n.op == "call_module" and n.target == name and n.args), None)
+    if node is None:
+        return "unknown: it is called by keyword or inside another module"
     found = dict.fromkeys(sources(node.args[0], modules))
     texts = [f"{source}, {f'{bits} bits' if bits else 'full precision'}" for source, bits in found]
     return " + ".join(texts) if len(texts) < 3 else f"{texts[0]} + {len(texts) - 1} more"
@@ -76,7 +79,8 @@ def layer_rows(student, example):
             count = output[0].numel() * prod(weight.shape[1:])
             kind, shape = type(layer).__name__.removeprefix("Quant"), "x".join(map(str, weight.shape))
             where = input_of(name, graph, modules)
-            rows.setdefault(name, (name, kind, shape, getattr(layer, "bits", 32), weight.numel(), count, where))
+            before = rows[name][5] if name in rows else 0  # of an earlier call
+            rows[name] = name, kind, shape, getattr(layer, "bits", 32), weight.numel(), before + count, where
 
         return hook
 

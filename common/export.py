@@ -1,6 +1,5 @@
 """`quantized.pt`: weights as packed integer codes, with all that is needed to run the network again, bit for bit."""
 
-import copy
 import io
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from common import InputError, replacing
 from common.activations import kind_of
+from common.folding import fold_batchnorm
 from common.models import build, is_own, refuse_infinite
 from common.quant import (
     QuantAct,
@@ -19,7 +19,7 @@ from common.quant import (
     quantized_activations,
     quantized_layers,
 )
-from common.trace import fold_batchnorm
+from common.trace import baked_copy
 
 FORMAT = 1
 
@@ -161,7 +161,7 @@ def load_quantized(path, model=None):
         design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
-    model = copy.deepcopy(model).float()
+    model = baked_copy(model).float()
     model = fold_batchnorm(model, example) if meta.get("folded") else model
     places = {stored["place"] for stored in content["activations"].values() if "place" in stored}
 

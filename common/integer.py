@@ -23,7 +23,7 @@ from torch import fx, nn
 from common import InputError
 from common.activations import kind_of
 from common.quant import QuantAct, quantized_activations, quantized_layers
-from common.trace import METADATA, compute_node, overwriting
+from common.trace import METADATA, compute_node, constant_value, overwriting
 
 LARGEST = 2**31 - 1
 HEADROOM = 4  # bits: fixed-point numbers may be 16 times as large as the largest activation range
@@ -92,6 +92,8 @@ class IntegerNetwork:
                 bias = self.fixed(torch.zeros(len(weight)) if layer.bias is None else layer.bias)
                 column = (-1,) + (1,) * (weight.ndim - 2)
                 self.layers[node.target] = weight, int(act.zero_point), *(v.view(column) for v in (m, shift, bias))
+        constants = {node: constant_value(network, node) for node in self.graph.nodes}
+        self.constants = {n: self.fixed(v) for n, v in constants.items() if torch.is_tensor(v) and v.is_floating_point()}
         points = torch.arange(-END << STEP, (END << STEP) + 2, dtype=torch.float64) / 2**STEP
         self.tables = {kind: torch.round(curve(points) * one).int() for kind, curve in CURVES.items()}
 
@@ -105,6 +107,8 @@ class IntegerNetwork:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 values[node] = self.fixed(images)
+            elif node in self.constants:
+                values[node] = self.constants[node]
             elif node.op == "output":
                 return values[node.args[0]].float() / 2**self.point
             else:
@@ -118,15 +122,21 @@ class IntegerNetwork:
         if module and node.target in self.layers:
             weight, zero_point, m, shift, bias = self.layers[node.target]
             x = x - zero_point
-            sums = F.linear(x, weight) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, None)
+            if isinstance(module, nn.Linear):
+                sums = F.linear(x, weight)
+            else:  # in float64, which holds the sums exactly: PyTorch has no dilated convolution of integers
+                sums = module._conv_forward(x.double(), weight.double(), None).int()
             return saturated(rescale(sums, m, shift).long() + bias)
         if isinstance(module, QuantAct):
             return (rescale(x, *self.acts[node.target]) + int(module.zero_point)).clamp(0, 2**module.bits - 1)
-        if kind in EXACT or not any(isinstance(values[n], torch.Tensor) for n in node.all_input_nodes):
-            return compute_node(node, values.__getitem__, self.modules)
-        if kind in ("add", "iadd") and len(inputs) == 2:
+        padded = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None) if kind == "pad" else None
+        if (kind in EXACT and not padded) or not any(isinstance(values[n], torch.Tensor) for n in node.all_input_nodes):
+            result = compute_node(node, values.__getitem__, self.modules)
+            return self.fixed(result) if torch.is_tensor(result) and result.is_floating_point() else result
+        plain = len(inputs) == len(node.args) == 2 and not node.kwargs
+        if kind in ("add", "iadd") and plain:
             return saturated(inputs[0].long() + inputs[1])
-        if kind in ("mul", "imul") and len(inputs) == 2:
+        if kind in ("mul", "imul") and plain:
             return self.product(*inputs)
         if kind == "relu6" or (kind == "hardtanh" and module):
             low, high = (0, 6) if kind == "relu6" else (module.min_val, module.max_val)
@@ -137,13 +147,14 @@ class IntegerNetwork:
             return self.product(x, self.curve(x, GATED[kind]))
         if kind == "adaptiveavgpool2d" and (module.output_size if module else node.args[1]) in (1, (1, 1)):
             return self.mean(x, (2, 3), True)
-        if kind == "mean":
-            return self.mean(x, *node.args[1:], **node.kwargs)
+        if kind == "mean" and node.kwargs.keys() <= {"dim", "axis", "keepdim"}:
+            return self.mean(x, *node.args[1:], **{"dim" if n == "axis" else n: value for n, value in node.kwargs.items()})
         if kind == "avgpool2d" and (module or (len(node.args) == 2 and not node.kwargs)):
             size = module.kernel_size if module else node.args[1]
-            if isinstance(size, int) and (not module or (module.stride, module.padding) == (size, 0)):
+            others = (module.stride, module.padding, module.ceil_mode, module.divisor_override) if module else None
+            if isinstance(size, int) and others in (None, (size, 0, False, None)):
                 return self.mean(x.unfold(2, size, size).unfold(3, size, size), (-2, -1))
-        if isinstance(module, nn.BatchNorm2d):  # one that follows no layer
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:  # one that follows no layer
             factor = (module.running_var.double() + module.eps).rsqrt() * (1 if module.weight is None else module.weight)
             summand = self.fixed(-module.running_mean * factor + (0 if module.bias is None else module.bias))
             m, shift, summand = (value.view(-1, 1, 1) for value in (*multiplier(factor), summand))

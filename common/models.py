@@ -427,9 +427,9 @@ def canonical(state, arch):
         state: the dict.
         design: of the network that it is for, as `build` takes it.
     """
-    for wrapper in ("module.", "_orig_mod."):  # DataParallel's and torch.compile's
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    wrappers = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+    while state and (wrapper := next((w for w in wrappers if all(key.startswith(w) for key in state)), None)):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
     if ":" in arch:
         return state, None
     if arch in AUXILIARY:

@@ -12,21 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError, distributed, first_line
-from common.activations import (
-    ACTIVATION_FUNCTIONS,
-    ACTIVATION_MODULES,
-    Calls,
-    activations_inside,
-    is_activation,
-    kind_of,
-)
-from common.trace import baked_copy, constant_value, images_of, is_plain, overwriting, trace, works_in_place
+from common.activations import ACTIVATION_MODULES, is_activation
+from common.supported import LAYERS, check_calls, check_graph, check_layers
+from common.trace import baked_copy, images_of, overwriting, trace, works_in_place
 
-WEIGHT_FUNCTIONS = {
-    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
-}  # fmt: skip
-PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # which may hold a weight, too
-OTHER_WEIGHTED_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention)
 ACT_PREFIX = "act_quant_"  # of the names that a quantized network gives its `QuantAct`s
 INPUT_BITS = 8  # the network's own input, with act_placement="input": images are 8-bit integers already
 
@@ -206,7 +195,8 @@ class _QuantWeight:
 
     def pack(self, weight, scale, zero_point):
         """Keep `weight`, whose values are exactly those of codes of this scale and zero point, as it is from now on."""
-        self.weight.data, self.packed = weight, True
+        kept = nn.Parameter(weight, self._parameters["weight"].requires_grad)
+        self._parameters, self.packed = self._parameters | {"weight": kept}, True  # of this layer alone, where weights are tied
         self.register_buffer("weight_scale", scale, persistent=False)
         self.register_buffer("weight_zero_point", zero_point, persistent=False)
 
@@ -361,7 +351,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             cannot be traced is refused.
 
     Returns:
-        A network with the teacher's parameter names, all parameters with gradient.
+        A network with the teacher's parameter names, all parameters with gradient. Its activations have no ranges before it
+        has computed images with `set_observing`.
 
     Raises:
         InputError: bits out of range, or something that cannot be quantized; the message names it.
@@ -371,8 +362,8 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             raise InputError(f"{flag} is {bits}; give a number of bits from 2 to 8")
     if act_placement not in ("relu", "input") and not callable(act_placement):
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
-    model = baked_copy(model).eval().requires_grad_(True)
-    check_layers(model)
+    model = baked_copy(model).float().eval().requires_grad_(True)
+    check_layers(model, example)
     try:
         traced = trace(model, example)
     except Exception as error:  # whatever the model's own forward raises when it is traced
@@ -380,7 +371,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     else:
         student = _quantize_graph(traced, abits, act_placement, clipped)
     for name, module in list(student.named_modules(remove_duplicate=False)):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, LAYERS):
             layer = _quantized_class(type(module)).from_float(module, wbits, zero=act_placement == "input")
             student.set_submodule(name, layer)
     if not quantized_activations(student):
@@ -389,28 +380,6 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
     student.register_forward_pre_hook(all_weights.quantize)
     student.register_forward_hook(all_weights.forget, always_call=True)
     return student.to(next(student.parameters()).device)  # the activations' ranges, too
-
-
-def check_layers(model):
-    """Refuse layers whose weights cannot be quantized, by name."""
-    for name, module in model.named_modules():
-        if not isinstance(module, OTHER_WEIGHTED_MODULES):
-            continue
-        if "forward" in module.__dict__:
-            raise InputError(
-                f"layer '{name}' was given another forward than its class has, where its weight cannot be quantized; derive a "
-                "class of its own"
-            )
-        if not isinstance(module, (nn.Conv2d, nn.Linear)) or "weight" not in module._parameters:
-            raise InputError(
-                f"layer '{name}' is a {type(module).__name__}, and only weights of Conv2d and Linear layers can be quantized; "
-                "replace it in the model"
-            )
-        if not is_plain(module) and (hidden := activations_inside(module)):
-            raise InputError(
-                f"layer '{name}' ({type(module).__name__}) computes '{hidden[0]}' in its own forward, where it cannot be "
-                "quantized; make that a module of its own"
-            )
 
 
 def _quantize_graph(traced, abits, act_placement, clipped):
@@ -425,23 +394,14 @@ def _quantize_graph(traced, abits, act_placement, clipped):
             quantized = graph.call_module(name, (node,))
         for user in users:
             user.replace_input_with(node, quantized)
+        return quantized
 
-    weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], (nn.Conv2d, nn.Linear))]
+    check_graph(traced)
+    weighted = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], LAYERS)]
     placed = act_placement(traced) if callable(act_placement) else ()
     if act_placement == "relu":
         placed = {node for node in graph.nodes if is_activation(node, modules)}
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-            raise InputError(
-                f"'{node.target.__name__}' is called as a function in the model's forward (graph node '{node.name}'), where "
-                "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
-            )
-        product = node.op != "call_module" and kind_of(node, modules) in PRODUCTS
-        if product and any(constant_value(traced, n) is not None for n in node.all_input_nodes):
-            raise InputError(
-                f"graph node '{node.name}' ({kind_of(node, modules)}) takes a weight of the model, where it cannot be "
-                "quantized; write it as nn.Linear"
-            )
         if node in placed or (act_placement == "input" and is_activation(node, modules)):
             if not node.users:
                 raise InputError(
@@ -449,13 +409,16 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                     "cannot be quantized; assign it, as in x = F.relu(x)"
                 )
         if node in placed:
-            again = node.args and any(order[user] > order[node] for user in getattr(node.args[0], "users", ()))
-            if again and works_in_place(node, modules) and any(works_in_place(user, modules) for user in node.users):
+            in_place = node.args and works_in_place(node, modules)
+            again = [user for user in node.args[0].users if order[user] > order[node]] if in_place else []
+            if again and any(works_in_place(user, modules) for user in node.users):
                 raise InputError(
                     f"activation '{node.name}' works in place on '{node.args[0].name}', which is changed and used again after "
                     "it; assign its result, as in x = F.relu(x)"
                 )
-            insert(node, list(node.users), node.next)
+            quantized = insert(node, list(node.users), node.next)
+            for user in again:  # the value that it has overwritten is its result
+                user.replace_input_with(node.args[0], quantized)
         elif act_placement == "input" and any(user in weighted for user in node.users):
             takers = sorted((user for user in node.users if user in weighted), key=order.get)
             between = [n for n in overwriting(node, modules) if order[takers[0]] < order[n] < order[takers[-1]]]
@@ -474,8 +437,11 @@ def _quantize_output(module, args, output):
     return module.output_quantizer(output)
 
 
-def _quantize_input(module, args):
-    return (module.input_quantizer(args[0]), *args[1:])
+def _quantize_input(module, args, kwargs):
+    if args:
+        return (module.input_quantizer(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, kwargs | {name: module.input_quantizer(kwargs[name])}
 
 
 def _quantize_modules(model, abits, act_placement, clipped, example, trace_error):
@@ -485,21 +451,12 @@ def _quantize_modules(model, abits, act_placement, clipped, example, trace_error
         raise InputError(f"{reason}, and its graph tells where activations are quantized; give one that does not branch")
     if example is None:
         raise InputError(f"{reason}; give quantize() an example batch, so that its modules can be replaced instead")
-    with torch.no_grad(), Calls(model) as calls:
-        model(example)
-    layers, first = (nn.Conv2d, nn.Linear), None
-    functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_}
-    for function, name, module in calls.found:
-        if isinstance(module, layers):
-            first = first or module
-        elif function in WEIGHT_FUNCTIONS or (function in functions and not isinstance(module, ACTIVATION_MODULES)):
-            called = f"'{function.__name__}' in module '{name or type(module).__name__}'"
-            raise InputError(f"{reason} and calls {called} as a function; write it as a module, such as nn.ReLU()")
+    first = check_calls(model, example, reason)
     for module in list(model.modules()):
         if act_placement == "relu" and isinstance(module, ACTIVATION_MODULES):
             module.output_quantizer = QuantAct(abits, clipped)
             module.register_forward_hook(_quantize_output)
-        elif act_placement == "input" and isinstance(module, layers):
+        elif act_placement == "input" and isinstance(module, LAYERS):
             module.input_quantizer = QuantAct(INPUT_BITS if module is first else abits, clipped)
-            module.register_forward_pre_hook(_quantize_input)
+            module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     return model

@@ -1,4 +1,4 @@
-"""The graph of a network: traced with the shapes of an example, free of its memory layout, with its BatchNorms folded.
+"""The graph of a network: traced with the shapes of an example, free of its memory layout.
 
 `torch.fx` alone stops at arithmetic on shapes, at branches on them and at `view` in the layout that convolutions are fastest
 in. Most published networks have one of these.
@@ -11,10 +11,8 @@ import types
 from contextlib import contextmanager, suppress
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -201,12 +199,34 @@ def _weight_hooks(module):
     return [(key, hook, getattr(hook, "name", None) or hook._tensor_name) for key, hook in hooks]
 
 
+def _unwrapped(module):
+    """What nn.DataParallel, DistributedDataParallel or torch.compile has wrapped."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module._orig_mod
+        else:
+            return module
+
+
 def baked_copy(model):
-    """A copy of a network, in which weights that hooks or parametrizations compute are parameters with the values of now."""
-    for module in model.modules():
+    """A copy of a network, in which weights that hooks or parametrizations compute are parameters with the values of now, and
+    the wrappers of several GPUs and of torch.compile are taken off.
+
+    Raises:
+        InputError: a network of torch.jit, whose forward cannot be read.
+    """
+    model = _unwrapped(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"the model{name and f' has a part, {name!r}, that'} is scripted by torch.jit; give the original")
         for _, _, name in _weight_hooks(module):
             setattr(module, name, getattr(module, name).detach())  # its graph could not be copied; the next forward has another
     model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if _unwrapped(module) is not module:
+            model.set_submodule(name, _unwrapped(module))
     for module in list(model.modules()):
         for key, hook, _ in _weight_hooks(module):
             hook.remove(module)
@@ -291,20 +311,41 @@ def trace(model, example=None, whole=(), inside=False, reshaping=True):
     for node in reversed(graph.nodes):
         if not node.users and node.op not in ("placeholder", "output") and not works_in_place(node, modules):
             graph.erase_node(node)  # computed and not used
-    traced = fx.GraphModule(tracer.root, graph)
+    traced = _numbered(fx.GraphModule(tracer.root, graph))
     if example is not None:
         images = batch_like(example, UNSEEN)
         expected = model(images.clone())
-        if not _close(traced(images.clone()), expected):
-            again = _close(model(images.clone()), expected)
+        if not nearly_equal(traced(images.clone()), expected):
+            again = nearly_equal(model(images.clone()), expected)
             what = "for another batch" if again else "each time, as if it drew random numbers in eval mode"
             raise fx.proxy.TraceError(f"it computes something else {what}")
-        if reshaping and not _close(traced(images.clone(memory_format=torch.channels_last)), expected):
+        try:
+            single = model(images[:1].clone())
+        except Exception:  # it takes no single image
+            single = None
+        if single is not None and not nearly_equal(traced(images[:1].clone()), single):
+            raise fx.proxy.TraceError("it computes something else for a single image")
+        if reshaping and not nearly_equal(traced(images.clone(memory_format=torch.channels_last)), expected):
             return trace(model, example, whole, inside, reshaping=False)  # a view that is written to
     return traced
 
 
-def _close(found, expected):
+def _numbered(traced):
+    """A traced network whose constants, tensors that its forward makes, are numbered as they come: fx goes on counting where an
+    earlier trace of the same network has stopped."""
+    nodes = [n for n in traced.graph.nodes if n.op == "get_attr" and str(n.target).startswith("_tensor_constant")]
+    values = {name: traced._buffers.pop(name) for name in dict.fromkeys(node.target for node in nodes)}
+    names = {old: f"_tensor_constant{number}" for number, old in enumerate(values)}
+    for old, value in values.items():
+        traced.register_buffer(names[old], value)
+    for node in nodes:
+        node.target = names[node.target]
+    traced.recompile()
+    return traced
+
+
+def nearly_equal(found, expected):
+    """Whether outputs are the same but for rounding: tensors of one shape, NaN where the others are."""
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
     found, expected = found.nan_to_num(), expected.nan_to_num()
@@ -330,7 +371,7 @@ def memory_layout(model, example, retrace=True):
     def computes():
         model.to(memory_format=torch.channels_last)
         try:
-            return _close(model(images.clone(memory_format=torch.channels_last)), expected)
+            return nearly_equal(model(images.clone(memory_format=torch.channels_last)), expected)
         except Exception:  # whatever the model's own code raises
             return False
 
@@ -350,56 +391,6 @@ def memory_layout(model, example, retrace=True):
     return torch.contiguous_format
 
 
-# --------------------------------------------------------------------------------------------------------- folding
-
-
-def fold_batchnorm(model, example=None):
-    """The traced network as it is deployed: in eval mode, convolutions and linear layers plain, every BatchNorm folded into the
-    convolution before it.
-
-    A layer with a forward of its own is taken apart: padding becomes a step of the graph, a weight that is computed from
-    parameters becomes the weight.
-
-    Args:
-        model: left as it is.
-        example: a batch that it takes.
-
-    Raises:
-        InputError: a network that cannot be traced.
-    """
-    model = baked_copy(model).eval().requires_grad_(False)
-    try:
-        traced = trace(model, example, inside=True)
-    except Exception as error:  # whatever the model's own forward raises when it is traced
-        raise InputError(
-            f"the model cannot be traced ({first_line(error)}), so its BatchNorms cannot be folded; give one whose forward "
-            "does not branch on its data"
-        ) from None
-    _layers_from_functions(traced)
-    modules, called = dict(traced.named_modules()), [n.target for n in traced.graph.nodes if n.op == "call_module"]
-    for name in set(called):
-        if called.count(name) > 1 and any(True for _ in modules[name].parameters()):
-            raise InputError(
-                f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call a layer of its own"
-            )
-    for node in list(traced.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
-            continue
-        before = node.args[0]
-        if before.op == "call_module" and type(modules[before.target]) is nn.Conv2d:
-            if len(before.users) == 1 and modules[node.target].track_running_stats:
-                modules[before.target] = fuse_conv_bn_eval(modules[before.target], modules[node.target])
-                traced.set_submodule(before.target, modules[before.target])
-                node.replace_all_uses_with(before)
-                traced.graph.erase_node(node)
-                rest = nn.Module()
-                rest._modules |= modules[node.target]._modules
-                traced.set_submodule(node.target, rest)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced.requires_grad_(False)
-
-
 def constant_value(traced, node):
     """The value of a node that does not depend on the network's input; None where it does."""
     if node.op not in ("get_attr", "call_function", "call_method"):
@@ -408,58 +399,6 @@ def constant_value(traced, node):
     if any(value is None for value in inputs.values()):
         return None
     return compute_node(node, inputs.__getitem__, {"": traced})
-
-
-def _plain_convolution(weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    layer = nn.Conv2d(weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation, groups, False)
-    layer.weight, layer.bias = nn.Parameter(weight.detach()), None if bias is None else nn.Parameter(bias.detach())
-    return layer
-
-
-def _plain_linear(weight, bias=None):
-    layer = nn.Linear(weight.shape[1], len(weight), False)
-    layer.weight, layer.bias = nn.Parameter(weight.detach()), None if bias is None else nn.Parameter(bias.detach())
-    return layer
-
-
-def _plain_batchnorm(mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    layer = nn.BatchNorm2d(len(mean), eps, affine=weight is not None).to(mean.device)
-    parts = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
-    layer.load_state_dict({name: value for name, value in parts.items() if value is not None}, strict=False)
-    return layer
-
-
-PLAIN = {F.conv2d: _plain_convolution, F.linear: _plain_linear, F.batch_norm: _plain_batchnorm}
-
-
-def _with_rest(module, old):
-    """`module` with what it lacks of the one whose place it takes: submodules, further parameters and buffers."""
-    for kind in ("_modules", "_parameters", "_buffers"):
-        missing = {name: value for name, value in getattr(old, kind).items() if not hasattr(module, name)}
-        getattr(module, kind).update(missing)
-    return module
-
-
-def _layers_from_functions(traced):
-    """Turn the convolutions, linear layers and BatchNorms that a layer's own forward has left in the graph as functions, with
-    weights that are constants now, into plain modules of the layer's name."""
-    for node in list(traced.graph.nodes):
-        stack = node.meta.get("nn_module_stack")
-        if node.op != "call_function" or node.target not in PLAIN or not stack:
-            continue
-        path = list(stack.values())[-1][0]
-        constants = {n: constant_value(traced, n) for n in node.all_input_nodes if n is not node.args[0]}
-        if not path or any(value is None for value in (*constants.values(), *node.args[1:2])):
-            continue
-        old = traced.get_submodule(path)
-        args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), constants.__getitem__)
-        traced.set_submodule(path, _with_rest(PLAIN[node.target](*args, **kwargs).eval(), old))
-        with traced.graph.inserting_before(node):
-            node.replace_all_uses_with(traced.graph.call_module(path, (node.args[0],)))
-        traced.graph.erase_node(node)
-    for node in reversed(traced.graph.nodes):
-        if not node.users and node.op != "output" and constant_value(traced, node) is not None:
-            traced.graph.erase_node(node)
 
 
 def last_layer(model, example=None):

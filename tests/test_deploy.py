@@ -12,6 +12,7 @@ import pytest
 import strangers
 import tiny
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
 from test_cli import TINY
 from test_data import make_folder
@@ -101,6 +102,56 @@ def test_integer_arithmetic_gives_the_logits(tmp_path, name, bits):
     found, expected = network(x), student(x)
     assert {value.dtype for value in seen if isinstance(value, torch.Tensor)} == {torch.int32}
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+class ConstantsAndTies(nn.Module):
+    """Parameters beside the layers, a tensor made in forward, two layers with one weight, a dilated convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 2, 2), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, 1, 2, 2), nn.BatchNorm2d(8)
+        self.conv3.weight = self.conv2.weight
+        self.gamma, self.shift = nn.Parameter(torch.full((8, 1, 1), 0.7)), nn.Parameter(torch.randn(8, 1, 1))
+        self.fc = nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = x + self.gamma * self.bn2(self.conv2(x))
+        x = x + self.bn3(self.conv3(x)) + self.shift
+        ones = torch.ones(x.size(0), 1, x.size(2), x.size(3))
+        return self.fc(torch.cat([x, ones], 1).mean(axis=(2, 3)))
+
+
+def test_constants_and_tied_weights_in_integers(tmp_path):
+    torch.manual_seed(0)
+    student, x = loaded(tmp_path / "q.pt", lambda: trained(ConstantsAndTies()), 8), torch.randn(8, 3, 16, 16)
+    expected, network = student(x), integer_form(student)
+    torch.testing.assert_close(network(x), expected, atol=1e-4, rtol=1e-4)
+    assert (IntegerNetwork(network)(x) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda x: F.pad(x, (1, 1), value=1.0), "pad.* has no integer arithmetic here"),
+        (lambda x: torch.add(x, x, alpha=3), "add.* has no integer arithmetic here"),
+        (nn.AvgPool2d(2, divisor_override=1), "avgpool2d.* has no integer arithmetic here"),
+    ],
+)
+def test_arguments_that_integer_arithmetic_lacks_are_refused(tmp_path, function, words):
+    class Net(FunctionalNet):
+        def __init__(self):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.fc(self.function(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+    student = loaded(tmp_path / "q.pt", lambda: trained(Net()), 8)
+    with pytest.raises(InputError, match=words):
+        IntegerNetwork(integer_form(student))(torch.zeros(1, 3, 16, 16))
 
 
 def test_what_cannot_be_in_integers_is_named(tmp_path):

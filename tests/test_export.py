@@ -10,11 +10,11 @@ from torch import nn
 import gdfq
 from common import InputError
 from common.export import load_quantized, pack, read_quantized, save_quantized, unpack
+from common.folding import fold_batchnorm
 from common.models import build, design_of
 from common.quant import quantize, quantized_layers, set_observing
 from common.run import Run
 from common.tasks.blocks import brecq_places
-from common.trace import fold_batchnorm
 
 META = {"arch": None, "num_classes": 5, "image_size": 16, "channels": 3, "design": None, "act_placement": "relu"}
 

@@ -7,6 +7,7 @@ from conftest import FunctionalNet, ModuleNet, trained
 from torch import nn
 
 from common import InputError
+from common.folding import fold_batchnorm
 from common.models import build
 from common.quant import (
     QuantAct,
@@ -19,7 +20,6 @@ from common.quant import (
     quantized_layers,
     set_observing,
 )
-from common.trace import fold_batchnorm
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

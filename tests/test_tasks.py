@@ -19,6 +19,7 @@ from common import InputError
 from common.check import describe, layer_rows
 from common.cli import Parser
 from common.export import load_quantized
+from common.folding import fold_batchnorm
 from common.images import read_images
 from common.learned import AdaRound, LearnedStep, LearnedWeight, learned_step, search_parameters
 from common.models import build
@@ -40,7 +41,6 @@ from common.tasks.blocks import find_blocks
 from common.tasks.kd import dafl_loss
 from common.tasks.prune import least_squares, load_pruned, patches, removable
 from common.tasks.qat import feature_loss
-from common.trace import fold_batchnorm
 
 DATA = {"dataset": "folder", "num_classes": 5, "image_size": 16, "device": "cpu", "precision": "fp32"}
 PTQ = {"wbits": 2, "abits": 8, "weight_iterations": 300, "step_iterations": 20, "lr_rounding": 0.01}

@@ -15,6 +15,7 @@ import qimera
 from common import InputError
 from common.check import describe
 from common.export import load_quantized, save_quantized
+from common.folding import fold_batchnorm
 from common.models import input_channels
 from common.quant import (
     QuantConv2d,
@@ -26,7 +27,7 @@ from common.quant import (
     set_observing,
 )
 from common.run import Run
-from common.trace import fold_batchnorm, memory_layout, trace
+from common.trace import memory_layout, trace
 
 SHORT = {"dataset": "folder", "device": "cpu", "batch_size": 4}
 SHORT |= {"epochs": 2, "iters": 1, "warmup_epochs": 1, "calibrate_epochs": 1}

@@ -28,11 +28,11 @@ from torch import nn
 from common import InputError
 from common.activations import is_activation, kind_of
 from common.cli import fill_in, number, whole
+from common.folding import fold_batchnorm
 from common.models import fit, read_weights
 from common.progress import Progress
-from common.quant import check_layers
 from common.run import Run
-from common.trace import fold_batchnorm
+from common.supported import check_layers
 
 # what works on each channel alone, beside activations and depthwise convolutions; names as `kind_of` has them
 CHANNELWISE = {"identity", "dropout", "dropout2d", "maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d"}

@@ -40,12 +40,12 @@ from torch import nn
 from common import replacing
 from common.check import describe
 from common.cli import fill_in, number, whole
+from common.folding import fold_batchnorm
 from common.learned import AdaRound, LearnedStep, begin_steps
 from common.progress import Progress
 from common.quant import QuantAct, quantize
 from common.run import Run, seed_of_part
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
-from common.trace import fold_batchnorm
 
 STUDENT = "quantized"  # what the network is called in the table of a run
 LARGEST_CHANGE = 0.02  # of a step size in an iteration, relative to its start: Adam moves all by its rate, whatever their size

@@ -24,25 +24,25 @@ Where the equations are:
     what                  paper                        released code                           here
     student's loss        1 - H' (Eq. 13)              -T^2 H(z_p - z_q; T), T = 20, on        --variant, --student-loss,
                                                        ImageNet 5                              --temperature
-    gradient of the       not said                     in the generator's hinges (its          as released; none in the
+    gradient of the       not given                    in the generator's hinges (its          as released; none in the
     batch's minimum                                    student's loss has no minimum)          student's Eq. 13
     L_BNS                 sum of squared L2 norms      mean over layers and channels           --variant, --bns-form
     alpha_ds, lambda_l    0.2, 0.1 everywhere          by network and bits                     --variant, --alpha-ds, --lambda-l
     learning-rate decay   student's, every 100         both, by network and bits               both; --variant, --decay-epochs
                           epochs, ImageNet once, 350
     generator's beta1     0.9                          0.5                                     --variant, --beta1
-    student's forward     not said                     once for each side                      once for both losses where
+    student's forward     not given                    once for each side                      once for both losses where
                                                                                                possible (last paragraph)
     teacher, top-1 %      CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47, ResNet-50 77.73,   --weights; bundled for
                           MobileNetV2 73.03                                                    CIFAR-10: 92.41
-    precision             fp32                         fp32                                    --precision; auto: bf16 where
-                                                                                               the hardware computes it
+    precision             fp32                         fp32                                    --precision; auto is bf16 where
+                                                                                               the hardware has it
     BatchNorms' eps       not given                    0.8 after convolutions                  0.8
-    activation ranges     not said                     moving average that feeds its bias      plain moving average
+    activation ranges     not given                    moving average that feeds its bias      plain moving average
                                                        correction back
-    epoch                 not said                     200 iterations                          --iters 200
-    calibration           not said                     first 4 epochs                          --calibrate-epochs 4
-    generator alone       not said                     4 epochs, on ImageNet 50, ResNet-50 at  --warmup-epochs
+    epoch                 not given                    200 iterations                          --iters 200
+    calibration           not given                    first 4 epochs                          --calibrate-epochs 4
+    generator alone       not given                    4 epochs, on ImageNet 50, ResNet-50 at  --warmup-epochs
                                                        three bits 100
     quantizer             Eq. 18, called symmetric     the same with an integer zero point     as released (common.quant),
                                                        for outputs of activation functions     --act-placement relu
@@ -50,8 +50,8 @@ Where the equations are:
                                                                                                of 256 fixed noise vectors
     Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
       training loss                                                                            labels, mean over an epoch
-    student's BatchNorms  not said                     eval mode                               eval mode: fixed statistics
-    reported accuracy     not said                     best epoch on test images               last epoch (best also recorded)
+    student's BatchNorms  not given                    eval mode                               eval mode: fixed statistics
+    reported accuracy     not given                    best epoch on test images               last epoch (best also recorded)
 
 The released code does not run as uploaded, and the published figures cannot be traced to either column. `--variant
 released` is the default, because only the code has values by network and number of bits. On CIFAR its values for three bits
@@ -274,7 +274,7 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = finetune.set_ranges(student, cfg.act_ranges)
+    student = finetune.set_ranges(student, cfg.act_ranges)  # this, MatchedFeatures and `mixed` go beyond the paper, if asked to
     shared = OneForward(run, student, same_images=cfg.mix == "none")  # the student's logits, for both losses
     stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there

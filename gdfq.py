@@ -182,7 +182,7 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = finetune.set_ranges(student, cfg.act_ranges)
+    student = finetune.set_ranges(student, cfg.act_ranges)  # this, MatchedFeatures and `mixed` go beyond the paper, if asked to
     added = RealImages(run, *select_real(teacher, cfg, device)) if cfg.data_source in HALF_REAL else None
     stats, features = BatchNormStatistics(teacher), finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there

@@ -378,7 +378,7 @@ def compress(teacher, cfg, run=None):
     check_image_size(cfg, multiple=4 if cfg.generator == "qimera" else 8)
     teacher, example = run.adopt(teacher)
     student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
-    student = finetune.set_ranges(student, cfg.act_ranges)
+    student = finetune.set_ranges(student, cfg.act_ranges)  # this, MatchedFeatures and `mixed` go beyond the paper, if asked to
     real = cfg.data_source == "real"  # training images take the generator's place, and nothing is trained there
     generator = RealSamples(run) if real else run.place(make_generator(teacher, cfg, channels, example))
     maps = FeatureMaps(teacher, student, cfg.act_placement, example) if cfg.adversarial != "none" else None

@@ -10,7 +10,7 @@ that received the channels, are then fitted again by least squares, layer by lay
 What MixMix leaves open, and what this code does:
 
     what                  here                                               why
-    which weights go      the smallest of each layer, all layers alike       not said; He et al. choose channels by LASSO
+    which weights go      the smallest of each layer, all layers alike       not given; He et al. choose channels by LASSO
     ranking               of weights with the BatchNorms folded in           what a channel sends is what counts
     "0.2" of channels     removed, of every convolution in `removable`       a residual sum needs all its channels
     solution              with intercept and a small ridge (--ridge)         pixels can be fewer than weights

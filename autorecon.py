@@ -421,6 +421,7 @@ def compress(teacher, cfg, run=None):
         student = quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, cfg.clipped_ste, example)
         student = finetune.set_ranges(student, cfg.act_ranges)  # as MatchedFeatures and `mixed`, beyond the paper, if asked to
     real = cfg.data_source == "real"  # training images take the generator's place; nothing is searched or trained there
+    BatchNormStatistics(copy.deepcopy(teacher))  # refuses a network without BatchNorm before anything is written
     genotype = None if real else find_genotype(teacher, cfg, run)
     torch.manual_seed(cfg.seed)  # stage 2 draws the same numbers whether the genotype was searched or given
     features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import errno
 import hashlib
 import re
 import signal
@@ -115,7 +114,15 @@ class Help(argparse.HelpFormatter):
         return action.help if told else f"{action.help} (default: {_in_words(action.default)})"
 
 
-class Parser(argparse.ArgumentParser):
+class Arguments(argparse.ArgumentParser):
+    """Flags whose errors are one sentence."""
+
+    def error(self, message):
+        message = re.sub(r"^argument (--[^ :]+): (?=is )", r"\1 ", message)
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+class Parser(Arguments):
     """The flags that all scripts share; a script adds its own.
 
     Args:
@@ -187,10 +194,6 @@ class Parser(argparse.ArgumentParser):
         of_the_file = "--dataset --num-classes --image-size"
         self.without_effect("--eval", of_the_file, of_training, "--out --resume --overwrite --eval-every --check")
         self.shared = set(vars(self.parse_args([])))
-
-    def error(self, message):
-        message = re.sub(r"^argument (--[^ :]+): (?=is )", r"\1 ", message)
-        raise InputError(f"{message}; see {self.prog} --help")
 
     def add_derived(self, group, flag, default, help, **kwargs):
         """A flag whose default depends on the size of the images or on other flags.
@@ -325,8 +328,10 @@ class Parser(argparse.ArgumentParser):
 
     def config(self, **settings):
         """The same arguments for a caller in Python: config(bits=4, epochs=10, no_bns=True)."""
-        argv = []
+        argv, known = [], {action.dest for action in self._option_string_actions.values()}
         for name, value in settings.items():
+            if name not in known:
+                raise InputError(f"config() has no setting '{name}'; its names are those of the flags, see {self.prog} --help")
             flag = "--" + name.replace("_", "-")
             if value is True:
                 argv.append(flag)
@@ -414,13 +419,17 @@ def friendly_errors(program):
         if ours:
             signal.signal(signal.SIGTERM, _terminate)
         yield
-    except (ValueError, torch.OutOfMemoryError, OSError) as error:  # an InputError is one of the first
+    except (ValueError, RuntimeError, OSError) as error:  # an InputError is one of the first, a full GPU of the second
         if isinstance(error, OSError):
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            if error.filename is None:
                 raise
             error = f"{error.filename} cannot be used ({error.strerror}); give another path, or change its permissions"
         elif isinstance(error, torch.OutOfMemoryError):
             error = f"the GPU's memory is full ({first_line(error)}); lower the batch size, or give --device cpu"
+        elif isinstance(error, RuntimeError):
+            if not any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
+                raise
+            error = f"the memory is full ({first_line(error)}); lower the batch size"
         elif "more than 1 value per channel when training" in str(error):
             error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
         elif not isinstance(error, InputError):

@@ -76,8 +76,10 @@ def download(address, path, digest=None):
                 with zipfile.ZipFile(partial) as archive:
                     content = archive.read(archive.namelist()[0])
                 partial.write_bytes(content)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as error:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if not isinstance(error, (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile)):
+                raise
             what = "unpack it and save its one file" if zipped else "save it"
             reason = getattr(error, "reason", error)
             raise InputError(
@@ -124,17 +126,29 @@ class TestSet:
                 yield (images - self.mean) / self.std, labels.to(self.device, non_blocking=True)
         except InputError as error:  # that of a process which loads images comes with where it was raised
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")) from None
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            what = "the processes that load images have too little shared memory (/dev/shm)"
+            raise InputError(f"{what}; give --threads 1, which needs none, or docker run --shm-size") from None
 
 
 def evaluation_batch(device, image_size):
     """Images per batch that an eighth of the free memory holds, at 256 float32 values per pixel; no more than help."""
     if device.type == "cuda":
         free, most = torch.cuda.mem_get_info(device)[0], 2000
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free, most = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 250
     else:
-        free, most = 2**32, 250
-    return max(1, min(most, free // 8 // (4 * 256 * image_size**2)))
+        free, most = free_memory(), 250
+    return max(8, min(most, free // 8 // (4 * 256 * image_size**2)))  # batches of one round otherwise than larger ones
+
+
+def free_memory():
+    """Bytes of memory that a process may take, what caches files included; 4 GB where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return 2**32
 
 
 def load_test_set(
@@ -169,7 +183,7 @@ def load_test_set(
     else:
         folder = _class_folder(data_dir, num_classes, image_size, channels)
         on_gpu = device.type == "cuda"
-        workers = min(8, torch.get_num_threads())
+        workers = min(8, torch.get_num_threads()) if torch.get_num_threads() > 1 else 0
         own_generator = torch.Generator()  # else each pass would draw from the run's random numbers
         loader = DataLoader(folder, batch_size, num_workers=workers, pin_memory=on_gpu, generator=own_generator)
         return TestSet(loader, len(folder), str(folder.root), normalisation, device)
@@ -221,7 +235,7 @@ def read_cifar(dataset, data_dir, train=False):
 
     Args:
         dataset: "cifar10" or "cifar100".
-        data_dir: a folder with torchvision's own files, or with one folder per class under test/ (or val/) and train/.
+        data_dir: a folder with torchvision's own files, or with one folder per class under test/ (else val/) and train/.
         train: which of the two.
 
     Raises:
@@ -231,7 +245,7 @@ def read_cifar(dataset, data_dir, train=False):
     if (Path(data_dir) / kind.base_folder).is_dir():
         files = _cifar_files(kind, data_dir, train)
         return torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets)
-    return read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], 32, splits=("train",) if train else SPLITS))
+    return read_folder(_class_folder(data_dir, NUM_CLASSES[dataset], 32, splits=("train",) if train else SPLITS[::-1]))
 
 
 def _cifar_files(kind, root, train):
@@ -343,7 +357,7 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
     return folder
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+PICTURES = datasets.folder.IMG_EXTENSIONS
 
 
 def read_pictures(folder, image_size, channels):
@@ -353,7 +367,11 @@ def read_pictures(folder, image_size, channels):
     Raises:
         InputError: no pictures, or a damaged one.
     """
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if name.lower().endswith(PICTURES) and not name.startswith(".")]
+    files.sort()
     if not files:
         raise InputError(f"--images {folder} holds no pictures ({', '.join(PICTURES)}); give a folder that does")
     if channels not in (1, 3):
@@ -366,9 +384,14 @@ def read_pictures(folder, image_size, channels):
 
 
 def _open_image(path):
-    """The image file, as torchvision's own loader reads it."""
+    """The image file in RGB, as torchvision's own loader reads it; one of more than 8 bits would be cut off at 255."""
     try:
-        return datasets.folder.default_loader(path)
+        with Image.open(path) as image:
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                raise InputError(f"--data-dir: {path} has more than 8 bits a pixel; convert it to 8 bits")
+            return image.convert("RGB")
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's for damaged files
         raise InputError(f"--data-dir: {path} cannot be read ({first_line(error)}); repair or delete it") from None
 

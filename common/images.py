@@ -8,7 +8,17 @@ from torch import nn
 from torchvision.utils import save_image
 
 from common import InputError, replacing
-from common.data import ASSETS, NORMALISATION, as_tensors, load_training_images, load_training_set, read_mosaic, read_pictures
+from common.data import (
+    ASSETS,
+    KINDS,
+    NORMALISATION,
+    as_tensors,
+    fetch_cifar,
+    load_training_images,
+    load_training_set,
+    read_mosaic,
+    read_pictures,
+)
 
 BUNDLED = ASSETS / "cifar10_mixmix_256.png"  # 256 images of MixMix, the i-th of class i mod 10
 
@@ -87,6 +97,7 @@ def read_images(name, cfg, labelled=False):
 
 def real_images(cfg, labels):
     """Training images from --data-dir, one of each label (N,): (N, channels, H, W) float16, normalised as `cfg` says."""
+    fetch_if_asked(cfg)
     what = (cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
     return normalise(load_training_images(cfg.dataset, cfg.data_dir, labels, *what), (cfg.mean, cfg.std))
 
@@ -117,10 +128,18 @@ class RealImages(nn.Module):
         return (self.images[index].float() / 255 - self.mean) / self.std
 
 
+def fetch_if_asked(cfg):
+    """Download CIFAR where --download is given and --data-dir, or ./data, has no images yet."""
+    root, kind = Path(cfg.data_dir or "data"), KINDS.get(cfg.dataset)
+    if cfg.download and kind and not any((root / name).is_dir() for name in (kind.base_folder, "train")):
+        fetch_cifar(kind, root)
+
+
 def training_set(cfg):
     """The training images of --data-dir (N, channels, H, W) uint8 and their labels (N,); for --check a few."""
     if cfg.mean is None or cfg.std is None:
         raise InputError(f"--data-source {cfg.data_source} has real images to normalise; give --mean and --std")
+    fetch_if_asked(cfg)
     few = {"most": 1} if cfg.check and cfg.data_source == "real" else {}
     what = (cfg.dataset, cfg.data_dir, cfg.num_classes, cfg.image_size, cfg.seed, len(cfg.mean))
     return load_training_set(*what, **few)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from common import InputError
 from common.checkpoint import load_checkpoint, previous, save_checkpoint
-from common.cli import Help, friendly_errors, number, resumable, whole
+from common.cli import Arguments, Help, friendly_errors, number, resumable, whole
 from common.data import KINDS, NORMALISATION, NUM_CLASSES, accuracy, as_tensors, fetch_cifar, in_memory, read_cifar
 from common.models import build, input_channels, probe, save_weights
 from common.progress import Progress
@@ -120,7 +120,7 @@ def usual_optimizers(model, args, steps):
 
 def parse_args(argv=None):
     about = "Train a CIFAR network from scratch, as a teacher. The default recipe takes about 90 minutes on two AVX2 cores."
-    parser = argparse.ArgumentParser(prog="python -m common.pretrain", description=about, formatter_class=Help)
+    parser = Arguments(prog="python -m common.pretrain", description=about, formatter_class=Help)
     add = parser.add_argument
     add("--arch", default="resnet20", help="architecture to train, as for --arch of the scripts")
     add("--dataset", choices=tuple(KINDS), default="cifar10", help="data set to train on")

@@ -34,6 +34,10 @@ class Progress(bars.tqdm):
         elif msg is None:
             print(self, file=sys.stderr, flush=True)
 
+    def clear(self, *args, **kwargs):
+        if not self.in_log:  # nothing is to be wiped out there
+            super().clear(*args, **kwargs)
+
     def close(self):
         if not self.in_log or self.disable:
             return super().close()
@@ -46,7 +50,7 @@ class Progress(bars.tqdm):
         """Put the first few of a dict of figures behind the bar; losses and accuracy come first."""
         order = sorted(figures, key=lambda name: not name.startswith(("loss", "top1")))[:FIGURES]
         texts = [f"{name}={figures[name]:.4g}" for name in order]
-        while len(", ".join(texts)) > WIDTH - ROOM - len(self.desc):
+        while texts and len(", ".join(texts)) > WIDTH - ROOM - len(self.desc):
             texts.pop()
         self.set_postfix_str(", ".join(texts), refresh=not self.in_log)
 

@@ -81,7 +81,7 @@ def per_channel(cfg, normalisation, channels):
     has another number of channels.
 
     Raises:
-        InputError: --mean or --std of another length, not finite, or not above 0.
+        InputError: --mean or --std of another length, not finite, above 1, or --std not above 0.
     """
     values = []
     for flag, given, known in (("--mean", cfg.mean, normalisation[0]), ("--std", cfg.std, normalisation[1])):
@@ -91,6 +91,9 @@ def per_channel(cfg, normalisation, channels):
         if not all(map(math.isfinite, value)) or (flag == "--std" and min(value) <= 0):
             found = " ".join(map(str, value))
             raise InputError(f"{flag} is {found}; give finite numbers for pixels in 0 to 1, for --std above 0")
+        if given and max(value) > 1:
+            found = " ".join(map(str, value))
+            raise InputError(f"{flag} is {found}, as for pixels from 0 to 255; give numbers for pixels from 0 to 1")
         values.append(value * (channels // len(value)))
     return values
 

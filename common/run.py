@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -24,6 +25,11 @@ from common.trace import baked_copy, memory_layout
 
 FILES = "quantized.pt quantized.onnx student.pt result.json samples.png metrics.jsonl checkpoint.pt checkpoint.pt.previous"
 FILES = [*FILES.split(), "analysis"]  # beside config.json
+FURTHER_FILES = {  # that methods leave, by task
+    "autorecon": "genotype.json genotype.svg search".split(),
+    "mixmix": "grid.png images.npz images batches parts evaluation.json transfer.json".split(),
+}
+INPUTS = ("genotype", "generator", "images", "weights", "zoo", "held_out", "targets")  # arguments that may name files
 DEVICES = ("cpu", "cuda")
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
 SLOW = 2.0, 10.0  # an epoch is slow that takes this many times the fastest one's seconds, and this many seconds
@@ -425,7 +431,8 @@ class Run:
         machine = {"processor": processor(self.device), "threads": torch.get_num_threads()}
         content = {"arguments": self.arguments(), "versions": versions | {"numpy": np.__version__}, "machine": machine}
         if not self.cfg.resume:  # results first, so that none is ever found beside the arguments of another run
-            for path in (self.folder / name for name in (self.result_file, *self.files)):
+            self._refuse_own_input()
+            for path in (self.folder / name for name in (self.result_file, *self.files, *self._left_before())):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
@@ -433,6 +440,30 @@ class Run:
         write_atomically(self.folder / "config.json", json.dumps(content, indent=1))
         if self.part is not None:
             share(self.held)
+
+    def _test_images(self):
+        """How many test images there are, where the test set says so."""
+        count = getattr(self.test_set, "count", None)
+        return count if isinstance(count, int) else None
+
+    def _left_before(self):
+        """What else the run that is to be replaced may have left, by its method."""
+        try:
+            method = json.loads((self.folder / "config.json").read_text())["arguments"]["method"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return FURTHER_FILES.get(method, [])
+
+    def _refuse_own_input(self):
+        """Refuse a run that would remove what it is to read."""
+        for name in INPUTS:
+            values = getattr(self.cfg, name, None)
+            for value in values if isinstance(values, list) else [values]:
+                path = Path(re.sub(r"^autorecon:|^[^/]*=", "", str(value)))
+                inside = self.folder.resolve() in (path.resolve(), *path.resolve().parents)
+                if value and inside and path.exists():
+                    flag = "--" + name.replace("_", "-")
+                    raise InputError(f"{flag} {value} lies in --out {self.folder}, which is to be replaced; give another --out")
 
     def _save_checkpoint(self, epoch, stateful):
         if self.folder is None:
@@ -444,6 +475,7 @@ class Run:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "results": self.results,
             "history": self.history,
+            "test_images": self._test_images(),
             "seconds": self.seconds,
             "iterations": self.iterations,
         }
@@ -461,6 +493,10 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             what = f"{self.folder}/checkpoint.pt belongs to another network or version ({first_line(error)})"
             raise InputError(f"--resume: {what}; remove it") from None
+        before, now = state.get("test_images"), self._test_images()
+        if before is not None and before != now:
+            found = f"the run was begun with {before:,} test images, and there are {f'{now:,}' if now else 'none'} now"
+            raise InputError(f"--resume: {found}; give --data-dir as before")
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -490,6 +526,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # unlike the resource usage, it knows nothing of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+    if peaks:  # unlike the resource usage, it knows nothing of the process that started this one
+        return int(peaks[0].split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

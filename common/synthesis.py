@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -124,7 +125,7 @@ def make_batches(make, labels, files, run):
                 step = bar.n % cfg.iterations
                 if step % max(cfg.iterations // CURVE, 1) == 0 or step + 1 == cfg.iterations:
                     curve.append({"batch": index, "iteration": step} | losses)
-                bar.set_description(f"batch {index + 1}/{len(files)}, {names}", refresh=False)
+                bar.set_description(f"batch {index + 1}/{len(files)}, {textwrap.shorten(names, 40)}", refresh=False)
                 bar.update()
                 if bar.n % 50 == 0 or bar.n % cfg.iterations == 0:  # reading the losses waits for the device
                     rate = bar.n * size / cfg.iterations / bar.format_dict["elapsed"]

@@ -166,7 +166,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--weights", "hundred.pt"], "100 classes and the data set has 10"),
         (["--weights", "hundred.pt", "--num-classes", 100], "use --dataset folder"),
         (["--dataset", "folder"], "needs --num-classes"),
-        (["--data-dir", "none"], "neither val/ nor test/"),
+        (["--data-dir", "none"], "neither test/ nor val/"),
         (["--device", "cuda:7"], "CUDA devices here"),
         (["--device", "tpu"], "give auto, cpu"),
         (["--no-kd", "--temperature", 4], "--temperature has no effect with --no-kd; leave one of them out"),
@@ -183,6 +183,10 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*TINY, "--mean", 1, 2], "--mean has 2 values"),
         ([*TINY, "--mean", "nan"], "--mean is nan"),
         ([*TINY, "--std", 0], "--std is 0.0"),
+        (
+            [*TINY, "--mean", 123.7, "--std", 58],
+            "--mean is 123.7, as for pixels from 0 to 255; give numbers for pixels from 0 to 1",
+        ),
         ([*TINY, "--device", "meta"], "--device is 'meta'; give auto, cpu, cuda or cuda:i"),
         ([*TINY, "--data-dir", "absent"], "--data-dir 'absent' is not a folder; give one with val or test/ in it"),
         ([*TINY, "--out", "file/run"], "cannot be written"),
@@ -244,7 +248,7 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
     assert "config.json that is damaged" in fails(gdfq.main, *arguments)
 
 
-def test_a_resumed_run_may_have_other_test_images(tmp_path, monkeypatch):
+def test_a_resumed_run_may_have_other_test_images(tmp_path, monkeypatch, fails):
     monkeypatch.syspath_prepend(ROOT / "tests")
     arguments = [*TINY, "--out", str(tmp_path / "run"), "--epochs", "3"]
     gdfq.main(arguments)
@@ -253,6 +257,51 @@ def test_a_resumed_run_may_have_other_test_images(tmp_path, monkeypatch):
     data = make_folder(tmp_path / "data", 5, images=4, size=16)
     result = gdfq.main([*arguments, "--resume", "--data-dir", str(data), "--eval-every", "3", "--threads", "1"])
     assert result["images"] == 20 and (tmp_path / "run" / "quantized.pt").read_bytes() == before
+    other = [*arguments[:-1], "4", "--overwrite", "--data-dir", str(data)]
+    gdfq.main(other)
+    (tmp_path / "run" / "result.json").unlink()
+    larger = make_folder(tmp_path / "larger", 5, images=6, size=16)  # on which nothing of the table would have been measured
+    again = [argument for argument in other if argument != "--overwrite"]
+    assert gdfq.main([*again, "--resume"])["images"] == 20
+    (tmp_path / "run" / "result.json").unlink()
+    sentence = fails(gdfq.main, *again[:-1], larger, "--resume")
+    assert "the run was begun with 20 test images, and there are 30 now; give --data-dir as before" in sentence
+
+
+def test_a_run_does_not_replace_what_it_reads(tmp_path, monkeypatch, fails):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    run = tmp_path / "run"
+    images = [
+        *TINY[: TINY.index("--batch-size")],
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--zoo",
+        "tiny:net",
+        "--zoo-sample",
+        "1",
+        "--count",
+        "10",
+        "--iterations",
+        "2",
+    ]
+    mixmix.main([*images, "--task", "synth", "--batch-size", "10", "--out", str(run)])
+    ptq = [
+        *images[: images.index("--zoo")],
+        "--weight-iterations",
+        "1",
+        "--step-iterations",
+        "1",
+        "--overwrite",
+        "--out",
+        str(run),
+    ]
+    for given in (run, run / "images.npz"):
+        assert f"--images {given} lies in --out {run}, which is to be replaced" in fails(mixmix.main, *ptq, "--images", given)
+    assert (run / "images.npz").exists() and (run / "result.json").exists()
+    gdfq.main([*TINY, "--epochs", "3", "--overwrite", "--out", str(run)])
+    assert not (run / "images.npz").exists() and not (run / "grid.png").exists()  # of the set, which is no more
 
 
 def test_check_prints_the_layers_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -293,6 +342,7 @@ def test_progress_in_a_log_is_a_few_lines_and_an_error_has_its_own(tmp_path, mon
         and all(len(line) <= 100 and "\r" not in line for line in lines)
     )
     bar = Progress(total=10)
+    Progress(total=10, desc=70 * "a").show({"loss_g": 1.0})  # for which no room is left
     bar.show({"gain": 1.0, "bns": 2.0, "loss_g": 3.0, "h": 4.0, "h_q10": 5.0, "loss_q": 6.0, "top1": 7.0})
     assert bar.postfix == "loss_g=3, loss_q=6, top1=7, gain=1"
     with pytest.raises(SystemExit), friendly_errors("gdfq.py"):

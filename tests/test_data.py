@@ -26,6 +26,7 @@ from common.data import (
     load_test_set,
     load_training_set,
     read_folder,
+    read_pictures,
     read_slice,
 )
 from common.images import RealImages
@@ -99,7 +100,7 @@ def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "empty" / "test").mkdir(parents=True)
     (tmp_path / "none").mkdir()
     make_folder(tmp_path / "three", 3)
-    for name, words in (("empty", "no class folders"), ("none", "neither val/ nor test/"), ("three", "3 class folders .* 10")):
+    for name, words in (("empty", "no class folders"), ("none", "neither test/ nor val/"), ("three", "3 class folders .* 10")):
         with pytest.raises(InputError, match=words):
             load_test_set("cifar10", tmp_path / name, 10, 32, CIFAR)
 
@@ -117,6 +118,21 @@ def test_a_damaged_image_is_named(tmp_path, monkeypatch):
     for path in (cut, large):
         with pytest.raises(InputError, match=f"{path} cannot be read .*; repair or delete it$"):
             _open_image(path)
+
+
+def test_pictures_of_more_than_8_bits_are_refused_and_hidden_ones_skipped(tmp_path):
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="deep.png has more than 8 bits a pixel; convert it to 8 bits"):
+        _open_image(tmp_path / "deep.png")
+    folder, elsewhere = tmp_path / "pictures", make_folder(tmp_path / "others", 1, images=3)
+    for place in (folder / ".thumbnails", folder / "more.png"):
+        place.mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(place / "x.png")
+    (folder / "linked").symlink_to(elsewhere)
+    Image.fromarray(np.full((32, 32), 9, np.uint8)).save(folder / "grey.pgm")
+    (folder / "._grey.pgm").write_bytes(b"of a Mac")
+    assert len(read_pictures(folder, 32, 3)) == 3 + 2
 
 
 def test_download_is_checked_and_says_where_to_put_the_file(tmp_path):

@@ -171,7 +171,7 @@ def test_wrappers_are_taken_off_and_scripts_refused(tmp_path):
     save_quantized(student, tmp_path / "q.pt", META)
     assert torch.equal(load_quantized(tmp_path / "q.pt", InsideParallel())(X), student(X))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         scripted = nn.Sequential(nn.Conv2d(3, 8, 3), torch.jit.script(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())))
     with pytest.raises(InputError, match="the model has a part, '1', that is scripted by torch.jit"):
         quantize(scripted, 4, 4, example=X)

@@ -27,6 +27,7 @@ with a search, Adam; features are what the BatchNorms return, before the activat
 shifted, mirrored and mixed in pairs, so that a few hundred are enough.
 """
 
+import copy
 import math
 
 import torch
@@ -76,7 +77,10 @@ def complete(cfg):
 
 
 def plan(model, cfg, run):
-    return _begin(model, cfg, run)[-1]
+    teacher, example, student = _begin(model, cfg, run)
+    if cfg.qat_recipe == "short":
+        MatchedFeatures(trace(copy.deepcopy(teacher), example), copy.deepcopy(student), cfg.feature_weight)  # or refuse
+    return student
 
 
 def _begin(model, cfg, run):

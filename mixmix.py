@@ -369,8 +369,13 @@ def default_zoo(cfg):
 def is_own(name, cfg):
     """Whether a network of --zoo is that of --arch and --weights."""
     theirs = alone(cfg, name)
-    (arch, weights), (own, given) = (theirs.arch, theirs.weights), (cfg.arch, cfg.weights)
-    return arch == own and (weights or default_weights(arch, cfg.dataset)) == (given or default_weights(own, cfg.dataset))
+    if theirs.arch != cfg.arch:
+        return False
+    try:
+        known = theirs.weights or default_weights(theirs.arch, cfg.dataset)
+    except InputError:
+        return True  # it has no weights but those of --weights
+    return known == (cfg.weights or default_weights(cfg.arch, cfg.dataset))
 
 
 def load_source(cfg):
@@ -396,7 +401,7 @@ def refuse_fixed_size(zoo, cfg):
 
 
 def parser():
-    compiling = "compile for sets of 2,000 iterations or more, which compiles the networks)"
+    compiling = "compile, here of the networks, for sets of 2,000 iterations or more)"
     unquantized = ("synth", "evaluate", "prune", "kd")
     p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized, compiling=compiling)
     add = p.add_argument_group("MixMix").add_argument
@@ -491,12 +496,13 @@ def _complete(cfg):
     exact = several or (cfg.images and cfg.task in ("ptq", "prune"))
     for flag, value, only in (("--precision", cfg.precision, "fp32"), ("--capture", cfg.capture, "none")):
         if exact and value not in ("auto", only):
-            raise InputError(f"{flag} is {value} and --task {cfg.task} has only {only}; leave it out")
+            raise InputError(f"{flag} is {value} and --task {cfg.task} runs with {only} only; leave it out")
     if twice := sorted(set(cfg.zoo) & set(cfg.held_out)):
         raise InputError(f"--zoo and --held-out both name {twice[0]}; give it in one of them")
     others = several or (cfg.task == "synth" and cfg.data_source == "mixmix")
     if others and cfg.weights is not None and not any(is_own(name, cfg) for name in (*cfg.zoo, *cfg.held_out, *cfg.targets)):
-        raise InputError(f"--weights has no effect with --task {cfg.task}: the networks are others; give --zoo ARCH=WEIGHTS")
+        flag = "targets" if cfg.task == "transfer" else "zoo"
+        raise InputError(f"--weights has no effect with --task {cfg.task}, which has others; give --{flag} ARCH=WEIGHTS")
     if cfg.task == "kd" and not cfg.images and cfg.data_source in ("mixmix", "single"):
         cfg.batch_size = cfg.kd_batch_size  # of the generator, by which it also draws what is evaluated and shown
     synthesis.complete(cfg)

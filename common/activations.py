@@ -44,7 +44,7 @@ def clamps(function, args, kwargs):
 
 def _is_function_of(node, x, modules, through):
     """Whether a value is made of another one, x, by functions of single numbers; `through` gets the nodes on the way."""
-    if node is x or node in through:
+    if node is x or node in through or node.op == "get_attr":
         return True
     if kind_of(node, modules) not in POINTWISE or not node.all_input_nodes:
         return False
@@ -70,9 +70,14 @@ def _gates(node, modules):
 
 def _is_gate(node, modules):
     """Whether a node is the gate of an activation that is written out, or a step on the way to it."""
-    if kind_of(node, modules) not in POINTWISE:
-        return False
-    return any(node in _gates(user, modules) or _is_gate(user, modules) for user in node.users)
+    ahead, seen = [node] if kind_of(node, modules) in POINTWISE else [], set()
+    while ahead:
+        for user in ahead.pop().users.keys() - seen:
+            seen.add(user)
+            if node in _gates(user, modules):
+                return True
+            ahead += [user] if kind_of(user, modules) in POINTWISE else []
+    return False
 
 
 def is_activation(node, modules):
@@ -132,8 +137,8 @@ class Calls(TorchFunctionMode):
         return super().__exit__(*error)
 
 
-def activations_among(calls):
-    """Those of a list of `Call`s that compute an activation, as a function or written out; not those of torch.nn's modules."""
+def activations_among(calls, in_modules=False):
+    """Those of a list of `Call`s that compute an activation, as a function or written out; `in_modules`, torch.nn's modules as well."""
     functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.prelu}
     found, multiple_of, made_of = [], {}, {}  # by id, of what a value is a multiple; and a function, and whether it is bounded
     for call in calls:
@@ -143,7 +148,7 @@ def activations_among(calls):
         gates = zip(values, before[::-1]) if name in ("mul", "imul") and len(values) == 2 else ()
         gated = any(bounded and multiple_of.get(x, x) in origins for x, (origins, bounded) in gates)
         if gated or call.function in functions or clamps(name, call.args, call.kwargs):
-            found += [] if isinstance(call.module, ACTIVATION_MODULES) else [call]
+            found += [call] if in_modules or not isinstance(call.module, ACTIVATION_MODULES) else []
         if name in POINTWISE:
             bounded = name in BOUNDED or any(bounded for _, bounded in before)
             made_of[id(call.output)] = set(values).union(*(origins for origins, _ in before)), bounded

@@ -7,7 +7,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common import InputError, first_line
 from common.data import full_precision
-from common.trace import UNSEEN, baked_copy, batch_like, constant_value, nearly_equal, trace
+from common.trace import UNSEEN, baked_copy, batch_like, constants_of, nearly_equal, trace
 
 
 @torch.no_grad()
@@ -101,12 +101,13 @@ def _with_rest(module, old):
 def _layers_from_functions(traced):
     """Turn the convolutions, linear layers and BatchNorms that a layer's own forward has left in the graph as functions, with
     weights that are constants now, into plain modules of the layer's name."""
+    known = constants_of(traced)
     for node in list(traced.graph.nodes):
         stack = node.meta.get("nn_module_stack")
         if node.op != "call_function" or node.target not in PLAIN or not stack:
             continue
         path, kind = list(stack.values())[-1]
-        constants = {n: constant_value(traced, n) for n in node.all_input_nodes if n is not node.args[0]}
+        constants = {n: known.get(n) for n in node.all_input_nodes if n is not node.args[0]}
         if not path or any(value is None for value in (*constants.values(), *node.args[1:2])):
             continue
         old = traced.get_submodule(path)
@@ -119,5 +120,5 @@ def _layers_from_functions(traced):
             node.replace_all_uses_with(traced.graph.call_module(path, (node.args[0],)))
         traced.graph.erase_node(node)
     for node in reversed(traced.graph.nodes):
-        if not node.users and node.op != "output" and constant_value(traced, node) is not None:
+        if not node.users and node in known:
             traced.graph.erase_node(node)

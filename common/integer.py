@@ -23,7 +23,7 @@ from torch import fx, nn
 from common import InputError
 from common.activations import kind_of
 from common.quant import QuantAct, quantized_activations, quantized_layers
-from common.trace import METADATA, compute_node, constant_value, overwriting
+from common.trace import METADATA, compute_node, constants_of, overwriting
 
 LARGEST = 2**31 - 1
 HEADROOM = 4  # bits: fixed-point numbers may be 16 times as large as the largest activation range
@@ -92,8 +92,10 @@ class IntegerNetwork:
                 bias = self.fixed(torch.zeros(len(weight)) if layer.bias is None else layer.bias)
                 column = (-1,) + (1,) * (weight.ndim - 2)
                 self.layers[node.target] = weight, int(act.zero_point), *(v.view(column) for v in (m, shift, bias))
-        constants = {node: constant_value(network, node) for node in self.graph.nodes}
-        self.constants = {n: self.fixed(v) for n, v in constants.items() if torch.is_tensor(v) and v.is_floating_point()}
+        reals = {n: v for n, v in constants_of(network).items() if torch.is_tensor(v) and v.is_floating_point()}
+        if large := [n.name for n, v in reals.items() if v.abs().max() * 2**self.point > LARGEST]:
+            raise InputError(f"--integer-check: constant '{large[0]}' is too large for the network's fixed-point numbers")
+        self.constants = {node: self.fixed(value) for node, value in reals.items()}
         points = torch.arange(-END << STEP, (END << STEP) + 2, dtype=torch.float64) / 2**STEP
         self.tables = {kind: torch.round(curve(points) * one).int() for kind, curve in CURVES.items()}
 

@@ -427,8 +427,9 @@ def canonical(state, arch):
         state: the dict.
         design: of the network that it is for, as `build` takes it.
     """
-    wrappers = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+    wrappers = ["module.", "_orig_mod."]  # DataParallel's and torch.compile's, each once, for a network may have a `module`
     while state and (wrapper := next((w for w in wrappers if all(key.startswith(w) for key in state)), None)):
+        wrappers.remove(wrapper)
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     if ":" in arch:
         return state, None

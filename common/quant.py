@@ -362,7 +362,7 @@ def quantize(model, wbits, abits, act_placement="relu", clipped=False, example=N
             raise InputError(f"{flag} is {bits}; give a number of bits from 2 to 8")
     if act_placement not in ("relu", "input") and not callable(act_placement):
         raise InputError(f"--act-placement is '{act_placement}'; give relu or input")
-    model = baked_copy(model).float().eval().requires_grad_(True)
+    model, example = baked_copy(model).float().eval().requires_grad_(True), None if example is None else example.float()
     check_layers(model, example)
     try:
         traced = trace(model, example)

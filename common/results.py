@@ -77,9 +77,9 @@ OVERVIEW = """## Points lost, by length of training
 ResNet-20 on CIFAR-10, the runs of the tables below: accuracy in full precision less accuracy after the last epoch, mean ±
 standard deviation, and in brackets the number of runs on all machines. `short` is `--schedule short`, 720 iterations of 16
 images with settings of its own. `tenth` is 8,000 iterations of 16 images, which is AdaDFQ's batch and a fraction of the others'
-(GDFQ, AutoReCon 200, Qimera 64), with rates that fall after 10, 20 and 30 of 40 epochs and the script's defaults else. `whole`
-is the script's plain command, 80,000 iterations. A seed counts once on each machine. Flags in a cell are those of its runs;
-AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.md#adadfqs-whole-schedule)).
+(GDFQ, AutoReCon 200, Qimera 64), with rates that fall after 10, 20 and 30 of 40 epochs, otherwise the script's defaults.
+`whole` is the script's plain command, 80,000 iterations. A seed counts once on each machine. Flags in a cell are those of its
+runs; AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.md#adadfqs-whole-schedule)).
 """
 PICTURES = {
     "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "

@@ -10,10 +10,11 @@ from torch import nn
 
 from common import InputError
 from common.activations import ACTIVATION_MODULES, Calls, activations_among, kind_of, name_of
-from common.trace import UNSEEN, batch_like, constant_value, is_plain, nearly_equal
+from common.trace import UNSEEN, batch_like, constants_of, is_plain, nearly_equal
 
 LAYERS = (nn.Conv2d, nn.Linear)  # whose weights are quantized
-OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, torchvision.ops.DeformConv2d)
+OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+OTHER_LAYERS += (torchvision.ops.DeformConv2d,)
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
     torchvision.ops.deform_conv2d,
@@ -53,7 +54,8 @@ def check_layers(model, example=None):
                 "take it out"
             )
     for name, layer, calls in _calls_of(odd, model, example):
-        if hidden := activations_among(calls):
+        of_weights = _computed_of(layer, calls)
+        if hidden := [c for c in activations_among(calls, in_modules=True) if id(c.output) not in of_weights]:
             raise InputError(
                 f"layer '{name}' ({type(layer).__name__}) computes '{hidden[0].function.__name__}' in its own forward, where "
                 "it cannot be quantized; make that a module of its own"
@@ -73,14 +75,26 @@ def _calls_of(layers, model, example):
     if example is not None and layers:
         with Calls(model) as calls:
             model(example)
-        return [(name, layer, [call for call in calls.found if call.module is layer]) for name, layer in layers.items()]
+        inside = {name: set(layer.modules()) for name, layer in layers.items()}
+        return [(name, layer, [c for c in calls.found if c.module in inside[name]]) for name, layer in layers.items()]
     found = []
     for name, layer in layers.items():
         shape = (1, layer.in_channels, 32, 32) if isinstance(layer, nn.Conv2d) else (1, layer.in_features)
+        image = layer.weight.new_zeros(shape)
         with suppress(Exception), Calls(layer) as calls:  # it may take something else, and quantize() says so then
-            layer(layer.weight.new_zeros(shape))
+            layer(image)
         found.append((name, layer, calls.found))
     return found
+
+
+def _computed_of(layer, calls):
+    """The ids of a layer's parameters and buffers and of what its forward computes of them alone."""
+    known = {id(value) for value in (*layer.parameters(), *layer.buffers())}
+    for call in calls:
+        values = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor)]
+        if values and all(id(value) in known for value in values):
+            known.add(id(call.output))
+    return known
 
 
 def _storage(tensor):
@@ -97,7 +111,7 @@ def multiplies(call, weights):
 
 def check_graph(traced):
     """Refuse weights that a traced network uses otherwise than in its layers."""
-    modules = dict(traced.named_modules())
+    modules, constants = dict(traced.named_modules()), constants_of(traced)
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
             raise InputError(
@@ -105,7 +119,7 @@ def check_graph(traced):
                 "its weight cannot be quantized; write it as nn.Conv2d or nn.Linear"
             )
         product = node.op != "call_module" and kind_of(node, modules) in PRODUCTS
-        if product and any(constant_value(traced, n) is not None for n in node.all_input_nodes):
+        if product and any(n in constants for n in node.all_input_nodes):
             raise InputError(
                 f"graph node '{node.name}' ({kind_of(node, modules)}) takes a weight of the model, where it cannot be "
                 "quantized; write it as nn.Linear"
@@ -126,8 +140,9 @@ def check_calls(model, example, reason):
     with Calls(model) as calls:
         model(example)
     weights = {_storage(parameter) for parameter in model.parameters()}
-    wrong = [(call, "nn.Conv2d or nn.Linear") for call in calls.found if multiplies(call, weights)]
-    wrong += [(call, "nn.ReLU() or nn.SiLU()") for call in activations_among(calls.found)]
+    weighted = [call for call in calls.found if call.function in WEIGHT_FUNCTIONS or multiplies(call, weights)]
+    wrong = [(call, "nn.Conv2d or nn.Linear") for call in weighted]
+    wrong += [(call, "nn.ReLU(), nn.SiLU() or nn.Hardtanh(0, 1)") for call in activations_among(calls.found)]
     for call, instead in wrong:
         if isinstance(call.module, LAYERS):  # which `check_layers` has seen
             continue

@@ -224,9 +224,8 @@ def baked_copy(model):
         for _, _, name in _weight_hooks(module):
             setattr(module, name, getattr(module, name).detach())  # its graph could not be copied; the next forward has another
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if _unwrapped(module) is not module:
-            model.set_submodule(name, _unwrapped(module))
+    for module in list(model.modules()):
+        module._modules.update({name: _unwrapped(child) for name, child in module._modules.items() if child is not None})
     for module in list(model.modules()):
         for key, hook, _ in _weight_hooks(module):
             hook.remove(module)
@@ -323,7 +322,7 @@ def trace(model, example=None, whole=(), inside=False, reshaping=True):
             single = model(images[:1].clone())
         except Exception:  # it takes no single image
             single = None
-        if single is not None and not nearly_equal(traced(images[:1].clone()), single):
+        if single is not None and not nearly_equal(traced(images[:1].clone()).reshape(single.shape), single):
             raise fx.proxy.TraceError("it computes something else for a single image")
         if reshaping and not nearly_equal(traced(images.clone(memory_format=torch.channels_last)), expected):
             return trace(model, example, whole, inside, reshaping=False)  # a view that is written to
@@ -391,14 +390,14 @@ def memory_layout(model, example, retrace=True):
     return torch.contiguous_format
 
 
-def constant_value(traced, node):
-    """The value of a node that does not depend on the network's input; None where it does."""
-    if node.op not in ("get_attr", "call_function", "call_method"):
-        return None
-    inputs = {n: constant_value(traced, n) for n in node.all_input_nodes}
-    if any(value is None for value in inputs.values()):
-        return None
-    return compute_node(node, inputs.__getitem__, {"": traced})
+def constants_of(traced):
+    """The values of the nodes that do not depend on the network's input, by node."""
+    found = {}
+    for node in traced.graph.nodes:
+        known = node.op in ("get_attr", "call_function", "call_method")
+        if known and all(n in found for n in node.all_input_nodes):
+            found[node] = compute_node(node, found.__getitem__, {"": traced})
+    return found
 
 
 def last_layer(model, example=None):

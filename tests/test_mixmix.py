@@ -586,8 +586,8 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
             [*data, "--task", "transfer", "--targets", "tiny:branch", "--images", "other.npz"],
             "--targets tiny:branch: the model",
         ),
-        (["--task", "evaluate", "--images", "bundled", "--precision", "bf16"], "--task evaluate has only fp32"),
-        (["--task", "synth", "--weights", "x.pt"], "--weights has no effect with --task synth: the networks are others"),
+        (["--task", "evaluate", "--images", "bundled", "--precision", "bf16"], "--task evaluate runs with fp32 only"),
+        (["--task", "synth", "--weights", "x.pt"], "--weights has no effect with --task synth, which has others; give --zoo"),
         (["--task", "synth", "--zoo", "resnet20", "--held-out", "resnet20"], "--zoo and --held-out both name resnet20"),
         (
             ["--dataset", "folder", "--num-classes", 5, "--image-size", 16, "--task", "transfer", "--images", "other.npz"],

@@ -26,7 +26,7 @@ class OwnActivation(nn.Module):
         super().__init__()
         self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()
         self.conv2, self.bn2, self.fc = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.Linear(8, 5)
-        self.function, self.on_data = function, on_data
+        self.function, self.on_data, self.slope = function, on_data, nn.Parameter(torch.tensor(1.5))
 
     def forward(self, x):
         if self.on_data and x.isnan().any():
@@ -41,6 +41,7 @@ WRITTEN_OUT = {
     "gelu by tanh": lambda net, x: 0.5 * x * (1.0 + torch.tanh(0.797885 * (x + 0.044715 * torch.pow(x, 3)))),
     "quick gelu": lambda net, x: x * torch.sigmoid(1.702 * x),
     "hard swish": lambda net, x: F.relu6(3 + x) * x / 6,
+    "swish with a learned slope": lambda net, x: x * torch.sigmoid(net.slope * x),
     "clamp": lambda net, x: x.clamp(0, 6),
     "method": lambda net, x: x.relu(),
 }
@@ -70,6 +71,16 @@ def test_a_gate_made_of_another_value_is_no_activation(on_data):
     assert len(quantized_activations(quantize(trained(net), 4, 4, example=X))) == 1
 
 
+def test_an_activation_before_another_one_is_no_gate_of_it():
+    def two(net, x):
+        x = F.relu6(x)
+        for _ in range(40):  # many ways through these sums
+            x = x + 0.5 * x
+        return x * torch.sigmoid(x)
+
+    assert len(quantized_activations(quantize(trained(OwnActivation(two)), 4, 4, example=X))) == 3
+
+
 class Swish(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(x)
@@ -87,6 +98,7 @@ def not_used(net, x):
         (lambda net, x: (x.mean((2, 3)) @ net.weight.t())[:, :, None, None], "calls 'matmul' .* as nn.Conv2d or nn.Linear"),
         (not_used, "does not use the result of an activation in place"),
         (lambda net, x: net.swish(x), "calls 'mul' in module 'swish' as a function"),
+        (lambda net, x: F.conv2d(x, F.normalize(net.weight)[:, :, None, None]), "calls 'conv2d' .* as nn.Conv2d or nn.Linear"),
     ],
 )
 def test_what_modules_do_not_show_is_refused(function, words):
@@ -100,6 +112,25 @@ def test_what_modules_do_not_show_is_refused(function, words):
 class Hidden(nn.Conv2d):
     def forward(self, x):
         return super().forward(x).clamp(min=0)
+
+
+class Activated(nn.Conv2d):
+    """As detectron2 has it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class Clamped(nn.Conv2d):
+    """Computes its weight, not an activation."""
+
+    def forward(self, x):
+        weight = self.weight.clamp(min=0) * torch.sigmoid(self.weight)
+        return self._conv_forward(x, weight * torch.sigmoid(weight), self.bias)
 
 
 class Adapted(nn.Conv2d):
@@ -130,6 +161,7 @@ class Conditioned(nn.Conv2d):
 def test_layers_with_a_forward_of_their_own_are_looked_into():
     for kind, words in (
         (Hidden, "layer 'conv2' .Hidden. computes 'clamp' in its own forward"),
+        (Activated, "layer 'conv2' .Activated. computes 'relu' in its own forward"),
         (Adapted, "layer 'conv2' .Adapted. multiplies by its parameter 'low'"),
         (Nested, "layer 'conv2' .Nested. has the layer 'inner' inside"),
     ):
@@ -143,14 +175,21 @@ def test_layers_with_a_forward_of_their_own_are_looked_into():
             x = F.relu(self.bn1(self.conv1(x)))
             return self.fc(F.relu(self.bn2(self.conv2(x, 2.0))).mean((2, 3)))
 
+    clamped = FunctionalNet()
+    clamped.conv2 = Clamped(8, 8, 3, 1, 1)
+    for example in (X, None):
+        assert len(quantized_activations(quantize(trained(clamped), 4, 4, example=example))) == 3
     net = Net()
     net.conv2 = Conditioned(8, 8, 3, 1, 1)
-    assert len(quantized_layers(quantize(trained(net), 4, 4, example=X))) == len(quantized_layers(quantize(net, 4, 4)))
+    assert [name for name, _ in quantized_layers(quantize(trained(net), 4, 4, example=X))] == ["conv1", "conv2", "fc"]
 
 
 def test_wrappers_are_taken_off_and_scripts_refused(tmp_path):
     whole = trained(FunctionalNet())
     expected = quantize(whole, 4, 4, example=X).state_dict().keys()
+    nested = torch.compile(nn.DataParallel(nn.Sequential(torch.compile(whole, backend="eager"))), backend="eager")
+    inside = {f"0.{key}" for key in expected if not key.startswith("act_quant")}
+    assert inside <= quantize(nested, 4, 4, example=X).state_dict().keys()
     for net in (nn.DataParallel(whole), torch.compile(whole, backend="eager")):
         assert quantize(net, 4, 4, example=X).state_dict().keys() == expected
 

@@ -138,7 +138,7 @@ class Calls(TorchFunctionMode):
 
 
 def activations_among(calls, in_modules=False):
-    """Those of a list of `Call`s that compute an activation, as a function or written out; `in_modules`, torch.nn's modules as well."""
+    """Those of a list of `Call`s that compute an activation, as functions or written out; `in_modules`, also torch.nn's own."""
     functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.prelu}
     found, multiple_of, made_of = [], {}, {}  # by id, of what a value is a multiple; and a function, and whether it is bounded
     for call in calls:

@@ -328,7 +328,7 @@ class Parser(Arguments):
 
     def config(self, **settings):
         """The same arguments for a caller in Python: config(bits=4, epochs=10, no_bns=True)."""
-        argv, known = [], {action.dest for action in self._option_string_actions.values()}
+        argv, known = [], {flag[2:].replace("-", "_") for flag in self._option_string_actions}
         for name, value in settings.items():
             if name not in known:
                 raise InputError(f"config() has no setting '{name}'; its names are those of the flags, see {self.prog} --help")

@@ -325,6 +325,13 @@ def test_check_prints_the_layers_and_runs_nothing(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_setting_that_does_not_exist_is_refused_whatever_its_value():
+    for value in (True, False, None, 3):
+        with pytest.raises(InputError, match="config.. has no setting 'no_finetun'"):
+            gdfq.config(no_finetun=value)
+    assert not qimera.config(no_dm=True).dm and qimera.config(no_dm=False).dm
+
+
 def test_help_shows_defaults_of_zero():
     assert "seed of every random number (default: 0)" in " ".join(gdfq.parser().format_help().split())
 

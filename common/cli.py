@@ -336,7 +336,7 @@ class Parser(Arguments):
             if value is True:
                 argv.append(flag)
             elif value is False and isinstance(self._option_string_actions.get(flag), argparse.BooleanOptionalAction):
-                argv.append("--no-" + flag[2:])
+                argv.append("--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:])
             elif value is not None and value is not False:
                 argv += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
         return self.parse(argv)

@@ -90,13 +90,14 @@ from common import InputError, finetune, genotypes
 from common.bns import BatchNormStatistics
 from common.check import describe
 from common.cli import Parser, altered, check_image_size, checked_schedule, friendly_errors, number, whole
+from common.device import pick_device
 from common.generators import HumanDesigned
 from common.images import RealImages
 from common.models import SMALL_IMAGE, build_student, input_channels
 from common.ops import count_flops, kd_loss, plain_forms, superpose, weighted_operation
 from common.quant import quantize
 from common.report import execute
-from common.run import Run, pick_device, write_atomically
+from common.run import Run, write_atomically
 
 BN_EPS = 0.8  # of all BatchNorms but that of the images, in all published generators
 

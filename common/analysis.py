@@ -13,11 +13,12 @@ import torch
 
 from common import InputError, first_line, replacing
 from common.data import find_test_set
+from common.device import pick_device
 from common.export import load_quantized
 from common.images import save_grid
 from common.models import input_channels, is_own, load_teacher, probe
 from common.progress import Progress
-from common.run import pick_device, write_atomically
+from common.run import write_atomically
 from common.trace import last_layer
 
 SCRIPTS = ("gdfq", "qimera", "adadfq", "autorecon")  # those that train a generator, each with `make_generator` and `sample`

@@ -30,11 +30,12 @@ from torch import nn
 from common import InputError
 from common.capture import CHOICES, compiler, keep_freed_memory
 from common.cli import friendly_errors
+from common.device import peak_memory, pick_device, synchronise
 from common.models import load_teacher
 from common.ops import box_mix, channel_statistics, count_flops, plain_forms, soft_labels, superpose
 from common.progress import Progress
 from common.published import paper_drop
-from common.run import Run, peak_memory, pick_device, synchronise, write_atomically
+from common.run import Run, write_atomically
 
 METHODS = {  # and what a method needs to be told to have a step at once
     "gdfq": {},

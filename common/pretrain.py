@@ -27,9 +27,9 @@ from common import InputError
 from common.checkpoint import load_checkpoint, previous, save_checkpoint
 from common.cli import Arguments, Help, friendly_errors, number, resumable, whole
 from common.data import KINDS, NORMALISATION, NUM_CLASSES, accuracy, as_tensors, fetch_cifar, in_memory, read_cifar
+from common.device import pick_device
 from common.models import build, input_channels, probe, save_weights
 from common.progress import Progress
-from common.run import pick_device
 
 RECIPES = {  # what each takes, and its defaults
     "fast": dict(epochs=42, small_epochs=26, small_size=24, pad=2, lr_kernels=0.03, lr=0.1, weight_decay=5e-4),

@@ -4,9 +4,7 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from common import InputError, distributed, first_line, replacing
 from common.capture import GraphedStep, compiled, keep_freed_memory, pick_capture
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import evaluate
+from common.device import computes_bf16, peak_memory, pick_device, processor, synchronise
 from common.learned import learned_steps
 from common.models import probe, refuse_infinite
 from common.progress import Progress, say
@@ -25,64 +24,19 @@ from common.trace import baked_copy, memory_layout
 
 FILES = "quantized.pt quantized.onnx student.pt result.json samples.png metrics.jsonl checkpoint.pt checkpoint.pt.previous"
 FILES = [*FILES.split(), "analysis"]  # beside config.json
-FURTHER_FILES = {  # that methods leave, by task
+FURTHER_FILES = {  # what scripts leave beside these
     "autorecon": "genotype.json genotype.svg search".split(),
     "mixmix": "grid.png images.npz images batches parts evaluation.json transfer.json".split(),
 }
 INPUTS = ("genotype", "generator", "images", "weights", "zoo", "held_out", "targets")  # arguments that may name files
-DEVICES = ("cpu", "cuda")
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
 SLOW = 2.0, 10.0  # an epoch is slow that takes this many times the fastest one's seconds, and this many seconds
 NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir eval_every".split()  # change no student
 
 
-# ------------------------------------------------------------------------------------------- device, precision, seed
-
-
-def pick_device(name):
-    """torch.device for --device.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in DEVICES:
-        raise InputError(f"--device is '{name}'; give auto, cpu, cuda or cuda:i")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto")
-    return device
-
-
 def seed_of_part(seed, index):
     """The seed of one of a run's parts, which so depends on nothing that was made before it."""
     return (seed * 1_000_003 + index) % 2**63
-
-
-def synchronise(device):
-    """Wait until `device` has done what it was given, so that a clock means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def processor(device):
-    """What computes: a GPU's name, or a CPU's widest arithmetic, such as amx_bf16, avx512_bf16 or avx2."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    probes = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
-    found = (kind for kind, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)())
-    return next(found, torch.backends.cpu.get_cpu_capability().lower())
-
-
-def computes_bf16(device):
-    """Whether `device` multiplies bf16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return processor(device).endswith("bf16")
 
 
 # --------------------------------------------------------------------------------------------------------- one run
@@ -519,14 +473,3 @@ def duration(seconds):
         return f"{max(round(seconds), 1)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def peak_memory(device):
-    """Peak memory in bytes: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
-    if peaks:  # unlike the resource usage, it knows nothing of the process that started this one
-        return int(peaks[0].split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

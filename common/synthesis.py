@@ -18,11 +18,12 @@ from common import InputError, first_line
 from common.capture import pick_capture
 from common.cli import altered, fill_in, resumable, whole
 from common.data import fixed_paths
+from common.device import pick_device
 from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
 from common.progress import Progress
 from common.report import show_finished
-from common.run import Run, pick_device, seed_of_part, write_atomically
+from common.run import Run, seed_of_part, write_atomically
 
 READY = ("real", "noise")  # values of --data-source that no network makes
 COUNT, QAT_COUNT, QAT_IMAGENET = 1024, 4096, 100_000  # Sec. 5.2 of MixMix; 4,096 is as much of CIFAR's training set

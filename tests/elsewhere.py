@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import common.run
+import common.device
 
 READ = "_local_scalar_dense"  # what .item() calls
 
@@ -126,7 +126,7 @@ def second_device(monkeypatch):
         for name, value in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": captured}.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda, "stream", nullcontext)
-        patch.setattr(common.run, "DEVICES", ("meta",))
+        patch.setattr(common.device, "DEVICES", ("meta",))
         patch.setattr(torch.cuda, "current_device", lambda: "meta")
         patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know this device
         patch.setattr(torch, "tensor", lambda data, *, device="cpu", **kw: new_tensor(data, **kw).to(device))  # nor does it

@@ -139,7 +139,7 @@ class Calls(TorchFunctionMode):
 
 def activations_among(calls, in_modules=False):
     """Those of a list of `Call`s that compute an activation, as functions or written out; `in_modules`, also torch.nn's own."""
-    functions = ACTIVATION_FUNCTIONS | {torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.prelu}
+    functions = ACTIVATION_FUNCTIONS | {getattr(torch.Tensor, name) for name in ACTIVATION_METHODS}
     found, multiple_of, made_of = [], {}, {}  # by id, of what a value is a multiple; and a function, and whether it is bounded
     for call in calls:
         name, values = name_of(call.function), [id(x) for x in call.args if isinstance(x, torch.Tensor)]
@@ -153,5 +153,5 @@ def activations_among(calls, in_modules=False):
             bounded = name in BOUNDED or any(bounded for _, bounded in before)
             made_of[id(call.output)] = set(values).union(*(origins for origins, _ in before)), bounded
         if len(values) == 1 and name in ("mul", "imul", "div", "truediv"):
-            multiple_of[id(call.output)] = multiple_of.get(*values * 2)
+            multiple_of[id(call.output)] = multiple_of.get(values[0], values[0])
     return found

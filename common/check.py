@@ -17,8 +17,9 @@ from common.trace import trace
 # what hands values on as they are: the codes of a quantized tensor stay codes
 UNCHANGED_BY = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, F.max_pool2d, F.dropout}
 UNCHANGED_BY |= set("flatten reshape view permute transpose chunk split contiguous squeeze unsqueeze".split())
-UNCHANGED_BY_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle)
-UNCHANGED_BY_MODULES += (nn.ZeroPad2d,)
+UNCHANGED_BY_MODULES = (
+    nn.MaxPool2d, nn.ZeroPad2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle,
+)  # fmt: skip
 HEADS = ("layer", "kind", "weight", "bits", "weights", "multiply-adds", "input")
 
 

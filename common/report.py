@@ -89,11 +89,10 @@ def per_channel(cfg, normalisation, channels):
         value = list(given or (known if len(known) == channels else [0.5]))
         if len(value) not in (1, channels):
             raise InputError(f"{flag} has {len(value)} values and the model {channels} channels; give one value or {channels}")
+        found = " ".join(map(str, value))
         if not all(map(math.isfinite, value)) or (flag == "--std" and min(value) <= 0):
-            found = " ".join(map(str, value))
             raise InputError(f"{flag} is {found}; give finite numbers for pixels in 0 to 1, for --std above 0")
         if given and max(value) > 1:
-            found = " ".join(map(str, value))
             raise InputError(f"{flag} is {found}, as for pixels from 0 to 255; give numbers for pixels from 0 to 1")
         values.append(value * (channels // len(value)))
     return values

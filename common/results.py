@@ -271,26 +271,25 @@ def table(runs):
 def overview(tables):
     """The text of the table of points lost after each length of training, from the runs of NETWORK on all machines. Of a
     method's rows it has the one with the fewest flags."""
-    rows = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # (bits, method) -> heading -> flags -> points lost
+    found = defaultdict(lambda: defaultdict(list))  # (bits, method, heading) -> flags -> points lost
     for heading, protocol in LENGTHS.items():
         chosen = [runs for runs in tables if network_of(runs) == NETWORK and protocol_of(rows_of(runs)[1]) == protocol]
         runs = [run | {"flags": [f for f in run["flags"] if f.split()[0] not in MACHINE]} for runs in chosen for run in runs]
         for (bits, method, flags), seeds in (rows_of(runs)[0] if runs else {}).items():
-            lost = rows[bits, method][heading][flags]
-            lost += [run["result"]["fp_top1"] - run["result"]["last_top1"] for run in seeds]
+            found[bits, method, heading][flags] += [r["result"]["fp_top1"] - r["result"]["last_top1"] for r in seeds]
 
-    def cell(found):
-        if not found:
+    def cell(rows):
+        if not rows:
             return ""
-        flags = min(found, key=len)
-        return ", ".join([f"{spread(found[flags])} ({len(found[flags])})", *(f"`{flag}`" for flag in flags)])
+        flags = min(rows, key=len)
+        return ", ".join([f"{spread(rows[flags])} ({len(rows[flags])})", *(f"`{flag}`" for flag in flags)])
 
     heads = ["bits", "method", *LENGTHS, "published", "best published"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for bits, method in sorted(rows, key=lambda row: (row[0], ORDER[row[1]])):
-        cells = [bits, METHODS[method], *(cell(rows[bits, method][heading]) for heading in LENGTHS)]
+    for bits, method in sorted({key[:2] for key in found}, key=lambda row: (row[0], ORDER[row[1]])):
+        cells = [bits, METHODS[method], *(cell(found[bits, method, heading]) for heading in LENGTHS)]
         lines.append("| " + " | ".join([*cells, *published(bits, method, *NETWORK)]) + " |")
-    return "\n".join([OVERVIEW, *lines]) if rows else ""
+    return "\n".join([OVERVIEW, *lines]) if found else ""
 
 
 def page(place):

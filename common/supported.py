@@ -13,8 +13,9 @@ from common.activations import ACTIVATION_MODULES, Calls, activations_among, kin
 from common.trace import UNSEEN, batch_like, constants_of, is_plain, nearly_equal
 
 LAYERS = (nn.Conv2d, nn.Linear)  # whose weights are quantized
-OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-OTHER_LAYERS += (torchvision.ops.DeformConv2d,)
+OTHER_LAYERS = (
+    nn.modules.conv._ConvNd, torchvision.ops.DeformConv2d, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+)  # fmt: skip
 WEIGHT_FUNCTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
     torchvision.ops.deform_conv2d,

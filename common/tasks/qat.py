@@ -79,7 +79,7 @@ def complete(cfg):
 def plan(model, cfg, run):
     teacher, example, student = _begin(model, cfg, run)
     if cfg.qat_recipe == "short":
-        MatchedFeatures(trace(copy.deepcopy(teacher), example), copy.deepcopy(student), cfg.feature_weight)  # or refuse
+        MatchedFeatures(trace(teacher, example), copy.deepcopy(student), cfg.feature_weight)  # or an InputError
     return student
 
 

@@ -21,6 +21,7 @@ Exchanges use gloo on a CPU and NCCL on CUDA, where CUDA graphs can hold them (n
 is refused.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -78,6 +79,7 @@ def join(cfg):
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
     backend = "cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=30))  # the first may evaluate for as long as it takes
+    atexit.register(_end)  # before the interpreter ends: the threads of a group that is still there abort the process
     return int(os.environ["RANK"]), count
 
 
@@ -107,6 +109,12 @@ def together():
     return dist.is_available() and dist.is_initialized()
 
 
+def _end():
+    """End the communication of this process, unless it has ended."""
+    if together():
+        dist.destroy_process_group()
+
+
 def wait_for_all():
     """Return when all processes are here."""
     if together():
@@ -127,7 +135,7 @@ def leave():
     """Wait for all processes and end their communication. True in the first one, which continues alone."""
     if size > 1:
         wait_for_all()
-        dist.destroy_process_group()
+        _end()
     return rank == 0
 
 

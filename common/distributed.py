@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 from common import InputError, first_line
 
 GRACE = 10  # seconds in which torchrun ends all processes when one has ended with an error
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # the variables it sets in each process
 DRAWS = (torch.rand, torch.randn, torch.randint)
 
 rank, size = 0, 1  # of this process, and of those that share the run's batches
@@ -51,8 +52,8 @@ class Unreachable(InputError):
 
 
 def started():
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
+    """How many processes torchrun has started; 1 without it, even where a cluster has set some of its variables."""
+    return int(os.environ["WORLD_SIZE"]) if TORCHRUN <= os.environ.keys() else 1
 
 
 def is_first():

@@ -14,6 +14,7 @@ from test_cli import TINY, read_metrics
 from test_data import make_folder
 
 import gdfq
+from common import distributed
 
 FLAGS = [*TINY, "--bits", "8", "--act-ranges", "search", "--mix", "cutmix", "--epochs", "14", "--threads", "1"]
 
@@ -57,7 +58,8 @@ def test_two_processes_compute_what_one_does_and_one_goes_on(tmp_path, monkeypat
 
 
 def test_what_several_processes_cannot_do_is_refused(fails, monkeypatch):
-    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (shared | {"RANK": "0", "LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     sentence = fails(gdfq.main, *FLAGS)
     assert sentence.endswith("--batch-size is 8 and torchrun starts 3 processes, which share each batch; give a multiple of 3")
@@ -67,3 +69,5 @@ def test_what_several_processes_cannot_do_is_refused(fails, monkeypatch):
         sentence = fails(gdfq.main, *FLAGS, "--batch-size", "9", "--device", "auto")
     assert "torchrun starts 3 processes on this machine and there are 1 GPUs; give --nproc_per_node 1, or" in sentence
     assert "--capture compile works in one process" in fails(gdfq.main, *FLAGS, "--batch-size", "9", "--capture", "compile")
+    monkeypatch.delenv("LOCAL_RANK")  # a cluster's batch script has set the others
+    assert distributed.started() == 1 and distributed.is_first()

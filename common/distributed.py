@@ -61,8 +61,12 @@ def is_first():
     return started() == 1 or os.environ["RANK"] == "0"
 
 
-def join(cfg):
+def join(cfg, gpus_exchange=False):
     """Join the processes that torchrun has started, each on a GPU of its own.
+
+    Args:
+        cfg: parsed arguments; `device` becomes this process's GPU.
+        gpus_exchange: whether they exchange tensors that are on GPUs.
 
     Returns:
         (rank, number of processes); None for one process alone.
@@ -78,9 +82,11 @@ def join(cfg):
             advice = f"give --nproc_per_node {there}, or --device cuda:0 if each process sees a GPU of its own, or --device cpu"
             raise InputError(f"torchrun starts {here} processes on this machine and there are {there} GPUs; {advice}")
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    backend = "cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") and dist.is_nccl_available() else "gloo"
+    nccl = gpus_exchange and cfg.device.startswith("cuda") and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=30))  # the first may evaluate for as long as it takes
-    atexit.register(_end)  # before the interpreter ends: the threads of a group that is still there abort the process
+    if not nccl:  # which waits in vain for processes that have failed
+        atexit.register(_end)  # before the interpreter ends: gloo's threads, if they are still there, abort the process
     return int(os.environ["RANK"]), count
 
 
@@ -98,7 +104,7 @@ def share_batches(cfg):
         raise InputError(f"--batch-size is {cfg.batch_size} and torchrun starts {count} processes, {advice}")
     if cfg.capture == "compile":
         raise InputError("--capture compile works in one process, and torchrun starts several; give auto, none or cudagraph")
-    rank, size = join(cfg)
+    rank, size = join(cfg, gpus_exchange=True)
     if cfg.capture == "auto":
         cfg.capture = "cudagraph" if cfg.device.startswith("cuda") else "none"
     if rank:
@@ -134,9 +140,11 @@ def first_before_others():
 
 def leave():
     """Wait for all processes and end their communication. True in the first one, which continues alone."""
+    global size
     if size > 1:
         wait_for_all()
         _end()
+        size = 1
     return rank == 0
 
 

@@ -258,10 +258,10 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
         The contents of result.json; None in all but the first of several processes.
     """
     distributed.share_batches(cfg)
-    if cfg.eval is not None:
-        return evaluate_file(cfg)
-    if cfg.check:
-        return check(cfg, compress)
+    if cfg.eval is not None or cfg.check:
+        if not distributed.leave():
+            return None
+        return check(cfg, compress) if cfg.eval is None else evaluate_file(cfg)
     check_export(cfg)
     with distributed.first_before_others():  # it downloads what there is to download
         teacher, run = prepare(cfg, **about)

@@ -448,7 +448,7 @@ class Run:
             what = f"{self.folder}/checkpoint.pt belongs to another network or version ({first_line(error)})"
             raise InputError(f"--resume: {what}; remove it") from None
         before, now = state.get("test_images"), self._test_images()
-        if before is not None and before != now:
+        if distributed.rank == 0 and before is not None and before != now:
             found = f"the run was begun with {before:,} test images, and there are {f'{now:,}' if now else 'none'} now"
             raise InputError(f"--resume: {found}; give --data-dir as before")
         torch.set_rng_state(state["random"])

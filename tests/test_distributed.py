@@ -37,16 +37,17 @@ def test_two_processes_compute_what_one_does_and_one_goes_on(tmp_path, monkeypat
     monkeypatch.syspath_prepend(ROOT / "tests")
     make_folder(tmp_path, 5, images=2, size=16)  # quicker than to evaluate on synthetic images
     command = [*FLAGS, "--data-dir", str(tmp_path), "--out"]
-    two = list(start_two([*command, str(tmp_path / "two")]))
-    while two[0].poll() is None and len(read_metrics(tmp_path / "two")) < 3:
-        time.sleep(0.005)
-    for process in two:
-        process.send_signal(signal.SIGTERM)
-    printed = [process.communicate() for process in two]
-    assert two[0].returncode == 143 and printed[0][1].endswith("stopped; the same command with --resume continues it\n")
-    said = [line for line in printed[1][0].splitlines() if not line.startswith("[Gloo]")]  # as torch 2.9 does by itself
-    assert two[1].returncode != 0 and said == [] and "gdfq.py:" not in printed[1][1]  # the first one speaks
-    assert 3 <= len(read_metrics(tmp_path / "two")) < 14
+    for resume, epochs in ([], 3), (["--resume"], 6):
+        two = list(start_two([*command, str(tmp_path / "two"), *resume]))
+        while two[0].poll() is None and len(read_metrics(tmp_path / "two")) < epochs:
+            time.sleep(0.005)
+        for process in two:
+            process.send_signal(signal.SIGTERM)
+        printed = [process.communicate() for process in two]
+        assert two[0].returncode == 143 and printed[0][1].endswith("stopped; the same command with --resume continues it\n")
+        said = [line for line in printed[1][0].splitlines() if not line.startswith("[Gloo]")]  # as torch 2.9 does by itself
+        assert two[1].returncode != 0 and said == [] and "gdfq.py:" not in printed[1][1]  # the first one speaks
+        assert epochs <= len(read_metrics(tmp_path / "two")) < 14
     gdfq.main([*command, str(tmp_path / "one")])  # not beside the two, which would end first on a busy machine
     gdfq.main([*command, str(tmp_path / "two"), "--resume"])
     both = [read_metrics(tmp_path / name) for name in ("one", "two")]

@@ -83,7 +83,7 @@ from common.bns import BatchNormStatistics
 from common.capture import OneForward
 from common.check import describe
 from common.cli import Described, Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number
-from common.data import full_precision
+from common.device import full_precision
 from common.distributed import whole_batch
 from common.images import RealImages
 from common.models import SMALL_IMAGE, input_channels

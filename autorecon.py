@@ -246,7 +246,7 @@ def build_generator(genotype, cfg, channels):
 
 def make_generator(teacher, cfg, channels, example=None):
     """The generator of a run, whose folder has its genotype; on the CPU."""
-    genotype = cfg.genotype if cfg.genotype in CONTROLS else read_genotype(cfg.out)
+    genotype = cfg.genotype if cfg.genotype in CONTROLS else genotypes.read(cfg.out, EDGES, CANDIDATES, "--analyze")
     return build_generator(genotype, cfg, channels)
 
 
@@ -579,11 +579,12 @@ def parser():
     losses = "--kd-weight --temperature --kd-reduction"
     learning = f"{losses} --lr-q --weight-decay --student-steps --warmup-epochs"
     stage2 = "--student-arch --epochs --iters --decay-epochs --no-finetune --eval-every --eval --check"
+    added = "--act-ranges --optimizer --mix --decay --feature-weight"
     p.without_effect("--data-source real", "--genotype --scale --generator-loss", stage1)
     p.without_effect("--generator-loss dfad and --genotype", "--bns-weight --bns-form")
     p.without_effect("--task quantize", "--generator-loss")
     p.without_effect("--genotype", stage1)
-    p.without_effect("--search-only", "--export --generator-loss", quantizer, learning, stage2)
+    p.without_effect("--search-only", "--export --generator-loss", quantizer, learning, stage2, added)
     p.without_effect("--task kd", quantizer, losses, "--no-finetune --schedule --act-ranges --feature-weight")
     p.without_effect("--no-finetune", learning)
     finetune.add_flags(p, SHORT)

@@ -61,7 +61,8 @@ from common import InputError, finetune
 from common.bns import BatchNormStatistics
 from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, friendly_errors, number, whole
-from common.data import HALF_REAL, evaluation_batch, full_precision, in_memory
+from common.data import HALF_REAL, evaluation_batch, in_memory
+from common.device import full_precision
 from common.images import RealImages, training_set
 from common.models import SMALL_IMAGE, input_channels
 from common.ops import kd_loss, upsample_conv
@@ -302,9 +303,9 @@ def parser():
     p.without_effect("--data-source real", "--no-ce --no-bns")
     p.without_effect("--no-bns", "--bns-weight --bns-form")
     p.without_effect("--no-kd", "--kd-weight --temperature --kd-reduction")
-    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction --mix"
+    learning = "--warmup-epochs --lr-q --weight-decay --kd-weight --temperature --kd-reduction"
     p.without_effect("--no-finetune", learning, "--no-kd --no-student-ce --no-fixed-bns")
-    p.without_effect("--no-kd and --no-student-ce and --feature-weight 0.0", learning, "--no-fixed-bns")
+    p.without_effect("--no-kd and --no-student-ce and --feature-weight 0.0", learning, "--no-fixed-bns --mix --optimizer")
     p.without_effect("--no-ce and --no-bns", "--lr-g --beta1")
     finetune.add_flags(p, SHORT)
     return p

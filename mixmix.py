@@ -77,12 +77,12 @@ from torchvision.transforms.functional import gaussian_blur
 
 from common import InputError, distributed, synthesis, tasks
 from common.capture import compiled
-from common.cli import Parser, fill_in, friendly_errors, number, whole
+from common.cli import Parser, alone, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
 from common.models import SMALL_IMAGE, default_weights, input_channels, probe
 from common.ops import box_mix
-from common.report import alone, arithmetic, execute
+from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
 from common.zoo import ZooModel, load_zoo
@@ -281,7 +281,7 @@ class DaflTerms:
     def __init__(self, teacher, run):
         cfg, channels = run.cfg, input_channels(teacher)
         shared = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-        others, _ = load_zoo([name for name in cfg.zoo if not is_own(name, cfg)], cfg, shared)
+        others, _ = load_zoo([name for name in cfg.zoo if not is_teacher(name, cfg)], cfg, shared)
         models = ZooModel(cfg.arch, teacher, shared, shared, run.layout), *others
         if cfg.zoo_sample > len(models):
             raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(models)} models with the teacher; lower it")
@@ -366,7 +366,7 @@ def default_zoo(cfg):
     return [name for name in ZOO.get(cfg.dataset, bundled) if name not in cfg.held_out]
 
 
-def is_own(name, cfg):
+def is_teacher(name, cfg):
     """Whether a network of --zoo is that of --arch and --weights."""
     theirs = alone(cfg, name)
     if theirs.arch != cfg.arch:
@@ -493,14 +493,16 @@ def _complete(cfg):
         raise InputError("--task transfer has no networks to quantize; give --targets")
     if cfg.capture == "compile" and cfg.task != "synth":
         raise InputError(f"--capture compile is for --task synth, and --task is {cfg.task}; give auto, none or cudagraph")
-    exact = several or (cfg.images and cfg.task in ("ptq", "prune"))
+    given = cfg.images or cfg.data_source in synthesis.READY
+    exact = several or (given and cfg.task in ("ptq", "prune"))
     for flag, value, only in (("--precision", cfg.precision, "fp32"), ("--capture", cfg.capture, "none")):
         if exact and value not in ("auto", only):
             raise InputError(f"{flag} is {value} and --task {cfg.task} runs with {only} only; leave it out")
     if twice := sorted(set(cfg.zoo) & set(cfg.held_out)):
         raise InputError(f"--zoo and --held-out both name {twice[0]}; give it in one of them")
     others = several or (cfg.task == "synth" and cfg.data_source == "mixmix")
-    if others and cfg.weights is not None and not any(is_own(name, cfg) for name in (*cfg.zoo, *cfg.held_out, *cfg.targets)):
+    named = (*cfg.zoo, *cfg.held_out, *cfg.targets)
+    if others and cfg.weights is not None and not any(is_teacher(name, cfg) for name in named):
         flag = "targets" if cfg.task == "transfer" else "zoo"
         raise InputError(f"--weights has no effect with --task {cfg.task}, which has others; give --{flag} ARCH=WEIGHTS")
     if cfg.task == "kd" and not cfg.images and cfg.data_source in ("mixmix", "single"):

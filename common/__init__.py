@@ -1,4 +1,5 @@
-"""What every method shares word for word: quantizers, BatchNorm statistics, models, data, runs, export."""
+"""What the scripts share: quantizers, BatchNorm statistics, models, data, runs, export; and parts of single
+methods, which the first lines of their modules name."""
 
 import os
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.capture import CHOICES, compiler, keep_freed_memory
+from common.capture import CHOICES, WARMUP_STEPS, compiler, keep_freed_memory
 from common.cli import friendly_errors
 from common.device import peak_memory, pick_device, synchronise
 from common.models import load_teacher
@@ -44,7 +44,7 @@ METHODS = {  # and what a method needs to be told to have a step at once
     "autorecon": {"genotype": "published:resnet20-cifar10"},
 }
 COLUMNS = ("method", "dataset", "batch_size", "device", "capture", "plain_ms", "fast_ms", "speedup", "floor_ms", "peak_mb")
-WARMUP = 3  # steps before a step is timed; the first compiles or captures
+WARMUP = WARMUP_STEPS  # steps before one is timed: the first compiles, on a GPU the last captures
 
 
 class Finished(Exception):
@@ -278,7 +278,8 @@ def time_to_accuracy(name, bits, args):
             script, began = Path(__file__).parent.parent / f"{name}.py", time.time()
             done = subprocess.run([sys.executable, script, *flags, *extra, *args.more], capture_output=True, text=True)
             if done.returncode:
-                raise InputError(f"{name}.py failed: {done.stderr.strip().splitlines()[-1]}")
+                said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                raise InputError(f"{name}.py failed: {said[-1]}")
             result = json.loads((out / "result.json").read_text())
             if result["fp_top1"] is None:
                 raise InputError("--time-to-accuracy needs test images; give --data-dir")

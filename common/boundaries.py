@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.analysis import TrainedRun, principal_axes, scatter
-from common.data import full_precision
+from common.device import full_precision
 from common.progress import Progress
 from common.report import print_rows
 

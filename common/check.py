@@ -12,6 +12,7 @@ from torch import fx, nn
 from common.activations import full_precision_activations
 from common.export import save_quantized, saved_bytes
 from common.quant import QuantAct, quantized_activations, quantized_layers
+from common.supported import LAYERS
 from common.trace import trace
 
 # what hands values on as they are: the codes of a quantized tensor stay codes
@@ -86,7 +87,7 @@ def layer_rows(student, example):
         return hook
 
     for name, module in modules.items():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, LAYERS):
             hooks.append(module.register_forward_hook(note(name)))
     with torch.no_grad():
         student(example)

@@ -241,6 +241,14 @@ class Parser(Arguments):
         add("--analyze", metavar="RUN", help=f"analyse a finished run of any script with a generator, and exit: {what}")
         self.without_effect("--analyze", *sorted(others))
 
+    def _check_value(self, action, value):
+        """Of argparse: refuse what is not among a flag's `choices`, in the words of `one_of`."""
+        if action.choices is not None:
+            try:
+                one_of(*action.choices)(value)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentError(action, str(error)) from None
+
     def without_effect(self, setting, *flags):
         """Declare that `flags` do nothing with a setting, so that both together are refused.
 
@@ -376,8 +384,8 @@ def checked_schedule(cfg):
     elif cfg.epochs <= cfg.warmup_epochs:
         phase, flag = ("calibrating", "--calibrate-epochs") if real else ("warm-up", "--warmup-epochs")
         raise InputError(
-            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} {phase} epochs, before any fine-tuning; raise it, "
-            f"lower {flag}, or give --no-finetune"
+            f"--epochs {cfg.epochs} ends within the {cfg.warmup_epochs} {phase} epochs, before any fine-tuning; raise it or "
+            f"lower {flag}"
         )
     return cfg
 
@@ -385,6 +393,16 @@ def checked_schedule(cfg):
 def altered(cfg, **settings):
     """A copy of the arguments with some of them set otherwise."""
     return argparse.Namespace(**(vars(cfg) | settings))
+
+
+def alone(cfg, name):
+    """The arguments for another network than --arch, by name or "arch=weights": its own normalisation is to be found, unless it
+    is that network after all."""
+    arch, _, weights = name.partition("=")
+    own = {"arch": arch, "weights": weights or None}
+    if (arch, own["weights"]) != (cfg.arch, cfg.weights):
+        own |= {"mean": None, "std": None}
+    return altered(cfg, **own)
 
 
 def check_image_size(cfg, multiple):

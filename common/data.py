@@ -6,7 +6,6 @@ import os
 import tempfile
 import urllib.request
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +18,7 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from common import InputError, first_line
+from common.device import free_memory, full_precision
 from common.progress import Progress
 
 KINDS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -142,15 +142,6 @@ def evaluation_batch(device, image_size):
     return max(8, min(most, free // 8 // (4 * 256 * image_size**2)))  # batches of one round otherwise than larger ones
 
 
-def free_memory():
-    """Bytes of memory that a process may take, what caches files included; 4 GB where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return 2**32
-
-
 def load_test_set(
     dataset, data_dir, num_classes, image_size, normalisation, device="cpu", fetch=False, batch_size=None, channels=3
 ):
@@ -258,12 +249,26 @@ def _cifar_files(kind, root, train):
         ) from None
 
 
+def training_root(dataset, data_dir):
+    """The folder of the training images: --data-dir, with one folder per class under train/ or torchvision's own CIFAR files;
+    or, where that is None, ./data, if it has CIFAR's files.
+
+    Raises:
+        InputError: there is none.
+    """
+    root = Path(data_dir or "data")
+    if data_dir is None and not (dataset in KINDS and (root / KINDS[dataset].base_folder).is_dir()):
+        fetch = ", or --download" if dataset in KINDS else ""
+        raise InputError(f"--data-source: no training images at hand; give --data-dir with train/, one folder per class{fetch}")
+    return root
+
+
 def load_training_images(dataset, data_dir, labels, num_classes, image_size, seed=0, channels=3):
     """Real training images, the reference for synthetic ones.
 
     Args:
         dataset: "cifar10", "cifar100", "imagenet" or "folder".
-        data_dir: a folder with one folder per class under train/, or with torchvision's own CIFAR files.
+        data_dir: as for `training_root`.
         labels: (N,), the classes of the images that are wanted; no image comes twice while its class has others.
         num_classes, image_size, channels: of the data.
         seed: of the choice among a class's images.
@@ -274,8 +279,8 @@ def load_training_images(dataset, data_dir, labels, num_classes, image_size, see
     Raises:
         InputError: a folder that does not fit.
     """
-    kind = KINDS.get(dataset)
-    if kind and (Path(data_dir) / kind.base_folder).is_dir():
+    kind, data_dir = KINDS.get(dataset), training_root(dataset, data_dir)
+    if kind and (data_dir / kind.base_folder).is_dir():
         files = _cifar_files(kind, data_dir, train=True)
         targets, get = torch.tensor(files.targets), lambda index: torch.from_numpy(files.data[index]).permute(2, 0, 1)
     else:
@@ -294,8 +299,8 @@ def load_training_set(dataset, data_dir, num_classes, image_size, seed=0, channe
     read, chosen at random.
 
     Args:
-        data_dir: as for `load_training_images`; None looks for torchvision's CIFAR files under ./data.
-        dataset, num_classes, image_size, seed, channels: as there.
+        data_dir: as for `training_root`.
+        dataset, num_classes, image_size, seed, channels: as for `load_training_images`.
 
     Returns:
         Images (N, channels, H, W) uint8 and labels (N,) int64.
@@ -303,10 +308,7 @@ def load_training_set(dataset, data_dir, num_classes, image_size, seed=0, channe
     Raises:
         InputError: no such folder, or one that does not fit.
     """
-    root = Path(data_dir or "data")
-    if data_dir is None and not (dataset in KINDS and (root / KINDS[dataset].base_folder).is_dir()):
-        fetch = " or --download" if dataset in KINDS else ""
-        raise InputError(f"--data-source: there are no training images at hand; give --data-dir with train/ in it{fetch}")
+    root = training_root(dataset, data_dir)
     if dataset in KINDS:
         return read_cifar(dataset, root, train=True)
     folder = _class_folder(root, num_classes, image_size, channels, ("train",))
@@ -336,11 +338,9 @@ def _class_folder(data_dir, num_classes, image_size, channels=3, splits=SPLITS):
     if root is None:
         if not Path(data_dir).is_dir():
             raise InputError(f"--data-dir '{data_dir}' is not a folder; give one with {' or '.join(splits)}/ in it")
-        have = " nor ".join(f"{split}/" for split in splits)
-        raise InputError(
-            f"--data-dir '{data_dir}' has {'neither' if len(splits) > 1 else 'no'} {have}; give a folder with one folder per "
-            "class in it"
-        )
+        have, where = (word.join(f"{split}/" for split in splits) for word in (" nor ", " or "))
+        found = f"has {'neither' if len(splits) > 1 else 'no'} {have}"
+        raise InputError(f"--data-dir '{data_dir}' {found}; put one folder per class into {where}")
 
     if channels not in (1, 3):
         raise InputError(f"--data-dir: the model takes {channels} channels and image files give 1 or 3; leave --data-dir out")
@@ -416,24 +416,6 @@ def read_mosaic(path, rows, columns):
 def read_slice():
     """The bundled 2,000 CIFAR-10 test images (2000, 3, 32, 32) uint8, the first 200 of each class, and labels."""
     return read_mosaic(ASSETS / "cifar10_test_2000.png", 40, 50), torch.arange(10).repeat_interleave(200)
-
-
-@contextmanager
-def full_precision():
-    """Context manager or decorator in which convolutions and matrix products compute in fp32, even where TF32 is the default of
-    a GPU or was set by the caller."""
-    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, whose settings refuse to be mixed with the older ones
-        operations, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
-    else:
-        operations, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
-    before = [getattr(operation, name) for operation in operations]
-    for operation in operations:
-        setattr(operation, name, exact)
-    try:
-        yield
-    finally:
-        for operation, value in zip(operations, before):
-            setattr(operation, name, value)
 
 
 def accuracy(model, test_set):

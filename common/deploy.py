@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import InputError
 from common.check import input_of
-from common.data import full_precision
+from common.device import full_precision
 from common.integer import IntegerNetwork
 from common.quant import QuantAct, QuantConv2d, QuantLinear, quantized_layers
 

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,3 +62,30 @@ def peak_memory(device):
     if peaks:  # unlike the resource usage, it knows nothing of the process that started this one
         return int(peaks[0].split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory():
+    """Bytes of memory that a process may take, what caches files included; 4 GB where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return 2**32
+
+
+@contextmanager
+def full_precision():
+    """Context manager or decorator in which convolutions and matrix products compute in fp32, even where TF32 is the default of
+    a GPU or was set by the caller."""
+    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, whose settings refuse to be mixed with the older ones
+        operations, name, exact = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        operations, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(operation, name) for operation in operations]
+    for operation in operations:
+        setattr(operation, name, exact)
+    try:
+        yield
+    finally:
+        for operation, value in zip(operations, before):
+            setattr(operation, name, value)

@@ -63,9 +63,10 @@ def save_quantized(student, path, meta):
     Args:
         student: from `common.quant.quantize`, with frozen activation ranges.
         path: file to write; replaced in one step.
-        meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, design, wbits, abits and
-            act_placement (and folded, if its BatchNorms are), `--eval` also method, dataset, mean and std. With another
-            act_placement than "relu" and "input", each activation is stored with its place.
+        meta: plain values; `load_quantized` needs arch, num_classes, image_size, channels, wbits, abits and
+            act_placement (also folded, if its BatchNorms are, and the design that `build` takes, if it takes one), `--eval`
+            also method, dataset, mean and std. With another act_placement than "relu" and "input", each activation is
+            stored with its place.
     """
     layers, activations, weights = {}, {}, set()
     for name, layer in quantized_layers(student, every_name=True):

@@ -204,7 +204,8 @@ def phases(run, student, generator, synthesize, optim_g, optim_q):
     """
     cfg, acts = run.cfg, quantized_activations(student)
     may_clip = acts and not cfg.clipped_ste and cfg.act_ranges != "learned"
-    run.rates = "--lr-g or --lr-q" + (", or add --clipped-ste," if may_clip else "")
+    rates = "--lr-q" if cfg.data_source == "real" else "--lr-g or --lr-q"
+    run.rates = rates + (", or add --clipped-ste," if may_clip else "")
     calibrated = cfg.calibrate_epochs if acts else 0
     tuned_from = cfg.calibrate_epochs if cfg.no_finetune else cfg.warmup_epochs
     parts = {"generator": generator, "optim_g": optim_g, "optim_q": optim_q}

@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common import InputError, first_line
-from common.data import full_precision
+from common.device import full_precision
 from common.trace import UNSEEN, baked_copy, batch_like, constants_of, nearly_equal, trace
 
 
@@ -42,7 +42,7 @@ def fold_batchnorm(model, example=None):
                 f"layer '{name}' is called {called.count(name)} times in the model's forward; give each call a layer of its own"
             )
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+        if node.op != "call_module" or type(modules[node.target]) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
         before = node.args[0]
         if before.op == "call_module" and type(modules[before.target]) is nn.Conv2d:

@@ -27,8 +27,8 @@ from common.trace import METADATA, compute_node, constants_of, overwriting
 
 LARGEST = 2**31 - 1
 HEADROOM = 4  # bits: fixed-point numbers may be 16 times as large as the largest activation range
-EXACT = "relu maxpool2d flatten reshape view permute transpose chunk split getitem cat concat pad dropout identity contiguous "
-EXACT += "squeeze unsqueeze zeropad2d pixelshuffle channelshuffle stack neg getattr"
+EXACT = "relu maxpool2d flatten reshape view permute transpose chunk split getitem cat concat pad identity contiguous dropout "
+EXACT += "squeeze unsqueeze zeropad2d pixelshuffle channelshuffle stack neg getattr dropout1d dropout2d dropout3d alphadropout"
 EXACT = METADATA | set(EXACT.split())  # what is computed in integers as it is
 CURVES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "hardsigmoid": F.hardsigmoid}  # by table, constant beyond +-16
 GATED = {"silu": "sigmoid", "hardswish": "hardsigmoid"}  # x times a curve
@@ -77,7 +77,7 @@ class IntegerNetwork:
         self.graph, self.modules = network.graph, dict(network.named_modules()) | {"": network}
         acts = dict(quantized_activations(network))
         largest = max(max(-act.low.item(), act.high.item()) for act in acts.values())
-        self.point = min(31 - HEADROOM - math.ceil(math.log2(largest)), 24)
+        self.point = min(31 - HEADROOM - math.ceil(math.log2(largest)), 24)  # 2 * END fits int32, too
         one = torch.tensor(2.0**self.point, dtype=torch.float64)
         self.acts = {name: multiplier(1 / (act.scale.double() * one)) for name, act in acts.items()}
         self.layers, layers = {}, dict(quantized_layers(network))

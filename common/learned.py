@@ -11,9 +11,9 @@ from torch import nn
 from common.quant import QuantAct, affine_parameters, fake_quantize, scale_, with_zero
 
 
-def search_parameters(rows, bits, steps=80, power=2.4, by=0.01, zero=False):
+def search_parameters(rows, bits, steps=80, by=0.01, zero=False):
     """Scale and zero point per row by BRECQ's search. It tries `steps` ranges, each narrower than the one before by `by` times
-    the full range, and takes the one whose absolute errors, raised to `power`, have the smallest mean.
+    the full range, and takes the one whose absolute errors, raised to 2.4, have the smallest mean.
 
     Args:
         rows: (R, N) float32.
@@ -29,7 +29,7 @@ def search_parameters(rows, bits, steps=80, power=2.4, by=0.01, zero=False):
     scale, zero_point = affine_parameters(low, high, bits)
     for step in range(steps):
         candidate = affine_parameters(low * (1 - by * step), high * (1 - by * step), bits)
-        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(power).mean(1, keepdim=True)
+        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(2.4).mean(1, keepdim=True)
         better, best = loss < best, torch.minimum(loss, best)
         scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
     return scale, zero_point

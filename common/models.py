@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from torchvision.ops import Conv2dNormActivation
 from common import InputError, first_line, replacing, timm_models
 from common.data import NORMALISATION
 from common.published import PUBLISHED, bundled_weights, locate_weights, torchvision_weights
-from common.timm_models import is_own, is_timm, stated
+from common.timm_models import is_timm, stated
+from common.trace import batch_like, nearly_equal
 
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which serve training only
@@ -183,6 +185,11 @@ def design_of(model):
     return "pytorchcv" if moved or bare else None
 
 
+def is_own(arch):
+    """Whether an --arch is code of the user's own."""
+    return ":" in arch and not is_timm(arch)
+
+
 def _build_own(arch, num_classes):
     module_name, _, factory_name = arch.partition(":")
     if "" not in sys.path:
@@ -196,7 +203,7 @@ def _build_own(arch, num_classes):
         model = factory(num_classes=num_classes) if takes_classes else factory()
     except Exception as error:
         what = f"--arch '{arch}' failed with {type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{what}; the factory must run with no argument but num_classes") from error
+        raise InputError(f"{what}; the factory is called with num_classes, if it takes that, and must run so") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
     return model
@@ -254,22 +261,46 @@ def probe(model, num_classes, image_size):
     """A small batch of zeros that `model` turns into logits.
 
     Raises:
-        InputError: the model fails on it, or returns anything but (2, num_classes) logits.
+        InputError: the model fails on it, returns anything but (2, num_classes) logits, answers differently each time, or lets
+            no gradient through to its images.
     """
     device = next(model.parameters()).device
     example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
+    images = batch_like(example, 2)
     try:
         with torch.no_grad():
-            logits = model(example)
+            logits, again = model(example), model(images.clone())
     except Exception as error:  # whatever the model's own code raises
         raise InputError(
             f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
             "--arch, and that the convolution which takes the images is the first one that is defined"
         ) from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
+    if not isinstance(logits, torch.Tensor):
+        what = f"the model returns a {type(logits).__name__}, expected logits (2, {num_classes}) for 2 images"
+        raise InputError(f"{what}; wrap it in a module whose forward returns the logits alone")
+    if (shape := tuple(logits.shape)) != (2, num_classes):
         raise InputError(f"the model returns {shape} for 2 images, expected (2, {num_classes}); check --num-classes and --arch")
+    if again.min() >= 0 and (again.sum(1) - 1).abs().max() < 1e-3:
+        raise InputError("the model returns probabilities; let it return the logits, without softmax")
+    _check_gradient(model, images, again)
     return example
+
+
+def _check_gradient(model, images, expected):
+    """Refuse a network that answers otherwise than `expected` for the same images, or no gradient of which reaches them."""
+    with torch.enable_grad():
+        leaf = images.clone().requires_grad_()
+        logits = model(leaf * 1)  # a network may work in place on what it is given
+        if not nearly_equal(logits, expected):
+            advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
+            raise InputError(f"the model answers differently each time; {advice}")
+        try:
+            (gradient,) = torch.autograd.grad(logits.sum(), leaf, allow_unused=True)
+        except RuntimeError:
+            gradient = None
+    if gradient is None:
+        advice = "take torch.no_grad(), detach() and the like out of its forward"
+        raise InputError(f"no gradient of the model's logits reaches its images, and images are made by gradients; {advice}")
 
 
 def load_teacher(arch, dataset, num_classes, image_size, weights=None):
@@ -325,7 +356,14 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
 
 
 def refuse_infinite(model, what):
-    """Raise an InputError that says `what` has weights or statistics that are not finite, where `model` has, and which."""
+    """Raise an InputError where a network has weights or statistics that are not finite, has none yet or cannot be changed;
+    `what` is what the error calls it."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{what} is a TorchScript module, which cannot be changed; give the nn.Module that it was made from")
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if lazy := [name for name, value in values.items() if torch.nn.parameter.is_lazy(value)]:
+        advice = "call it once on a batch of images before it is given"
+        raise InputError(f"{what} has '{lazy[0]}' of a lazy layer, which has no values yet; {advice}")
     odd = [name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if odd:
         raise InputError(f"{what} has values in '{odd[0]}' that are not finite; give other weights")
@@ -366,22 +404,27 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about TorchScript's archives
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
+        if "TorchScript" in str(error):
+            what = "is a TorchScript archive; save state_dict() of the network that it was made from"
+            raise InputError(f"--weights '{path}' {what}") from None
+        if other := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"holds a {other[1]}, and only tensors are read; save model.state_dict() alone"
+            raise InputError(f"--weights '{path}' {what}, or let the factory of --arch return the trained network") from None
         with path.open("rb") as file:
             magic = file.read(2)
         if magic in (b"PK", b"\x80\x02"):
-            raise InputError(
-                f"--weights '{path}' is truncated or holds more than tensors ({first_line(error)}); fetch it again, or save "
-                "model.state_dict() alone"
-            ) from None
+            raise InputError(f"--weights '{path}' is truncated or damaged ({first_line(error)}); fetch it again") from None
         raise InputError(f"--weights '{path}' is not a PyTorch checkpoint; give a file that torch.save wrote") from None
-    for key in ("state_dict", "model_state_dict", "model", "net"):
+    for key in ("state_dict", "model_state_dict", "model_state", "model", "net", "weights"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) and isinstance(k, str) for k, v in state.items())
     if not tensors or not state:
-        raise InputError(f"--weights '{path}' holds no dict of tensors; save model.state_dict() with torch.save")
+        found = f" but {', '.join(map(str, [*state][:5]))}" if isinstance(state, dict) and state else ""
+        raise InputError(f"--weights '{path}' holds no dict of tensors{found}; save model.state_dict() with torch.save")
     return state
 
 
@@ -456,6 +499,8 @@ def fit(model, state, path):
         InputError: another number of classes (both are named), or another architecture.
     """
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    if all(key.startswith("model.") for key in state) and not any(key.startswith("model.") for key in own):  # of Lightning
+        state = {key.removeprefix("model."): value for key, value in state.items()}
     different = [key for key in own if key in state and state[key].shape != own[key].shape]
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in model.state_dict()]
     last = next((key.rpartition(".")[0] for key in reversed(own) if key.endswith(".weight") and own[key].ndim > 1), "")

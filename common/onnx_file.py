@@ -97,11 +97,11 @@ def write_onnx(network, path, example, about):
         about: namespace with mean, std and arch, which the file keeps as text.
     """
     network, small = copy.deepcopy(network), set()
-    modules = dict(network.named_modules())
+    modules, layers = dict(network.named_modules()), dict(quantized_layers(network))
     for node in list(network.graph.nodes):
-        if node.op == "call_module" and node.target in dict(quantized_layers(network)):
-            network.set_submodule(node.target, Layer(modules[node.target]))
-            small |= {f"{node.target}.codes", f"{node.target}.zero_point"} if modules[node.target].bits <= 4 else set()
+        if node.op == "call_module" and node.target in layers:
+            network.set_submodule(node.target, Layer(layers[node.target]))
+            small |= {f"{node.target}.codes", f"{node.target}.zero_point"} if layers[node.target].bits <= 4 else set()
     for name, module in modules.items():
         if isinstance(module, QuantAct):
             network.set_submodule(name, Activation(module))

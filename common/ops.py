@@ -193,7 +193,7 @@ def upsample_conv(x, conv):
     return interleave(phases).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
-def weighted_operation(operation, x, y, weight=None, shared=None):
+def weighted_operation(operation, x, y, weight, shared):
     """`weight * operation(x, y)` for an operation that up-samples, normalises, activates and convolves, in a faster order.
 
     All operations on x share its normalisation. Nearest interpolation, with which a 1x1 convolution and everything before it
@@ -214,7 +214,6 @@ def weighted_operation(operation, x, y, weight=None, shared=None):
     if _plain:
         output = operation(x, y)
         return output if weight is None else weight * output
-    shared = {} if shared is None else shared
     bilinear, conv = operation.upsampling == "bilinear", operation.conv
     if bilinear not in shared:
         shared[bilinear] = operation.norm.bn(upsample(x, "bilinear") if bilinear else x)

@@ -19,7 +19,8 @@ class Progress(bars.tqdm):
     def __init__(self, *args, **kwargs):
         self.in_log, self.drawn = not sys.stderr.isatty(), time.monotonic()
         width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-        super().__init__(*args, **{"ncols": width, "file": sys.stderr, "bar_format": LINE, **kwargs})
+        desc = f"{kwargs.pop('desc')}: " if "desc" in kwargs else None  # as `set_description` writes it
+        super().__init__(*args, **{"ncols": width, "file": sys.stderr, "bar_format": LINE, "desc": desc, **kwargs})
 
     def refresh(self, *args, **kwargs):
         if not self.in_log:

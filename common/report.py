@@ -31,16 +31,6 @@ def load(cfg):
     return teacher, source
 
 
-def alone(cfg, name):
-    """The arguments for another network than --arch, by name or "arch=weights": its own normalisation is to be found, unless it
-    is that network after all."""
-    arch, _, weights = name.partition("=")
-    own = {"arch": arch, "weights": weights or None}
-    if (arch, own["weights"]) != (cfg.arch, cfg.weights):
-        own |= {"mean": None, "std": None}
-    return altered(cfg, **own)
-
-
 def prepare(cfg, **about):
     """What every script's main begins with: load the network and the test set, and say what they are.
 
@@ -123,9 +113,9 @@ def draw_images(run, labels, seed):
         return images[torch.argsort(order).to(run.device)]
 
 
-def save_samples(run, path, columns=8, most_rows=100):
-    """A grid of synthetic images, one row per class (evenly chosen classes where there are more than `most_rows`)."""
-    rows = min(run.cfg.num_classes, most_rows if run.cfg.image_size <= SMALL_IMAGE else 20)
+def save_samples(run, path, columns=8):
+    """A grid of synthetic images, one row per class; of more than 100 classes, or 20 of large images, a choice."""
+    rows = min(run.cfg.num_classes, 100 if run.cfg.image_size <= SMALL_IMAGE else 20)
     labels = torch.linspace(0, run.cfg.num_classes - 1, rows).round().long().repeat_interleave(columns)
     save_grid(draw_images(run, labels, seed=0).cpu(), run.cfg, path, columns)
 

@@ -1,4 +1,5 @@
-"""One run of a method: its folder, seeds, device and precision, epochs, checkpoints, resuming. It knows no method."""
+"""One run of a method: its folder, seeds, device and precision, epochs, checkpoints, resuming. Of the
+methods it knows only the names of their files."""
 
 import json
 import os

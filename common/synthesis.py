@@ -17,7 +17,7 @@ import torch
 from common import InputError, first_line
 from common.capture import pick_capture
 from common.cli import altered, fill_in, resumable, whole
-from common.data import fixed_paths
+from common.data import fixed_paths, training_root
 from common.device import pick_device
 from common.distributed import together, wait_for_all
 from common.images import draw_grid, noise, read_images, real_images, renormalise, write_images
@@ -75,8 +75,8 @@ def complete(cfg):
         raise InputError(f"--classes names {cfg.classes[-1]}, and {there}; give some of these")
     if cfg.classes and cfg.labels == "balanced" and cfg.count < len(cfg.classes):
         raise InputError(f"--classes names {len(cfg.classes)} classes and --count is {cfg.count}; raise it or name fewer")
-    if cfg.data_source == "real" and cfg.data_dir is None:
-        raise InputError("--data-source real needs training images; give --data-dir with train/, one folder per class")
+    if cfg.data_source == "real" and not cfg.download:
+        training_root(cfg.dataset, cfg.data_dir)
     if cfg.part and cfg.task != "synth":
         raise InputError(f"--task {cfg.task} runs in one process; make the images with --task synth, which runs in several")
     if cfg.part and cfg.part[0]:

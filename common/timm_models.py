@@ -11,11 +11,6 @@ def is_timm(arch):
     return arch.startswith("timm:")
 
 
-def is_own(arch):
-    """Whether an --arch is code of the user's own."""
-    return ":" in arch and not is_timm(arch)
-
-
 def _find(arch):
     """timm, and the name and the configuration of its network `arch`, "timm:NAME"; NAME may end in a tag of pretrained weights.
 

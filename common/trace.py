@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from common import InputError, first_line
 from common.activations import is_activation, kind_of
-from common.data import full_precision
+from common.device import full_precision
 
 EXAMPLES = (2, 3)  # batch sizes: what differs between them depends on the batch size, all else is a constant
 UNSEEN = 4  # images in the batch on which a graph must compute what its network computes

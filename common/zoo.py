@@ -5,9 +5,10 @@ from torch import nn
 
 from common import InputError
 from common.bns import BatchNormStatistics
+from common.cli import alone
 from common.data import as_tensors
 from common.models import input_channels, load_teacher, probe
-from common.report import alone, per_channel
+from common.report import per_channel
 from common.trace import memory_layout
 
 

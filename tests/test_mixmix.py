@@ -554,7 +554,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*data, "--task", "kd", "--ce-weight", 2], "--ce-weight has no effect with --task kd and --data-source mixmix"),
         ([*tiny, "--classes", "4-2"], "--classes is '4-2'; give class numbers and ranges of them"),
         ([*tiny, "--classes", "0", "3-5"], "--classes names 5, and the classes of --dataset folder are 0 to 4"),
-        ([*data, "--task", "synth", "--data-source", "real"], "needs training images; give --data-dir"),
+        ([*data, "--task", "synth", "--data-source", "real"], "no training images at hand; give --data-dir"),
         ([*tiny, "--qat-lr", 1], "--qat-lr has no effect with --task synth"),
         ([*tiny, "--count", 2, "--classes", "0-2"], "--classes names 3 classes and --count is 2; raise it or name fewer"),
         ([*data, "--images", "other.npz", "--iterations", 3], "--iterations has no effect with --images"),

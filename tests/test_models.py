@@ -2,12 +2,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher
+from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher, probe, refuse_infinite
 from common.quant import quantized_activations
 
 
@@ -139,6 +140,49 @@ def test_only_what_wraps_a_whole_network_is_taken_off_its_keys():
         assert canonical({wrapper + key: value for key, value in bare.items()}, "own:net")[0] == bare
 
 
+def test_a_checkpoint_of_lightning_loads(tmp_path):
+    expected = randomised(build("resnet20", 10, 32))
+    state = {f"model.{key}": value for key, value in expected.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "lightning.ckpt")
+    model = load_teacher("resnet20", "cifar10", 10, 32, str(tmp_path / "lightning.ckpt"))[0]
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize(
+    "forward, words",
+    [
+        (lambda net, x: net(x.detach()), "no gradient of the model's logits reaches its images"),
+        (lambda net, x: torch.no_grad()(net)(x), "no gradient of the model's logits reaches its images"),
+        (lambda net, x: F.dropout(net(x), 0.3), "answers differently each time; pass training=self.training"),
+        (lambda net, x: net(x).softmax(1), "returns probabilities; let it return the logits"),
+        (lambda net, x: (net(x), x), "returns a tuple, expected logits .* wrap it"),
+        (lambda net, x: net(x.sub_(0.5)), None),
+    ],
+)
+def test_networks_whose_forward_serves_no_gradients_are_refused(forward, words):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = build("resnet20", 10, 32).eval().requires_grad_(False)
+
+        def forward(self, x):
+            return forward(self.net, x)
+
+    model, state = Own(), torch.get_rng_state()
+    if words is None:
+        assert probe(model, 10, 32).shape == (2, 3, 32, 32) and torch.equal(torch.get_rng_state(), state)
+    else:
+        with pytest.raises(InputError, match=words):
+            probe(model, 10, 32)
+
+
+def test_networks_that_are_no_plain_modules_yet_are_refused():
+    with pytest.raises(InputError, match="the network is a TorchScript module"):
+        refuse_infinite(torch.jit.script(nn.Linear(2, 2)), "the network")
+    with pytest.raises(InputError, match="the network has '0.weight' of a lazy layer"):
+        refuse_infinite(nn.Sequential(nn.LazyLinear(2)), "the network")
+
+
 def test_own_factory(tmp_path, monkeypatch):
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\ndef make(num_classes):\n    return nn.Linear(3, num_classes)\ndef bad():\n    return 1\n"
@@ -161,13 +205,17 @@ def test_weights_that_do_not_fit(tmp_path):
     state["fc.bias"][3] = torch.nan
     torch.save(state, tmp_path / "nan.pt")
     torch.save({"module": nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    torch.save({"ema": {"fc.bias": torch.zeros(10)}, "epoch": 3}, tmp_path / "nested.pt")
     for arch, classes, weights, words in [
         ("resnet20", 10, tmp_path / "absent.pt", "is not a file"),
         ("resnet20", 10, tmp_path / "cut.pt", "truncated"),
         ("resnet20", 10, tmp_path / "text.pt", "not a PyTorch checkpoint"),
         ("resnet20", 10, tmp_path / "list.pt", "no dict of tensors"),
         ("resnet20", 10, tmp_path / "nan.pt", "'fc.bias' .* not finite"),
-        ("resnet20", 10, tmp_path / "pickled.pt", "more than tensors"),
+        ("resnet20", 10, tmp_path / "pickled.pt", "holds a torch.nn.modules.linear.Linear, and only tensors are read"),
+        ("resnet20", 10, tmp_path / "script.pt", "is a TorchScript archive"),
+        ("resnet20", 10, tmp_path / "nested.pt", "no dict of tensors but ema, epoch;"),
         ("resnet20", 100, good, "are for 10 classes and the data set has 100"),
         ("resnet32", 10, good, "another architecture"),
         ("resnet18", 10, good, "another architecture"),

@@ -32,7 +32,7 @@ def test_weighted_operations_equal_the_plain_form_in_value_and_gradient():
     fast = [weighted_operation(operation, x, y, weight, shared) for operation, weight in each]
     torch.testing.assert_close(fast, plain)
     with plain_forms():
-        assert all(torch.equal(weighted_operation(o, x, y, weight), output) for (o, weight), output in zip(each, plain))
+        assert all(torch.equal(weighted_operation(o, x, y, weight, {}), output) for (o, weight), output in zip(each, plain))
     upstream = [torch.randn_like(output) for output in plain]
     for a, b in zip(*(torch.autograd.grad(outputs, sources, upstream) for outputs in (plain, fast))):
         torch.testing.assert_close(a, b)

@@ -278,6 +278,13 @@ def test_folding_is_checked_and_batch_statistics_are_left():
         torch.testing.assert_close(fold_batchnorm(net, X)(X), net(X), atol=1e-4, rtol=1e-4)
 
 
+def test_synchronised_batchnorms_are_folded():
+    net, twin = trained(FunctionalNet()), trained(FunctionalNet())
+    folded = fold_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(twin), X)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+    torch.testing.assert_close(folded(X), net(X), atol=1e-4, rtol=1e-4)
+
+
 def test_frozen_batchnorms_count():
     """Their statistics are used, whatever the flag says afterwards."""
     net, x = trained(FunctionalNet()), X

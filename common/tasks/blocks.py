@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common.activations import is_activation, kind_of
 from common.cli import one_of, whole
 from common.quant import ACT_PREFIX, QuantAct
+from common.supported import LAYERS
 from common.trace import METADATA, compute_node
 
-LAYERS = (nn.Conv2d, nn.Linear)
 ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul"}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.data import full_precision
+from common.device import full_precision
 from common.images import read_images
 from common.progress import Progress
 from common.report import print_rows, show_finished, write_result

@@ -147,7 +147,7 @@ def compress(model, images, cfg, run=None, added=None):
         run.log(loss_q=loss)
 
     step = run.capture(iteration, *((sgd, adam) if images is None else (sgd,)))
-    run.rates = "--kd-lr or --kd-lr-g"
+    run.rates = "--kd-lr or --kd-lr-g" if images is None else "--kd-lr"
     for epoch in run.epochs(cfg.kd_epochs, student, synthesize, iters=cfg.kd_iters, **stateful):
         sgd.param_groups[0]["lr"] = cfg.kd_lr * 0.1 ** sum(5 * epoch >= part * cfg.kd_epochs for part in (2, 4))
         chosen = terms.choose(epoch) if terms else None

@@ -32,7 +32,7 @@ from common.folding import fold_batchnorm
 from common.models import fit, read_weights
 from common.progress import Progress
 from common.run import Run
-from common.supported import check_layers
+from common.supported import LAYERS, check_layers
 
 # what works on each channel alone, beside activations and depthwise convolutions; names as `kind_of` has them
 CHANNELWISE = {"identity", "dropout", "dropout2d", "maxpool2d", "avgpool2d", "adaptiveavgpool2d", "adaptivemaxpool2d"}
@@ -64,7 +64,7 @@ def complete(cfg):
 
 def weighted_layers(network):
     """The convolutions and linear layers of a network, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    return {name: module for name, module in network.named_modules() if isinstance(module, LAYERS)}
 
 
 def give_biases(network):
@@ -81,8 +81,8 @@ def plan(model, cfg, run):
     check_layers(folded)
     if cfg.prune == "structured" and not removable(folded):
         raise InputError(
-            "--prune structured: the network has no convolution whose channels can be removed alone, because sums, products or "
-            "the classifier take them all; give --prune unstructured"
+            "--prune structured: the network has no convolution whose channels can be removed alone, because sums, products, "
+            "grouped convolutions, norms other than nn.BatchNorm2d or the classifier take them all; give --prune unstructured"
         )
     return run.place(give_biases(folded))
 
@@ -154,9 +154,7 @@ def observe_layer(name, full, pruned, images, cfg):
         pruned(part)
         full(part)
         y = vectors(layer, seen["y"])
-        places = torch.zeros(len(y), 1, dtype=torch.int64, device=y.device)
-        if isinstance(layer, nn.Conv2d) or y.shape[2] > 1:
-            places = torch.rand(len(y), y.shape[2], device=y.device).argsort(1)[:, : cfg.points]
+        places = torch.rand(len(y), y.shape[2], device=y.device).argsort(1)[:, : cfg.points]
         inputs.append(patches(layer, seen["x"], places))
         targets.append(pick(y, places))
     for hook in hooks:

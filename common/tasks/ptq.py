@@ -35,7 +35,6 @@ import functools
 import time
 
 import torch
-from torch import nn
 
 from common import replacing
 from common.check import describe
@@ -45,6 +44,7 @@ from common.learned import AdaRound, LearnedStep, begin_steps
 from common.progress import Progress
 from common.quant import QuantAct, quantize
 from common.run import Run, seed_of_part
+from common.supported import LAYERS
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 
 STUDENT = "quantized"  # what the network is called in the table of a run
@@ -126,9 +126,9 @@ def reconstruct_steps(block, steps, modules, x, target, run, bar):
 
 
 @torch.no_grad()
-def output_of(block, x, modules, size=256):
-    """The block's output for x (N, ...) without quantized activations, computed in parts of `size` images."""
-    return torch.cat([block(part, modules, quantize_activations=False) for part in x.split(size)])
+def output_of(block, x, modules):
+    """The block's output for x (N, ...) without quantized activations, computed in parts of 256 images."""
+    return torch.cat([block(part, modules, quantize_activations=False) for part in x.split(256)])
 
 
 def made_once(run, stage, index, make):
@@ -171,7 +171,7 @@ def compress(model, images, cfg, run=None):
         return {name: modules[name] for name in names if isinstance(modules[name], kind)}
 
     def rounded(block, x, target, learn):
-        layers = calls(block, (nn.Conv2d, nn.Linear))
+        layers = calls(block, LAYERS)
         roundings = {name: AdaRound(layer.weight, layer.bits, layer.zero).to(run.device) for name, layer in layers.items()}
         if learn:
             reconstruct_weights(block, roundings, modules, x, target, run, bar)
@@ -188,7 +188,7 @@ def compress(model, images, cfg, run=None):
     for index, block in enumerate(blocks):
         bar.set_description(f"weights {index + 1}/{len(blocks)}, {block.name}", refresh=False)
         target = output_of(block, x_full, full)
-        only_first = index == 0 and len(calls(block, (nn.Conv2d, nn.Linear))) == 1
+        only_first = index == 0 and len(calls(block, LAYERS)) == 1
         make = functools.partial(rounded, block, x, target, learn=not only_first)
         for name, (weight, scale, zero_point) in made_once(run, "weights", index, make).items():
             modules[name].pack(weight, scale, zero_point)

@@ -23,7 +23,7 @@ What MixMix leaves open, and what this code does:
     first and last layer  weights and inputs: --ends-bits                   as LSQ has it
 
 `--qat-recipe short` is what common/finetune.py has instead: the weights' own extremes per channel, activation steps that begin
-with a search, Adam; features are what the BatchNorms return, before the activation is rounded, not the blocks. The images are
+with a search, AdamW; features are what the BatchNorms return, before the activation is rounded, not the blocks. The images are
 shifted, mirrored and mixed in pairs, so that a few hundred are enough.
 """
 

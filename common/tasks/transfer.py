@@ -2,11 +2,11 @@
 --targets with the images of each of --images."""
 
 from common import InputError
-from common.cli import resumable
+from common.cli import alone, resumable
 from common.data import accuracy, find_test_set
 from common.images import read_images, renormalise
 from common.models import input_channels
-from common.report import alone, load, print_rows, show_finished, write_result
+from common.report import load, print_rows, show_finished, write_result
 from common.run import Run
 from common.tasks import ptq
 

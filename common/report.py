@@ -279,7 +279,7 @@ def check(cfg, compress):
 
 def evaluate_file(cfg):
     """--eval: accuracy of a quantized.pt; data set, normalisation and sizes are the file's, the images --data-dir's. With it
-    --export and --integer-check."""
+    --export, which needs no images, and --integer-check."""
     check_export(cfg)
     meta = read_quantized(cfg.eval)["meta"]
     if missing := [name for name in ("method", "dataset", "mean", "std") if meta.get(name) is None]:
@@ -290,11 +290,12 @@ def evaluate_file(cfg):
         torch.set_num_threads(cfg.threads)
     student = load_quantized(cfg.eval, own).to(device)
     test_set = find_test_set(altered(cfg, **meta), device, meta["channels"])
-    if test_set is None:
-        raise InputError(f"--eval {cfg.eval} needs test images of {meta['dataset']}; give --data-dir")
-    top1, top5, _ = evaluate(student, test_set)
-    size = Path(cfg.eval).stat().st_size / 1024
+    if test_set is None and (cfg.export is None or cfg.integer_check):
+        raise InputError(f"--eval {cfg.eval} needs test images; give --data-dir")
+    found, size = {}, Path(cfg.eval).stat().st_size / 1024
     print(f"{cfg.eval}: {meta['method']} {meta['arch']} w{meta['wbits']}a{meta['abits']}, {describe(student)}, {size:.0f} KB")
-    print(f"top-1 accuracy {top1:.2f} %{top5_text(top5)} of {test_set.count:,} test images from {test_set.name}")
-    found = {"top1": top1} | ({} if top5 is None else {"top5": top5}) | {"images": test_set.count}
+    if test_set is not None:
+        top1, top5, _ = evaluate(student, test_set)
+        print(f"top-1 accuracy {top1:.2f} %{top5_text(top5)} of {test_set.count:,} test images from {test_set.name}")
+        found = {"top1": top1} | ({} if top5 is None else {"top5": top5}) | {"images": test_set.count}
     return found | deploy(student, cfg, cfg.eval, argparse.Namespace(**meta), test_set)

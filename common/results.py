@@ -61,16 +61,20 @@ HEADER = """# Results
 of its `result.json`, the arguments and versions of its `config.json`, and its accuracy by epoch from `metrics.jsonl`. Other
 measurements, such as how settings were chosen, speed and most of MixMix's tasks, are in [MEASUREMENTS.md](MEASUREMENTS.md).
 
-Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is before the student
-learns. Quote the last epoch; the best one is chosen on the test images and stands there for comparison. "Drop" is what the
-last epoch lost from full precision, in points. "Published" is the loss that has been published for the method, and "best
-published" for any method whose ranges are those of a tensor or channel (SynQ at 3 and 4 bits, AdaDFQ + AKT at 5; without
-Qimera + ZAQ, whose 93.91 % at 4 bits exceed full precision): both with CIFAR-10's ResNet-20 of 93.89 %, after 80,000
-iterations (SynQ: 20,000), and most from the best epoch. Minutes are those of training; other runs may have had a share of the
-machine. KB is the size of the written network.
+Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is once the activation
+ranges are set, before the quantized network (the student) is trained. Quote the last epoch; the best one is chosen on the test
+images and is given for comparison only. "Drop" is what the last epoch lost from full precision, in points. "Published" is the
+loss published for the method. "Best published" is the smallest loss published for any method that quantizes activations per
+tensor and weights per tensor or channel: SynQ at 3 and 4 bits, AdaDFQ with the add-on AKT at 5. Qimera + ZAQ is left out, whose
+93.91 % at 4 bits exceed full precision. Both are for CIFAR-10's ResNet-20 of 93.89 %, after 80,000 iterations (SynQ: 20,000),
+and most from the best epoch. Minutes are those of training; other runs may have had a share of the machine. KB is the size of
+the written network. `amx_bf16` and `avx512_bf16` are CPUs with AMX and with no more than AVX512-BF16.
 
 A command stands above each table. The other rows differ from it in the script, `--bits` and `--seed`, and in the flags shown in
-the method column. `DIR` is a folder with the test images.
+the method column. `DIR` is a folder with the test images. Names after `--images` stand for sets of images, which you give as a
+folder of your own: `both` is MixMix's, `single`, `kw` and `zeroq` are those of ResNet-20 alone by three losses, `own` those of
+the compressed network alone, `noise` is noise, and `real`, `real-s1` and `real-s2` are draws of training images ([how they were
+made](MEASUREMENTS.md#mixmix)).
 """
 OVERVIEW = """## Points lost, by length of training
 
@@ -249,7 +253,8 @@ def table(runs):
     numbers = re.findall(r"\d+", first_bits)
     bits = [f"--{kind}bits {number}" for kind, number in zip("wa" if len(numbers) == 2 else [""], numbers)]
     command = " ".join([f"python {first_method}.py", *bits, *common, *own, f"--seed {runs[0]['seed']}"])
-    lines = [f"## {arguments['arch']} on {arguments['dataset']}" + "".join(f", {flag}" for flag in protocol), ""]
+    processor = runs[0]["machine"]["processor"] or "machine not recorded"
+    lines = [", ".join([f"## {arguments['arch']} on {arguments['dataset']}", *protocol, processor]), ""]
     lines += ["; ".join(filter(None, shown)) + f"; versions: {all_of(versions)}.", "", "```bash", command, "```", ""]
     lines += [f"| {HEADS} |", "|---" * (HEADS.count("|") + 1) + "|"]
     for (bits, method, flags), seeds in rows.items():

@@ -80,7 +80,7 @@ from common.capture import compiled
 from common.cli import Parser, alone, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
-from common.models import SMALL_IMAGE, default_weights, input_channels, probe
+from common.models import SMALL_IMAGE, default_weights, input_channels, probe, refuse_undifferentiable
 from common.ops import box_mix
 from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
@@ -385,8 +385,11 @@ def load_source(cfg):
     if cfg.zoo_sample > len(zoo):
         names = ", ".join(model.name for model in zoo)
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
-    if cfg.low_iterations and cfg.data_source not in synthesis.READY:
-        refuse_fixed_size(zoo, cfg)
+    if cfg.data_source not in synthesis.READY:
+        for model in zoo:
+            refuse_undifferentiable(model.model, probe(model.model, cfg.num_classes, cfg.image_size))
+        if cfg.low_iterations:
+            refuse_fixed_size(zoo, cfg)
     return zoo
 
 

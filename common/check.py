@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from common.activations import full_precision_activations
+from common.activations import FULL_PRECISION, Calls, full_precision_activations, name_of
 from common.export import save_quantized, saved_bytes
 from common.quant import QuantAct, quantized_activations, quantized_layers
 from common.supported import LAYERS
@@ -21,6 +21,7 @@ UNCHANGED_BY |= set("flatten reshape view permute transpose chunk split contiguo
 UNCHANGED_BY_MODULES = (
     nn.MaxPool2d, nn.ZeroPad2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle,
 )  # fmt: skip
+NORMS, ADDS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm"), ("add", "iadd")
 HEADS = ("layer", "kind", "weight", "bits", "weights", "multiply-adds", "input")
 
 
@@ -96,24 +97,29 @@ def layer_rows(student, example):
     return list(rows.values())
 
 
-def in_full_precision(student, rows, cfg):
-    """What is not quantized and why, a list of lines."""
-    modules = list(student.modules())
+def in_full_precision(student, rows, cfg, example):
+    """What is not quantized and why, a list of lines; `example` is a batch that the student takes."""
+    with torch.no_grad(), Calls(student) as calls:
+        student(example)
+    quantizing = (QuantAct, *LAYERS, type(None))  # the last quantizes all weights, in front of the network
+    called = [call for call in calls.found if not isinstance(call.module, quantizing)]
+    names = Counter(name_of(call.function) for call in called)
     lines = []
     if any("full precision" in row[-1] for row in rows):
         reasons = {"blocks": "the network's input is not quantized, nor are averages of quantized values"}
         reason = reasons.get(cfg.act_placement, "only results of activation functions are quantized")
         lines.append(f"inputs listed as full precision: {reason}; --act-placement input quantizes what layers receive")
-    for name, count in sorted(full_precision_activations(student).items()):
+    activations = full_precision_activations(student)
+    if not isinstance(student, fx.GraphModule):  # its modules do not show what its forward calls
+        activations = {name: names[name.lower()] for name in FULL_PRECISION if names[name.lower()]}
+    for name, count in sorted(activations.items()):
         lines.append(f"{count} {name}: no quantizer for it, as for the gates of squeeze-and-excitation")
-    batchnorms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
-    others = {f"{batchnorms} BatchNorm": batchnorms, "biases": any(getattr(m, "bias", None) is not None for m in modules)}
-    if isinstance(student, fx.GraphModule):
-        adds = [n for n in student.graph.nodes if getattr(n.target, "__name__", n.target) in ("add", "iadd", "add_")]
-        sums = sum(len(n.all_input_nodes) > 1 for n in adds)
-        others[f"{sums} residual sums"] = sums
-    names = [name for name, there in others.items() if there]
-    return lines + [f"{', '.join([*names, 'the logits'])}: computed in float32, as in the papers"]
+    others = [f"{names[name.lower()]} {name}" for name in NORMS if names[name.lower()]]
+    others += ["biases"] * any(getattr(m, "bias", None) is not None for m in student.modules())
+    sums = sum(name_of(c.function) in ADDS and all(isinstance(x, torch.Tensor) for x in c.args[:2]) for c in called)
+    others += [f"{sums} residual sum{'s' * (sums > 1)}"] * (sums > 0)
+    others += [f"{products} products of attention"] if (products := 2 * names["scaleddotproductattention"]) else []
+    return lines + [f"{', '.join([*others, 'the logits'])}: computed in float32, as in the papers"]
 
 
 def print_check(teacher, student, example, cfg):
@@ -140,7 +146,7 @@ def print_check(teacher, student, example, cfg):
     if quantized:
         bits = Counter(act.bits for _, act in quantized_activations(student))
         print("activations quantized: " + ", ".join(f"{count} to {bits} bits" for bits, count in sorted(bits.items())))
-        lines = in_full_precision(student, rows, cfg)
+        lines = in_full_precision(student, rows, cfg, example)
         print("in full precision:\n  " + "\n  ".join(lines))
         with tempfile.TemporaryDirectory() as folder:
             save_quantized(student, Path(folder) / "quantized.pt", {"arch": cfg.arch, "act_placement": cfg.act_placement})

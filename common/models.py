@@ -261,15 +261,14 @@ def probe(model, num_classes, image_size):
     """A small batch of zeros that `model` turns into logits.
 
     Raises:
-        InputError: the model fails on it, returns anything but (2, num_classes) logits, answers differently each time, or lets
-            no gradient through to its images.
+        InputError: the model fails on it, returns anything but (2, num_classes) logits, or answers differently each time.
     """
     device = next(model.parameters()).device
     example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
     images = batch_like(example, 2)
     try:
         with torch.no_grad():
-            logits, again = model(example), model(images.clone())
+            logits, once, again = model(example), model(images.clone()), model(images.clone())
     except Exception as error:  # whatever the model's own code raises
         raise InputError(
             f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
@@ -282,25 +281,24 @@ def probe(model, num_classes, image_size):
         raise InputError(f"the model returns {shape} for 2 images, expected (2, {num_classes}); check --num-classes and --arch")
     if again.min() >= 0 and (again.sum(1) - 1).abs().max() < 1e-3:
         raise InputError("the model returns probabilities; let it return the logits, without softmax")
-    _check_gradient(model, images, again)
+    if not nearly_equal(again, once):
+        advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
+        raise InputError(f"the model answers differently each time; {advice}")
     return example
 
 
-def _check_gradient(model, images, expected):
-    """Refuse a network that answers otherwise than `expected` for the same images, or no gradient of which reaches them."""
+def refuse_undifferentiable(model, example):
+    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`."""
+    why = "none reaches them"
     with torch.enable_grad():
-        leaf = images.clone().requires_grad_()
-        logits = model(leaf * 1)  # a network may work in place on what it is given
-        if not nearly_equal(logits, expected):
-            advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
-            raise InputError(f"the model answers differently each time; {advice}")
-        try:
-            (gradient,) = torch.autograd.grad(logits.sum(), leaf, allow_unused=True)
-        except RuntimeError:
-            gradient = None
-    if gradient is None:
-        advice = "take torch.no_grad(), detach() and the like out of its forward"
-        raise InputError(f"no gradient of the model's logits reaches its images, and images are made by gradients; {advice}")
+        images = batch_like(example, 2).requires_grad_()
+        try:  # of a copy, for a network may work in place on what it is given
+            if torch.autograd.grad(model(images * 1).sum(), images, allow_unused=True)[0] is not None:
+                return
+        except RuntimeError as error:
+            why = first_line(error) if "inplace" in str(error) else why
+    advice = "its forward may have no torch.no_grad(), no detach(), and no step in place on a value that is used again"
+    raise InputError(f"images cannot be made by the model's gradients ({why}); {advice}")
 
 
 def load_teacher(arch, dataset, num_classes, image_size, weights=None):
@@ -411,7 +409,7 @@ def read_weights(path):
             what = "is a TorchScript archive; save state_dict() of the network that it was made from"
             raise InputError(f"--weights '{path}' {what}") from None
         if other := re.search(r"GLOBAL (\S+)", str(error)):
-            what = f"holds a {other[1]}, and only tensors are read; save model.state_dict() alone"
+            what = f"holds more than tensors ({other[1]}), which is not read; save model.state_dict() alone"
             raise InputError(f"--weights '{path}' {what}, or let the factory of --arch return the trained network") from None
         with path.open("rb") as file:
             magic = file.read(2)

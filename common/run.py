@@ -19,7 +19,7 @@ from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, 
 from common.data import evaluate
 from common.device import computes_bf16, peak_memory, pick_device, processor, synchronise
 from common.learned import learned_steps
-from common.models import probe, refuse_infinite
+from common.models import probe, refuse_infinite, refuse_undifferentiable
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 
@@ -116,12 +116,14 @@ class Run:
         A network that cannot be computed in channels-last has the whole run in PyTorch's own layout, and the run says so.
 
         Raises:
-            InputError: the network fails on images of the size that the run's arguments say, returns other logits, or has
-                weights or statistics that are not finite.
+            InputError: the network fails on images of the size that the run's arguments say, returns other logits, has
+                weights or statistics that are not finite, or lets no gradient through to images that are to be made.
         """
         refuse_infinite(model, "the network")
         model = baked_copy(model).eval().requires_grad_(False).to(self.device, torch.float32)
         example = probe(model, self.cfg.num_classes, self.cfg.image_size)
+        if getattr(self.cfg, "data_source", "real") not in ("real", "noise") and not getattr(self.cfg, "images", None):
+            refuse_undifferentiable(model, example)
         self._settle_layout(model, example)
         return self.place(model), example
 

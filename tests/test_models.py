@@ -8,7 +8,17 @@ from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher, probe, refuse_infinite
+from common.models import (
+    BasicBlock,
+    ZeroPadShortcut,
+    build,
+    canonical,
+    design_of,
+    load_teacher,
+    probe,
+    refuse_infinite,
+    refuse_undifferentiable,
+)
 from common.quant import quantized_activations
 
 
@@ -151,8 +161,9 @@ def test_a_checkpoint_of_lightning_loads(tmp_path):
 @pytest.mark.parametrize(
     "forward, words",
     [
-        (lambda net, x: net(x.detach()), "no gradient of the model's logits reaches its images"),
-        (lambda net, x: torch.no_grad()(net)(x), "no gradient of the model's logits reaches its images"),
+        (lambda net, x: net(x.detach()), "none reaches them"),
+        (lambda net, x: torch.no_grad()(net)(x), "none reaches them"),
+        (lambda net, x: net(x) + (y := x.relu()).mul_(y).mean(), "modified by an inplace operation"),
         (lambda net, x: F.dropout(net(x), 0.3), "answers differently each time; pass training=self.training"),
         (lambda net, x: net(x).softmax(1), "returns probabilities; let it return the logits"),
         (lambda net, x: (net(x), x), "returns a tuple, expected logits .* wrap it"),
@@ -170,10 +181,11 @@ def test_networks_whose_forward_serves_no_gradients_are_refused(forward, words):
 
     model, state = Own(), torch.get_rng_state()
     if words is None:
-        assert probe(model, 10, 32).shape == (2, 3, 32, 32) and torch.equal(torch.get_rng_state(), state)
+        refuse_undifferentiable(model, probe(model, 10, 32))
+        assert torch.equal(torch.get_rng_state(), state)
     else:
         with pytest.raises(InputError, match=words):
-            probe(model, 10, 32)
+            refuse_undifferentiable(model, probe(model, 10, 32))
 
 
 def test_networks_that_are_no_plain_modules_yet_are_refused():
@@ -213,7 +225,7 @@ def test_weights_that_do_not_fit(tmp_path):
         ("resnet20", 10, tmp_path / "text.pt", "not a PyTorch checkpoint"),
         ("resnet20", 10, tmp_path / "list.pt", "no dict of tensors"),
         ("resnet20", 10, tmp_path / "nan.pt", "'fc.bias' .* not finite"),
-        ("resnet20", 10, tmp_path / "pickled.pt", "holds a torch.nn.modules.linear.Linear, and only tensors are read"),
+        ("resnet20", 10, tmp_path / "pickled.pt", r"holds more than tensors \(torch.nn.modules.linear.Linear\)"),
         ("resnet20", 10, tmp_path / "script.pt", "is a TorchScript archive"),
         ("resnet20", 10, tmp_path / "nested.pt", "no dict of tensors but ema, epoch;"),
         ("resnet20", 100, good, "are for 10 classes and the data set has 100"),

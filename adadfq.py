@@ -86,8 +86,9 @@ from common.cli import Described, Parser, check_image_size, checked_schedule, fi
 from common.device import full_precision
 from common.distributed import whole_batch
 from common.images import RealImages
-from common.models import SMALL_IMAGE, input_channels
+from common.models import SMALL_IMAGE
 from common.ops import kd_loss, upsample_conv
+from common.probe import input_channels
 from common.quant import quantize
 from common.report import draw_images, execute, print_rows
 from common.run import Run

@@ -93,8 +93,9 @@ from common.cli import Parser, altered, check_image_size, checked_schedule, frie
 from common.device import pick_device
 from common.generators import HumanDesigned
 from common.images import RealImages
-from common.models import SMALL_IMAGE, build_student, input_channels
+from common.models import SMALL_IMAGE, build_student
 from common.ops import count_flops, kd_loss, plain_forms, superpose, weighted_operation
+from common.probe import input_channels
 from common.quant import quantize
 from common.report import execute
 from common.run import Run, write_atomically

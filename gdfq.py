@@ -64,8 +64,9 @@ from common.cli import Parser, check_image_size, checked_schedule, friendly_erro
 from common.data import HALF_REAL, evaluation_batch, in_memory
 from common.device import full_precision
 from common.images import RealImages, training_set
-from common.models import SMALL_IMAGE, input_channels
+from common.models import SMALL_IMAGE
 from common.ops import kd_loss, upsample_conv
+from common.probe import input_channels
 from common.quant import quantize
 from common.report import execute
 from common.run import Run

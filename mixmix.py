@@ -80,8 +80,9 @@ from common.capture import compiled
 from common.cli import Parser, alone, fill_in, friendly_errors, number, whole
 from common.data import ASSETS, as_tensors
 from common.images import jitter
-from common.models import SMALL_IMAGE, default_weights, input_channels, probe, refuse_undifferentiable
+from common.models import SMALL_IMAGE, default_weights
 from common.ops import box_mix
+from common.probe import input_channels, probe, refuse_undifferentiable
 from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer

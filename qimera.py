@@ -83,8 +83,9 @@ from common.check import describe
 from common.cli import Parser, check_image_size, checked_schedule, fill_in, friendly_errors, number, whole
 from common.distributed import whole_moments
 from common.images import RealImages
-from common.models import SMALL_IMAGE, input_channels
+from common.models import SMALL_IMAGE
 from common.ops import kd_loss, soft_labels, superpose, upsample_conv
+from common.probe import input_channels
 from common.quant import quantize
 from common.report import execute
 from common.run import Run

@@ -16,7 +16,8 @@ from common.data import find_test_set
 from common.device import pick_device
 from common.export import load_quantized
 from common.images import save_grid
-from common.models import input_channels, is_own, load_teacher, probe
+from common.models import is_own, load_teacher
+from common.probe import input_channels, probe
 from common.progress import Progress
 from common.run import write_atomically
 from common.trace import last_layer

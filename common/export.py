@@ -10,7 +10,8 @@ import torch
 from common import InputError, replacing
 from common.activations import kind_of
 from common.folding import fold_batchnorm
-from common.models import build, is_own, refuse_infinite
+from common.models import build, is_own
+from common.probe import refuse_infinite
 from common.quant import (
     QuantAct,
     decode_,

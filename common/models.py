@@ -24,9 +24,9 @@ from torchvision.ops import Conv2dNormActivation
 
 from common import InputError, first_line, replacing, timm_models
 from common.data import NORMALISATION
+from common.probe import input_channels, probe, refuse_infinite
 from common.published import PUBLISHED, bundled_weights, locate_weights, torchvision_weights
 from common.timm_models import is_timm, stated
-from common.trace import batch_like, nearly_equal
 
 CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which serve training only
@@ -252,55 +252,6 @@ def build_student(arch, teacher, num_classes, image_size):
         raise InputError(str(error).replace("--arch", "--student-arch")) from None
 
 
-def input_channels(model):
-    """Image channels that `model` expects, read off its first convolution."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-
-
-def probe(model, num_classes, image_size):
-    """A small batch of zeros that `model` turns into logits.
-
-    Raises:
-        InputError: the model fails on it, returns anything but (2, num_classes) logits, or answers differently each time.
-    """
-    device = next(model.parameters()).device
-    example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
-    images = batch_like(example, 2)
-    try:
-        with torch.no_grad():
-            logits, once, again = model(example), model(images.clone()), model(images.clone())
-    except Exception as error:  # whatever the model's own code raises
-        raise InputError(
-            f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
-            "--arch, and that the convolution which takes the images is the first one that is defined"
-        ) from error
-    if not isinstance(logits, torch.Tensor):
-        what = f"the model returns a {type(logits).__name__}, expected logits (2, {num_classes}) for 2 images"
-        raise InputError(f"{what}; wrap it in a module whose forward returns the logits alone")
-    if (shape := tuple(logits.shape)) != (2, num_classes):
-        raise InputError(f"the model returns {shape} for 2 images, expected (2, {num_classes}); check --num-classes and --arch")
-    if again.min() >= 0 and (again.sum(1) - 1).abs().max() < 1e-3:
-        raise InputError("the model returns probabilities; let it return the logits, without softmax")
-    if not nearly_equal(again, once):
-        advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
-        raise InputError(f"the model answers differently each time; {advice}")
-    return example
-
-
-def refuse_undifferentiable(model, example):
-    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`."""
-    why = "none reaches them"
-    with torch.enable_grad():
-        images = batch_like(example, 2).requires_grad_()
-        try:  # of a copy, for a network may work in place on what it is given
-            if torch.autograd.grad(model(images * 1).sum(), images, allow_unused=True)[0] is not None:
-                return
-        except RuntimeError as error:
-            why = first_line(error) if "inplace" in str(error) else why
-    advice = "its forward may have no torch.no_grad(), no detach(), and no step in place on a value that is used again"
-    raise InputError(f"images cannot be made by the model's gradients ({why}); {advice}")
-
-
 def load_teacher(arch, dataset, num_classes, image_size, weights=None):
     """The trained network that is to be compressed.
 
@@ -351,20 +302,6 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
                 normalisation = NORMALISATION[f"chenyaofo-{dataset}"]
     refuse_infinite(model, f"--weights: the network {source}")
     return model.eval().requires_grad_(False), normalisation, source
-
-
-def refuse_infinite(model, what):
-    """Raise an InputError where a network has weights or statistics that are not finite, has none yet or cannot be changed;
-    `what` is what the error calls it."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{what} is a TorchScript module, which cannot be changed; give the nn.Module that it was made from")
-    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if lazy := [name for name, value in values.items() if torch.nn.parameter.is_lazy(value)]:
-        advice = "call it once on a batch of images before it is given"
-        raise InputError(f"{what} has '{lazy[0]}' of a lazy layer, which has no values yet; {advice}")
-    odd = [name for name, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
-    if odd:
-        raise InputError(f"{what} has values in '{odd[0]}' that are not finite; give other weights")
 
 
 def default_weights(arch, dataset):

@@ -28,7 +28,8 @@ from common.checkpoint import load_checkpoint, previous, save_checkpoint
 from common.cli import Arguments, Help, friendly_errors, number, resumable, whole
 from common.data import KINDS, NORMALISATION, NUM_CLASSES, accuracy, as_tensors, fetch_cifar, in_memory, read_cifar
 from common.device import pick_device
-from common.models import build, input_channels, probe, save_weights
+from common.models import build, save_weights
+from common.probe import input_channels, probe
 from common.progress import Progress
 
 RECIPES = {  # what each takes, and its defaults

@@ -17,8 +17,9 @@ from common.deploy import check_export, deploy
 from common.device import pick_device
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
-from common.models import OWN, SMALL_IMAGE, build, design_of, input_channels, load_teacher, save_weights
+from common.models import OWN, SMALL_IMAGE, build, design_of, load_teacher, save_weights
 from common.ops import count_flops
+from common.probe import input_channels
 from common.published import PAPER_TOP1
 from common.quant import quantized_layers
 from common.run import Run, write_atomically

@@ -19,7 +19,7 @@ from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, 
 from common.data import evaluate
 from common.device import computes_bf16, peak_memory, pick_device, processor, synchronise
 from common.learned import learned_steps
-from common.models import probe, refuse_infinite, refuse_undifferentiable
+from common.probe import probe, refuse_infinite, refuse_undifferentiable
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
 

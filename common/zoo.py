@@ -7,7 +7,8 @@ from common import InputError
 from common.bns import BatchNormStatistics
 from common.cli import alone
 from common.data import as_tensors
-from common.models import input_channels, load_teacher, probe
+from common.models import load_teacher
+from common.probe import input_channels, probe
 from common.report import per_channel
 from common.trace import memory_layout
 

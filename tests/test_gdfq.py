@@ -7,8 +7,8 @@ from conftest import FunctionalNet
 
 import gdfq
 from common import InputError
-from common.models import input_channels
 from common.ops import kd_loss, mix_images
+from common.probe import input_channels
 from common.quant import quantized_activations, quantized_layers, set_observing
 from gdfq import Generator, compress, config, generator_loss, student_loss
 

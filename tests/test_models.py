@@ -8,17 +8,8 @@ from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import (
-    BasicBlock,
-    ZeroPadShortcut,
-    build,
-    canonical,
-    design_of,
-    load_teacher,
-    probe,
-    refuse_infinite,
-    refuse_undifferentiable,
-)
+from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher
+from common.probe import probe, refuse_infinite, refuse_undifferentiable
 from common.quant import quantized_activations
 
 

@@ -16,7 +16,7 @@ from common import InputError
 from common.check import describe
 from common.export import load_quantized, save_quantized
 from common.folding import fold_batchnorm
-from common.models import input_channels
+from common.probe import input_channels
 from common.quant import (
     QuantConv2d,
     channel_parameters,

@@ -27,8 +27,9 @@ from common import InputError
 from common.cli import fill_in, number, whole
 from common.generators import HumanDesigned
 from common.images import jitter, sampler
-from common.models import SMALL_IMAGE, build_student, input_channels
+from common.models import SMALL_IMAGE, build_student
 from common.ops import kd_loss
+from common.probe import input_channels
 from common.run import Run
 
 GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()

@@ -5,7 +5,7 @@ from common import InputError
 from common.cli import alone, resumable
 from common.data import accuracy, find_test_set
 from common.images import read_images, renormalise
-from common.models import input_channels
+from common.probe import input_channels
 from common.report import load, print_rows, show_finished, write_result
 from common.run import Run
 from common.tasks import ptq

@@ -55,6 +55,8 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name):
         values = self.tracer.values.get(self.node)
+        if self.node.op == "get_attr" and self.tracer.examples:
+            values = [self.tracer.value(self.node, 0)]  # a parameter is the same for all of them
         if values is None or not hasattr(values[0], name) or callable(getattr(values[0], name)):
             return super().__getattr__(name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
@@ -102,7 +104,13 @@ class _Tracer(fx.Tracer):
 
     def value(self, node, index):
         """What `node` is for an example."""
-        return compute_node(node, None, self.modules) if node.op == "get_attr" else self.values[node][index]
+        if node.op != "get_attr":
+            return self.values[node][index]
+        before, self.computing = self.computing, True  # the network's own parameter, not one more node for it
+        try:
+            return compute_node(node, None, self.modules)
+        finally:
+            self.computing = before
 
     def create_proxy(self, kind, target, args, kwargs, *more, **named):
         if self.reshaping and (kind, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):

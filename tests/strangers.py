@@ -15,7 +15,7 @@ def conv_bn(channels_in, channels_out, size=3, stride=1, groups=1, dilation=1):
 
 
 class ViewAndFeatureFlags(nn.Module):
-    """A functional ResNet: `view` of a map larger than 1x1, arguments for knowledge distillation, relu by attribute."""
+    """A functional ResNet: `view` of a map larger than 1x1, arguments for knowledge distillation, the dtype of a weight."""
 
     def __init__(self, num_classes=5):
         super().__init__()
@@ -23,7 +23,7 @@ class ViewAndFeatureFlags(nn.Module):
         self.fc = nn.Linear(8 * 4 * 4, num_classes)
 
     def forward(self, x, is_feat=False, use_relu=True, *unused, **others):
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x.to(self.fc.weight.dtype))))
         features = self.bn2(self.conv2(x)) + x
         if use_relu:
             features = F.relu(features)

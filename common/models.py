@@ -339,7 +339,8 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about TorchScript's archives
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript's archives
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes make of it
         if "TorchScript" in str(error):

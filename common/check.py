@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from common.activations import FULL_PRECISION, Calls, full_precision_activations, name_of
 from common.export import save_quantized, saved_bytes
-from common.quant import QuantAct, quantized_activations, quantized_layers
+from common.quant import QuantAct, quantized_activations, quantized_layers, set_observing
 from common.supported import LAYERS
-from common.trace import trace
+from common.trace import UNSEEN, batch_like, trace
 
 # what hands values on as they are: the codes of a quantized tensor stay codes
 UNCHANGED_BY = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, F.max_pool2d, F.dropout}
@@ -100,7 +100,7 @@ def layer_rows(student, example):
 def in_full_precision(student, rows, cfg, example):
     """What is not quantized and why, a list of lines; `example` is a batch that the student takes."""
     with torch.no_grad(), Calls(student) as calls:
-        student(example)
+        student(batch_like(example, UNSEEN))
     quantizing = (QuantAct, *LAYERS, type(None))  # the last quantizes all weights, in front of the network
     called = [call for call in calls.found if not isinstance(call.module, quantizing)]
     names = Counter(name_of(call.function) for call in called)
@@ -134,7 +134,12 @@ def print_check(teacher, student, example, cfg):
     Returns:
         Dict of rows (as HEADS), full_precision (lines), bytes_fp32 and bytes_student.
     """
-    rows, quantized = layer_rows(student, example), bool(quantized_layers(student))
+    quantized = bool(quantized_layers(student))
+    with torch.no_grad():
+        set_observing(student, True)  # ranges, without which what the network computes is not a number
+        student(batch_like(example, UNSEEN))
+        set_observing(student, False)
+    rows = layer_rows(student, example)
     table = [HEADS] + [tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(HEADS))]
     for row in table:

@@ -206,6 +206,7 @@ def _build_own(arch, num_classes):
         raise InputError(f"{what}; the factory is called with num_classes, if it takes that, and must run so") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
+    refuse_infinite(model, f"--arch '{arch}': the network")
     return model
 
 
@@ -407,6 +408,7 @@ def canonical(state, arch):
         design: of the network that it is for, as `build` takes it.
     """
     wrappers = ["module.", "_orig_mod."]  # DataParallel's and torch.compile's, each once, for a network may have a `module`
+    wrappers += ["model."] * (":" not in arch)  # Lightning's; an own network may have a `model`, which `fit` sees
     while state and (wrapper := next((w for w in wrappers if all(key.startswith(w) for key in state)), None)):
         wrappers.remove(wrapper)
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
@@ -435,8 +437,9 @@ def fit(model, state, path):
         InputError: another number of classes (both are named), or another architecture.
     """
     own = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    if all(key.startswith("model.") for key in state) and not any(key.startswith("model.") for key in own):  # of Lightning
-        state = {key.removeprefix("model."): value for key, value in state.items()}
+    for wrapper in ("model.", "_orig_mod."):  # Lightning's, of a compiled network perhaps
+        if all(key.startswith(wrapper) for key in state) and not any(key.startswith(wrapper) for key in own):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
     different = [key for key in own if key in state and state[key].shape != own[key].shape]
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in model.state_dict()]
     last = next((key.rpartition(".")[0] for key in reversed(own) if key.endswith(".weight") and own[key].ndim > 1), "")

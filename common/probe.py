@@ -56,15 +56,21 @@ def probe(model, num_classes, image_size):
     return example
 
 
-def refuse_undifferentiable(model, example):
-    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`."""
+def refuse_undifferentiable(model, example, who=""):
+    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`; `who` is
+    what the error begins with."""
     why = "none reaches them"
     with torch.enable_grad():
         images = batch_like(example, 2).requires_grad_()
         try:  # of a copy, for a network may work in place on what it is given
             if torch.autograd.grad(model(images * 1).sum(), images, allow_unused=True)[0] is not None:
                 return
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            why = first_line(error) if "inplace" in str(error) else why
+            if "inplace" in str(error):
+                why = "a value that they need is overwritten in place"
+            elif "does not require grad" not in str(error):
+                why = first_line(error)
     advice = "its forward may have no torch.no_grad(), no detach(), and no step in place on a value that is used again"
-    raise InputError(f"images cannot be made by the model's gradients ({why}); {advice}")
+    raise InputError(f"{who}images cannot be made by the model's gradients ({why}); {advice}")

@@ -150,7 +150,8 @@ def read_run(folder, machine=None):
     if result.get("last_top1") is None or result["fp_top1"] is None:
         raise InputError(f"{folder} holds no accuracy on test images; give runs of a task and with test images")
     seconds, curve = 0.0, []
-    calibrated = min(arguments.get("calibrate_epochs", 0), arguments.get("warmup_epochs", 0))  # as `finetune.phases` measures
+    tuned_from = arguments.get("calibrate_epochs" if arguments.get("no_finetune") else "warmup_epochs", 0)
+    calibrated = min(arguments.get("calibrate_epochs", 0), tuned_from, len(metrics))  # as `finetune.phases` measures
     for line in metrics:
         seconds, epoch = round(seconds + line["seconds"], 2), line["epoch"] + 1
         if epoch == calibrated and result["calibrated_top1"] is not None:

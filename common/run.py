@@ -122,7 +122,7 @@ class Run:
         refuse_infinite(model, "the network")
         model = baked_copy(model).eval().requires_grad_(False).to(self.device, torch.float32)
         example = probe(model, self.cfg.num_classes, self.cfg.image_size)
-        if getattr(self.cfg, "data_source", "real") not in ("real", "noise") and not getattr(self.cfg, "images", None):
+        if hasattr(self.cfg, "lr_g") and self.cfg.data_source != "real":  # a generator is to learn from its gradients
             refuse_undifferentiable(model, example)
         self._settle_layout(model, example)
         return self.place(model), example

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_lightning_loads(tmp_path):
     [
         (lambda net, x: net(x.detach()), "none reaches them"),
         (lambda net, x: torch.no_grad()(net)(x), "none reaches them"),
-        (lambda net, x: net(x) + (y := x.relu()).mul_(y).mean(), "modified by an inplace operation"),
+        (lambda net, x: net(x) + (y := x.relu()).mul_(y).mean(), "is overwritten in place"),
         (lambda net, x: F.dropout(net(x), 0.3), "answers differently each time; pass training=self.training"),
         (lambda net, x: net(x).softmax(1), "returns probabilities; let it return the logits"),
         (lambda net, x: (net(x), x), "returns a tuple, expected logits .* wrap it"),

@@ -29,7 +29,7 @@ from common.generators import HumanDesigned
 from common.images import jitter, sampler
 from common.models import SMALL_IMAGE, build_student
 from common.ops import kd_loss
-from common.probe import input_channels
+from common.probe import input_channels, refuse_undifferentiable
 from common.run import Run
 
 GENERATOR_FLAGS = "--kd-latent-dim --kd-lr-g --one-hot-weight --information-weight --activation-weight".split()
@@ -77,6 +77,8 @@ def plan(model, cfg, run, generates=False):
         raise InputError(f"--image-size is {cfg.image_size}, and DAFL's generator needs {sides}; distil with --images")
     if generates and not any(isinstance(m, nn.Linear) for m in teacher.modules()):
         raise InputError("the teacher has no linear layer, whose input DAFL's activation term needs; distil with --images")
+    if generates:
+        refuse_undifferentiable(teacher, example)
     return run.adopt_student(student, example)
 
 

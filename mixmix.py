@@ -388,9 +388,8 @@ def load_source(cfg):
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
     if cfg.data_source not in synthesis.READY:
         for model in zoo:
-            refuse_undifferentiable(
-                model.model, probe(model.model, cfg.num_classes, cfg.image_size), f"zoo model {model.name}: "
-            )
+            example = probe(model.model, cfg.num_classes, cfg.image_size)
+            refuse_undifferentiable(model.model, example, f"zoo model {model.name}: ")
         if cfg.low_iterations:
             refuse_fixed_size(zoo, cfg)
     return zoo

@@ -135,6 +135,9 @@ class IntegerNetwork:
         if (kind in EXACT and not padded) or not any(isinstance(values[n], torch.Tensor) for n in node.all_input_nodes):
             result = compute_node(node, values.__getitem__, self.modules)
             return self.fixed(result) if torch.is_tensor(result) and result.is_floating_point() else result
+        types = [*node.args[1:], *node.kwargs.values()]
+        if kind in ("to", "float") and all(isinstance(t, torch.dtype) and t.is_floating_point for t in types):
+            return x
         plain = len(inputs) == len(node.args) == 2 and not node.kwargs
         if kind in ("add", "iadd") and plain:
             return saturated(inputs[0].long() + inputs[1])

@@ -82,7 +82,7 @@ from common.data import ASSETS, as_tensors
 from common.images import jitter
 from common.models import SMALL_IMAGE, default_weights
 from common.ops import box_mix
-from common.probe import input_channels, probe, refuse_undifferentiable
+from common.probe import input_channels, probe
 from common.report import arithmetic, execute
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
@@ -382,16 +382,13 @@ def is_teacher(name, cfg):
 def load_source(cfg):
     """The networks that --data-source inverts, or that normalise its images; --mean and --std are filled in."""
     own = cfg.arch if cfg.weights is None else f"{cfg.arch}={cfg.weights}"
-    zoo, (cfg.mean, cfg.std) = load_zoo(cfg.zoo if cfg.data_source == "mixmix" else [own], cfg)
+    inverts = cfg.data_source not in synthesis.READY
+    zoo, (cfg.mean, cfg.std) = load_zoo(cfg.zoo if cfg.data_source == "mixmix" else [own], cfg, inverts=inverts)
     if cfg.zoo_sample > len(zoo):
         names = ", ".join(model.name for model in zoo)
         raise InputError(f"--zoo-sample is {cfg.zoo_sample} and the zoo has {len(zoo)} models ({names}); lower it")
-    if cfg.data_source not in synthesis.READY:
-        for model in zoo:
-            example = probe(model.model, cfg.num_classes, cfg.image_size)
-            refuse_undifferentiable(model.model, example, f"zoo model {model.name}: ")
-        if cfg.low_iterations:
-            refuse_fixed_size(zoo, cfg)
+    if cfg.low_iterations and inverts:
+        refuse_fixed_size(zoo, cfg)
     return zoo
 
 

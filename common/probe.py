@@ -56,9 +56,8 @@ def probe(model, num_classes, image_size):
     return example
 
 
-def refuse_undifferentiable(model, example, who=""):
-    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`; `who` is
-    what the error begins with."""
+def refuse_undifferentiable(model, example):
+    """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`."""
     why = "none reaches them"
     with torch.enable_grad():
         images = batch_like(example, 2).requires_grad_()
@@ -73,4 +72,4 @@ def refuse_undifferentiable(model, example, who=""):
             elif "does not require grad" not in str(error):
                 why = first_line(error)
     advice = "its forward may have no torch.no_grad(), no detach(), and no step in place on a value that is used again"
-    raise InputError(f"{who}images cannot be made by the model's gradients ({why}); {advice}")
+    raise InputError(f"images cannot be made by the model's gradients ({why}); {advice}")

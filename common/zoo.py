@@ -8,7 +8,7 @@ from common.bns import BatchNormStatistics
 from common.cli import alone
 from common.data import as_tensors
 from common.models import load_teacher
-from common.probe import input_channels, probe
+from common.probe import input_channels, probe, refuse_undifferentiable
 from common.report import per_channel
 from common.trace import memory_layout
 
@@ -42,8 +42,8 @@ class ZooModel(nn.Module):
         return self.to(device, memory_format=self.layout)
 
 
-def load_zoo(names, cfg, shared=None):
-    """Networks by name: architectures, "arch=weights" or "package.module:factory".
+def load_zoo(names, cfg, shared=None, inverts=False):
+    """Networks by name: architectures, "arch=weights" or "package.module:factory"; `inverts`: to make images by gradients.
 
     Returns:
         A list of `ZooModel`, and (mean, std) of the images: `shared`, else --mean and --std, else those of the first network.
@@ -57,7 +57,10 @@ def load_zoo(names, cfg, shared=None):
         try:
             model, normalisation, _ = load_teacher(own.arch, cfg.dataset, cfg.num_classes, cfg.image_size, own.weights)
             model = model.float()
-            layout = memory_layout(model, probe(model, cfg.num_classes, cfg.image_size))
+            example = probe(model, cfg.num_classes, cfg.image_size)
+            layout = memory_layout(model, example)
+            if inverts:
+                refuse_undifferentiable(model, example)
             channels = input_channels(model)
             shared = shared or tuple(per_channel(cfg, normalisation, channels))
             normalisation = tuple(per_channel(own, normalisation, channels))

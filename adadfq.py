@@ -9,7 +9,7 @@ learn from: neither so hard that it cannot follow (underfitting) nor so easy tha
 Where the equations are:
     entropy                 H_info(p_ds), p_ds = softmax(z_p - z_q)                 Eq. 1, 2
     normalised_entropy      H'_info(p_ds), by its smallest value within the batch   Eq. 3
-    compress                the game: each side against the other, by turns         Eq. 4
+    compress                the game: each side against the other, alternately      Eq. 4
     loss_ds                 L_ds                                                    Eq. 6
     loss_as                 L_as, p_as = softmax(z_p + z_q)                         Eq. 7, 8
     margin_loss             the two hinges at lambda_l and lambda_u                 Eq. 10, 12
@@ -44,8 +44,8 @@ Where the equations are:
     calibration           not given                    first 4 epochs                          --calibrate-epochs 4
     generator alone       not given                    4 epochs, on ImageNet 50, ResNet-50 at  --warmup-epochs
                                                        three bits 100
-    quantizer             Eq. 18, called symmetric     the same with an integer zero point     as released (common.quant),
-                                                       for outputs of activation functions     --act-placement relu
+    quantizer             Eq. 18, called symmetric     Eq. 18 with an integer zero point;      as released (common.quant),
+                                                       outputs of activation functions         --act-placement relu
     Figure 3(a)           H_info, by iteration         not released                            1 - H_info / ln C, by epoch,
                                                                                                of 256 fixed noise vectors
     Figures 1, 3(b):      "classification loss"        not released                            cross-entropy with the images'
@@ -54,17 +54,16 @@ Where the equations are:
     reported accuracy     not given                    best epoch on test images               last epoch (best also recorded)
 
 The released code does not run as uploaded, and the published figures cannot be traced to either column. `--variant
-released` is the default, because only the code has values by network and number of bits. On CIFAR its values for three bits
-are also those for four and five; on ImageNet other networks than ResNet-18, ResNet-50 and MobileNetV2 take ResNet-18's.
+released` is the default, because only the code has values by network and number of bits. For CIFAR it has those of three bits,
+which are used for all bits here; on ImageNet other networks than ResNet-18, ResNet-50 and MobileNetV2 take ResNet-18's.
 AdaSG, the predecessor, has both losses at the same weight in its code: `--alpha-ds 0.1 --alpha-as 0.1 --lambda-l 0.3`.
 `--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and L_BNS has ten times the weight.
-With the bundled teacher the whole schedule loses 1.52 points at 4 bits and 0.22 at 5. At 3 bits it diverges in epoch 82, and
+With the bundled teacher the full schedule loses 1.52 points at 4 bits and 0.22 at 5. At 3 bits it diverges in epoch 82, and
 with `--clipped-ste` it is best after 30 of its 400 epochs (docs/MEASUREMENTS.md).
 
 Both losses need the student's logits on the same images. The generator's step does not change the student, so one forward
-serves both, except for mixed images and for a compiled step with frozen ranges (`OneForward`). Two things follow. While
-activation ranges move, they are updated once per iteration, where the released code updates them twice. And a student whose
-forward draws random numbers uses the same ones for both losses.
+serves both, except for mixed images and for a compiled step with frozen ranges (`OneForward`). So while activation ranges
+move, they are updated once per iteration, where the released code updates them twice.
 """
 
 import copy
@@ -96,7 +95,7 @@ from common.run import Run
 # ----------------------------------------------------------------------------------------------------------- generator
 
 
-BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, as in the released code
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -197,16 +196,17 @@ def normalised_entropy(z_p, z_q, detach_least=False):
     """
     h = entropy(z_p, z_q)
     least = whole_batch(h).min().detach() if detach_least else whole_batch(h).min()
-    return (h - least) / (math.log(z_p.shape[1]) - least).clamp(min=1e-4)  # below it, rounding is all there is
+    return (h - least) / (math.log(z_p.shape[1]) - least).clamp(min=1e-4)  # below it only rounding error remains
 
 
 def loss_ds(z_p, z_q, y):
-    """L_ds = H_CE(p_ds, y), Eq. 6: images that the teacher knows as y and the student does not. Logits (B, C), labels (B,)."""
+    """L_ds = H_CE(p_ds, y), Eq. 6: images that the teacher classifies as y and the student does not. Logits (B, C), labels
+    (B,)."""
     return F.cross_entropy(z_p - z_q, y)
 
 
 def loss_as(z_p, z_q, y):
-    """L_as = H_CE(p_as, y) with p_as = softmax(z_p + z_q), Eq. 7 and 8: images that both know as y."""
+    """L_as = H_CE(p_as, y) with p_as = softmax(z_p + z_q), Eq. 7 and 8: images that both classify as y."""
     return F.cross_entropy(z_p + z_q, y)
 
 
@@ -216,7 +216,7 @@ def margin_loss(h, lambda_l, lambda_u):
 
 
 def generator_loss(z_p, z_q, y, bns, cfg):
-    """What the generator minimises: Eq. 12 with its sign turned, or GDFQ's loss as a control.
+    """What the generator minimises: Eq. 12, negated, or GDFQ's loss as a control.
 
     Args:
         z_p, z_q: the teacher's and the student's logits, (B, C), both with a graph to the images.
@@ -262,7 +262,7 @@ def compress(teacher, cfg, run=None):
         teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
             copied and left as it is.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop; by default nothing is written or shown.
+        run: a `Run`, which handles device, files and progress; by default nothing is written or shown.
 
     Returns:
         The quantized network, in eval mode.

@@ -14,7 +14,7 @@ Where the equations are:
     Architecture.sample          each edge drawn by itself                            Eq. 5
     Architecture.gumbel_softmax  m = softmax((p + g) / tau), g ~ Gumbel(0, 1)         Eq. 7
     reconstruction_loss          L_r = L_class + weight * L_bns                       Eq. 1
-    search                       weights and architecture by turns                    Eq. 2, 6; Algorithm 1, lines 1-8
+    search                       weights and architecture alternately                 Eq. 2, 6; Algorithm 1, lines 1-8
     derive                       the likeliest operation of every edge                end of stage 1
     compress                     stage 2: quantization, or distillation (--task kd)   Algorithm 1, lines 9-13
 
@@ -28,8 +28,9 @@ generators built from them, which show the macro-architecture exactly. The paper
     super net's weights   Adam, rate 1e-3, beta1 0.5, as the generator's                            GDFQ
     scale s (Table 3)     64 s channels; the published networks, all of 64, count as s = 1          chosen here
     BatchNorms            eps 0.8, the images' own 1e-5                                             published networks
-    up- and cross-edges   conditional BatchNorm, LeakyReLU and a 1x1 convolution after              published networks
-                          the interpolation, which is all that Table 1 has
+    before convolutions   conditional BatchNorm and LeakyReLU                                       published networks
+    up- and cross-edges   a 1x1 convolution after the interpolation                                 published networks
+    batch of the search   200, on ImageNet 16 (--batch-size)                                        GDFQ
     generator alone       4 epochs of stage 2, on ImageNet 50                                       GDFQ
     activation ranges     plain moving average over the first four epochs                           GDFQ, without feedback
     Table 4's settings    500 epochs of 50 batches of 256, student's rate 0.1 and weight decay      DFAD's CIFAR script
@@ -39,7 +40,8 @@ generators built from them, which show the macro-architecture exactly. The paper
                                                                                                     on fresh images
       latent vector       100 entries (--latent-dim)                                                GDFQ (DFAD: 256)
       generator's beta1   0.5 (--beta1)                                                             GDFQ (DFAD: 0.9)
-    reported accuracy     last epoch (best also recorded)
+    precision             --precision; auto is bf16 where the hardware has it                       chosen here
+    reported accuracy     last epoch (best also recorded)                                           chosen here
 
 The paper gives these settings:
 
@@ -50,7 +52,6 @@ The paper gives these settings:
     generator in stage 2  fixed (Algorithm 1), trained before   initialised again and trained along with the student,
                           (Figure 1)                            as in GDFQ, whose settings the paper takes
     L_KD                  as in GDFQ                            temperature 20
-    precision             fp32                                  --precision; auto is bf16 where the hardware has it
     Table 4's networks    ResNet-34 into ResNet-18              --arch, --student-arch
     teachers, top-1 in %
       of ImageNet         ResNet-18 71.47, ResNet-50 77.72,     torchvision's: 69.76, 76.13, 71.88; --weights
@@ -66,7 +67,8 @@ times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 ag
 Published accuracies of stage 2 were presumably made with GDFQ's released losses (`--variant released`, the default).
 
 Controls for `--genotype`: `random`; `gdfq`, GDFQ's generator; and `gdfq-cbn`, the same with the label in conditional
-BatchNorms, because the published generators differ from GDFQ's in that, too. `--generator-loss dfad` is Table 4's baseline.
+BatchNorms, because the published generators differ from GDFQ's in that, too (above 64 pixels GDFQ's has them itself, and the
+two are the same). `--generator-loss dfad` is Table 4's baseline.
 
 `--gumbel logits` and `--search-mode hard` extend the search (see `Architecture`). With both and `--lr-alpha 3e-2` a search
 decides in 5,000 batches of 16 on CIFAR-10; in hard mode with the paper's noise on p, 1,500 batches left almost every edge
@@ -321,7 +323,7 @@ def reconstruct(synthesize, teacher, stats, cfg, run):
 
 
 def search(teacher, cfg, folder=None):
-    """Stage 1: the generator's architecture, by turns of weights and architecture parameters (Algorithm 1, lines 1-8).
+    """Stage 1: the generator's architecture; weights and architecture parameters train alternately (Algorithm 1, lines 1-8).
 
     Both sides see fresh noise and labels: there is no data to be split. Neither looks ahead to the other (first order).
 
@@ -404,7 +406,7 @@ def compress(teacher, cfg, run=None):
         teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
             copied and left as it is.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop; by default nothing is written or shown.
+        run: a `Run`, which handles device, files and progress; by default nothing is written or shown.
 
     Returns:
         The quantized network, or the student, in eval mode.
@@ -522,7 +524,7 @@ def leave_genotype(genotype, cfg, channels, run):
     for name, which, title in (("generator", genotype, "generator"), ("gdfq", "gdfq", "GDFQ's at this scale")):
         parameters, flops = generator_cost(which, cfg, channels)
         run.record(**{f"{name}_parameters": parameters, f"{name}_flops": flops})
-        run.announce(f"{title}: {parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs an image")
+        run.announce(f"{title}: {parameters:,} parameters, {flops / 1e6:,.0f} MFLOPs per image")
     if genotype not in CONTROLS:
         short = genotypes.to_short(genotype, EDGES)
         run.record(genotype=short)
@@ -574,7 +576,7 @@ def parser():
     )  # fmt: skip
     steps = "number of student steps per iteration; all but the first take new images"
     p.add_derived(group, "--student-steps", {"quantize": 1, "kd": 5}, steps, type=whole(1, 10**6))
-    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     stage1 = "--search-epochs --search-iters --arch-iters --search-mode --gumbel --tau-start --tau-end --lr-alpha --search-only"
     quantizer = "--bits --wbits --abits --act-placement --clipped-ste --calibrate-epochs"
     losses = "--kd-weight --temperature --kd-reduction"
@@ -593,15 +595,16 @@ def parser():
 
 
 def _complete(cfg):
-    if not cfg.search_only and (cfg.task == "kd") != (cfg.student_arch is not None):
-        found = f"--task is {cfg.task} and --student-arch {cfg.student_arch}"
-        raise InputError(f"{found}; give --task kd and --student-arch to distil, or neither to quantize")
+    if not cfg.search_only and cfg.task == "kd" and cfg.student_arch is None:
+        raise InputError("--task kd needs --student-arch; give the architecture to distil into")
+    if cfg.student_arch is not None and cfg.task != "kd":
+        raise InputError(f"--student-arch is {cfg.student_arch} and has no effect without --task kd; give both or neither")
     if cfg.latent_dim < 3:
         raise InputError(f"--latent-dim is {cfg.latent_dim}; each of three blocks gets a third of it, so give at least 3")
     if cfg.tau_end > cfg.tau_start:
         raise InputError(f"--tau-end is {cfg.tau_end}, above --tau-start {cfg.tau_start}; the temperature falls, so swap them")
     if cfg.genotype != "search":
-        read_genotype(cfg.genotype)  # an unusable one is told before anything is loaded
+        read_genotype(cfg.genotype)  # an unusable one is reported before anything is loaded
     return checked_schedule(cfg)
 
 

@@ -17,15 +17,16 @@ Where the equations are (the Qimera paper restates GDFQ; the numbers are Qimera'
     what                     paper                      released code               here
     L_BNS                    sum of squared L2 norms    mean over layers, channels  --variant, --bns-form
     L_KD                     per sample                 also divided by C classes   --variant, --kd-reduction
-    generator's Adam, beta1  0.9 (as AdaDFQ states it)  0.5                         --variant, --beta1
+    generator's Adam, beta1  not given; AdaDFQ states   0.5                         --variant, --beta1
+                             0.9 for its own
     eps of the BatchNorms    not given                  0.8 (CIFAR and ImageNet)    0.8
       after convolutions
-    student's BatchNorms     statistics are fixed       eval mode                   eval mode; scale and shift learn, as
+    student's BatchNorms     not given                  eval mode                   eval mode; scale and shift learn, as
                                                                                     there (--no-fixed-bns)
     quantizer                Qimera's Eq. 10,           2^n - 1 steps, a range for  as released, integer zero points
                              AdaDFQ's Eq. 18            each channel or activation
-    activation ranges        moving average             one that feeds its bias     plain moving average
-                                                        correction back
+    activation ranges        not given                  moving average that feeds   plain moving average
+                                                        its correction back
     quantized                all layers, activations    all layers, outputs of      --act-placement relu
                                                         activation functions
     calibration              not given                  first 4 epochs              --calibrate-epochs 4
@@ -34,7 +35,7 @@ Where the equations are (the Qimera paper restates GDFQ; the numbers are Qimera'
     settings, CIFAR-10       not given                  none                        those of CIFAR-100
     settings, ResNet-50,     not given                  none                        those of ResNet-18
       MobileNetV2
-    precision                fp32                       fp32                        --precision; auto is bf16 where the
+    precision                not given                  fp32                        --precision; auto is bf16 where the
                                                                                     hardware has it
     teacher, top-1 %, as     CIFAR-10 93.89, CIFAR-100 70.33, ResNet-18 71.47,      --weights; by default the bundled
       Qimera and AdaDFQ      ResNet-50 77.73, MobileNetV2 73.03                     92.41 for CIFAR-10, pytorchcv's 70.36
@@ -45,10 +46,10 @@ Where the equations are (the Qimera paper restates GDFQ; the numbers are Qimera'
       Qimera's Table 2                                                              learns; shares U(0, 1), see mix_images
     reported accuracy        not given                  best epoch on test images   last epoch (best also recorded)
 
-The text of the paper was not at hand: the column says what the papers that restate it give.
-The published figures were made with the released code, so `--variant released` is the default. Activation ranges are updated
+The paper column is taken from the papers that restate GDFQ. The published figures were presumably made with the released
+code, so `--variant released` is the default. Activation ranges are updated
 in the first `--calibrate-epochs` epochs and then frozen, on ImageNet too, where the generator trains alone for longer.
-`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
+`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and reweights the terms of both losses.
 """
 
 from functools import partial
@@ -74,7 +75,7 @@ from common.run import Run
 # ----------------------------------------------------------------------------------------------------------- generator
 
 
-BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, as in the released code
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -171,7 +172,7 @@ def compress(teacher, cfg, run=None):
         teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
             copied and left as it is.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop; by default nothing is written or shown.
+        run: a `Run`, which handles device, files and progress; by default nothing is written or shown.
 
     Returns:
         The quantized network, in eval mode.
@@ -229,7 +230,7 @@ def compress(teacher, cfg, run=None):
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
     for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
-        student.train(tuning and cfg.no_fixed_bns)  # by default the BatchNorms keep the teacher's statistics
+        finetune.train_norms(student, tuning and cfg.no_fixed_bns)  # by default they keep the teacher's statistics
         for _ in run.steps():
             step(calibrating, tuning)
     return finetune.keep_ranges(student)
@@ -276,7 +277,7 @@ def parser():
     add = p.add_argument_group("GDFQ").add_argument
     variant = "use the losses and settings of the released code or of the paper: sets --bns-form, --kd-reduction and --beta1"
     add("--variant", choices=("released", "paper"), default="released", help=variant)
-    half = "; confusing or unconfusing: half of the images are real ones with low or high confidence"  # Table 1 of Qimera
+    half = "; confusing or unconfusing: half are real images of low or high confidence"  # Table 1 of Qimera
     p.add_training(
         "GDFQ: schedule and losses",
         epochs=400, iters=200, batch_size=(200, 16), warmup_epochs=(4, 50), calibrate_epochs=4,
@@ -294,7 +295,7 @@ def parser():
     add("--no-bns", action="store_true", help="train the generator without the BatchNorm statistics loss")
     add("--no-student-ce", action="store_true", help="train the student without the cross-entropy loss")
     add("--no-kd", action="store_true", help="train the student without the distillation loss")
-    add("--no-fixed-bns", action="store_true", help="let the student's BatchNorm statistics follow the images it learns from")
+    add("--no-fixed-bns", action="store_true", help="update the student's BatchNorm statistics during fine-tuning")
     add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     for source in HALF_REAL:
         p.without_effect(f"--data-source {source}", "--no-finetune")

@@ -29,8 +29,8 @@ No code of it was published. What the paper leaves open or has differently, and 
     rate, lambda_2       CIFAR: 0.25, 1, where DeepInversion has 0.05, 10              docs/MEASUREMENTS.md
     5,000 iterations     ImageNet: two thirds at half the resolution, then full size   DeepInversion's ratio, 2 to 1
                          (CIFAR: 2,000, all at full size)
-    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent on lambda ends at 0;
-                         default (--weights-form)                                      fixed ones did as well
+    learned lambdas      exp(-s_i) L_i + s_i, with a rate of their own; fixed by       plain descent drives lambda to 0;
+                         default (--weights-form)                                      fixed ones are as accurate
     L_prior, lambda_3    R_TV + lambda R_L2 (Sec. 3.1) as a weighted mean: lambda_3     values not published
                          is the sum of --tv-weight and --l2-weight
     batch                ImageNet 32, where DeepInversion has 84 (total variation is a  memory of m' networks
@@ -39,8 +39,9 @@ No code of it was published. What the paper leaves open or has differently, and 
     labels               balanced; --labels random as in the paper                     the tasks see every class
     zoo                  torchvision's 21 networks of the families named, for CIFAR    appendix not published
                          what is bundled or can be fetched (ZOO)
-    held out             MobileNet-b is left out; the Inception Score is that of the    not in torchvision (docs/PAPERS.md);
-                         first one's predictions, at most the number of classes        Table 2 does not say whose
+    held out (Table 6)   ResNet-18, EfficientNet-B0, but not MobileNet-b                not in torchvision (docs/PAPERS.md)
+    Inception Score      of the first held-out network's predictions: at most the      Table 2 does not say whose
+                         number of classes
     teachers             torchvision's, bundled ones (the paper's: ResNet-50 77.00,    the paper does not say where its
                          MobileNetV2 72.49; CIFAR-10 94.31, 95.42)                     own are from
     models of a batch    m' drawn without replacement, once                            Sec. 4.1
@@ -78,12 +79,12 @@ from torchvision.transforms.functional import gaussian_blur
 from common import InputError, distributed, synthesis, tasks
 from common.capture import compiled
 from common.cli import Parser, alone, fill_in, friendly_errors, number, whole
-from common.data import ASSETS, as_tensors
+from common.data import ASSETS, NORMALISATION, as_tensors
 from common.images import jitter
 from common.models import SMALL_IMAGE, default_weights
 from common.ops import box_mix
 from common.probe import input_channels, probe
-from common.report import arithmetic, execute
+from common.report import arithmetic, execute, per_channel
 from common.run import Run, seed_of_part
 from common.tasks import TASKS, evaluate, kd, transfer
 from common.zoo import ZooModel, load_zoo
@@ -129,8 +130,8 @@ def prior_loss(x, cfg):
 
 class LossWeights(nn.Module):
     """Eq. 3: lambda_1 L_CE + lambda_2 L_BN + lambda_3 L_prior, from a dict of loss name -> lambda; what has weight 0 stays out.
-    The lambdas are fixed, or `learned` as exp(-s_i) L_i + s_i (the likelihood of a Gaussian of unknown spread), which keeps
-    them above zero; then they start at the given values."""
+    The lambdas are fixed, or `learned` as exp(-s_i) L_i + s_i (the negative log-likelihood of a Gaussian of log-variance s_i),
+    which keeps them above zero; then they start at the given values."""
 
     def __init__(self, weights, learned=False):
         super().__init__()
@@ -281,8 +282,8 @@ class DaflTerms:
 
     def __init__(self, teacher, run):
         cfg, channels = run.cfg, input_channels(teacher)
-        shared = list(cfg.mean or [0.0] * channels), list(cfg.std or [1.0] * channels)
-        others, _ = load_zoo([name for name in cfg.zoo if not is_teacher(name, cfg)], cfg, shared)
+        shared = tuple(per_channel(cfg, NORMALISATION["imagenet" if cfg.dataset == "folder" else cfg.dataset], channels))
+        others, _ = load_zoo([name for name in cfg.zoo if not is_teacher(name, cfg)], cfg, shared, inverts=True)
         models = ZooModel(cfg.arch, teacher, shared, shared, run.layout), *others
         if cfg.zoo_sample > len(models):
             raise InputError(f"--zoo-sample is {cfg.zoo_sample} and there are {len(models)} models with the teacher; lower it")
@@ -309,7 +310,7 @@ def compress(teacher, images, cfg, run=None):
         teacher: a trained classifier that can be traced (for "kd" it need not be); it is copied and left as it is.
         images: (N, channels, H, W), normalised for the teacher, without labels; None for "kd" with a generator of its own.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the task; by default nothing is written or shown.
+        run: a `Run`, which handles device, files and progress; by default nothing is written or shown.
 
     Returns:
         The quantized, pruned or distilled network, in eval mode.
@@ -403,12 +404,13 @@ def refuse_fixed_size(zoo, cfg):
 
 
 def parser():
-    compiling = "compile, here of the networks, for sets of 2,000 iterations or more)"
+    compiling = "compile, of the networks, for sets of 2,000 iterations or more)"
     unquantized = ("synth", "evaluate", "prune", "kd")
     p = Parser("mixmix", __doc__.split("\n\n")[0], unquantized, compiling=compiling)
     add = p.add_argument_group("MixMix").add_argument
     about = (
-        "quantize (ptq, qat), prune or distil (kd) with the images; only make them (synth); compare them (evaluate, transfer)"
+        "quantize (ptq, qat), prune or distil (kd) with the images; only make them (synth); compare them (evaluate, transfer); "
+        "kd trains DAFL's generator unless it is given images"
     )
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)
@@ -417,10 +419,10 @@ def parser():
     ready = "use existing images: an images.npz, the run that made it, a folder of pictures (with its subfolders; resized and "
     ready += "cropped), or bundled (256 of CIFAR-10)"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
-    zoo = "networks to invert: names, arch=weights or package.module:factory (default: those of the data set but held-out ones)"
+    zoo = "networks to invert: names, arch=weights or package.module:factory (default: the data set's, except held-out ones)"
     add("--zoo", nargs="+", help=zoo)
     judges = "; ".join(f"{dataset} {' '.join(names)}" for dataset, names in HELD_OUT.items())
-    add("--held-out", nargs="*", help=f"networks that only evaluate the images (default: {judges})")
+    add("--held-out", nargs="*", help=f"networks used only to evaluate the images (default: {judges})")
     add("--zoo-sample", type=whole(1), help="m', networks per batch (Sec. 4.1; default: 3)")
     add("--no-dmix", action="store_true", help="do not mix images (Table 8)")
     add("--kd-bn-weight", type=number(0), default=0.1, help="weight of L_BN beside DAFL's losses (--task kd; Sec. 5.4)")
@@ -455,6 +457,7 @@ def refuse_idle(p):
     idle["--task transfer"] = ["--batch-size", "--export", "--eval-every"]
     idle["--images"] = ["--data-source", "--count", *labels, *recipe, *zoo, *dafl]
     idle |= {f"--images and --task {task}": ["--batch-size", *networks] for task in TASKS}
+    idle |= {f"--zoo and --task {task}": ["--held-out"] for task in (*TASKS, "synth")}
     zoo = networks + zoo
     idle["--data-source real"] = ["--part", "--batch-size", *recipe, *zoo, *dafl]
     idle["--data-source noise"] = [*idle["--data-source real"], *labels]
@@ -485,7 +488,7 @@ def _complete(cfg):
         raise InputError(f"--low-iterations is {cfg.low_iterations}, more than the {cfg.iterations} of --iterations; lower it")
     several = cfg.task in ("evaluate", "transfer")
     if several and not cfg.images:
-        raise InputError(f"--task {cfg.task} needs --images; give the runs that made some")
+        raise InputError(f"--task {cfg.task} needs --images; give the folders of --task synth runs")
     if not several and len(cfg.images or ()) > 1:
         raise InputError(f"--task {cfg.task} takes one set of images, and --images names {len(cfg.images)}; give one")
     makes_images = cfg.eval is None and not cfg.images and cfg.data_source == "mixmix"
@@ -506,7 +509,9 @@ def _complete(cfg):
     named = (*cfg.zoo, *cfg.held_out, *cfg.targets)
     if others and cfg.weights is not None and not any(is_teacher(name, cfg) for name in named):
         flag = "targets" if cfg.task == "transfer" else "zoo"
-        raise InputError(f"--weights has no effect with --task {cfg.task}, which has others; give --{flag} ARCH=WEIGHTS")
+        raise InputError(
+            f"--weights has no effect with --task {cfg.task}, which uses the networks of --{flag}; give --{flag} ARCH=WEIGHTS"
+        )
     if cfg.task == "kd" and not cfg.images and cfg.data_source in ("mixmix", "single"):
         cfg.batch_size = cfg.kd_batch_size  # of the generator, by which it also draws what is evaluated and shown
     synthesis.complete(cfg)

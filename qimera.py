@@ -1,7 +1,7 @@
 """Qimera: Data-free Quantization with Synthetic Boundary Supporting Samples (Choi et al., NeurIPS 2021).
 
 A generator that gets class embeddings as its input is trained against the frozen full-precision network (the teacher, P), as
-in GDFQ. With probability p a batch is made from superpositions of K class embeddings, with soft labels of the same shares:
+in GDFQ. With probability p a batch is made from superpositions of K class embeddings, with soft labels in the same proportions:
 such images lie near the teacher's decision boundaries, which images of single classes do not cover. The quantized network
 (the student, Q) is calibrated and then fine-tuned on both kinds.
 
@@ -59,13 +59,13 @@ Where the equations are:
     teacher, CIFAR-10, -100    93.89, 70.33 %             as the paper                92.41 (bundled), 70.36 (pytorchcv)
     teacher, ResNet-18, -50,   71.47, 77.73,              as the paper                69.76, 76.13,
       MobileNetV2              73.03 %                                                71.88 (torchvision); --weights
-    precision                  fp32                       fp32                        --precision; auto is bf16 where the
+    precision                  not given                  fp32                        --precision; auto is bf16 where the
                                                                                       hardware has it
     reported accuracy          not given                  best epoch on test images   last epoch (best also recorded)
 
 `--variant paper` is the default. The released scripts correspond to "+SE" and "+SE, EEI" in the paper's Table 4. Its main
 results are those of "+SE, DM, EEI", which need the mapping.
-`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and gives the terms of both losses other weights.
+`--schedule short` (SHORT, below) goes beyond the paper: it takes minutes, and reweights the terms of both losses.
 """
 
 import argparse
@@ -95,7 +95,7 @@ from common.zaq import FORMS, FeatureMaps, feature_distance
 # ----------------------------------------------------------------------------------------------------------- generator
 
 
-BN_EPS = 0.8  # of the BatchNorms after convolutions, in the released code and so in every published figure
+BN_EPS = 0.8  # of the BatchNorms after convolutions, as in the released code
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -365,7 +365,7 @@ def compress(teacher, cfg, run=None):
         teacher: a trained classifier with BatchNorm2d, (B, channels, image_size, image_size) -> (B, num_classes); it is
             copied and left as it is.
         cfg: from `config(...)`, or the command line.
-        run: what surrounds the loop; by default nothing is written or shown.
+        run: a `Run`, which handles device, files and progress; by default nothing is written or shown.
 
     Returns:
         The quantized network, in eval mode.
@@ -389,7 +389,7 @@ def compress(teacher, cfg, run=None):
         stats = BatchNormStatistics(teacher)
     features = finetune.MatchedFeatures(teacher, student, cfg.feature_weight)
     optim_g = finetune.generator_optimizer(generator, cfg, run.fused)
-    sgd = {"momentum": 0.9, "nesterov": True}
+    sgd = {"momentum": 0.9, "nesterov": cfg.adversarial != "zaq"}
     optim_q = finetune.student_optimizer(student, cfg.optimizer, cfg.lr_q, cfg.weight_decay, run.fused, **sgd)
 
     def synthesize(y):
@@ -441,7 +441,7 @@ def compress(teacher, cfg, run=None):
     step = run.capture(iteration, optim_g, optim_q)
     # the first --calibrate-epochs are calibrating, those after the first --warmup-epochs tuning
     for calibrating, tuning in finetune.phases(run, student, generator, synthesize, optim_g, optim_q):
-        student.train(cfg.adversarial == "zaq")  # whose code trains its BatchNorm statistics, too
+        finetune.train_norms(student, cfg.adversarial == "zaq")  # whose code updates the student's BatchNorm statistics
         for _ in run.steps():
             step(calibrating, tuning)
     return finetune.keep_ranges(student)
@@ -475,9 +475,9 @@ def parser():
     add = p.add_argument_group("Qimera").add_argument
     variant = "use the settings of the paper or of the released code; the table at the top of qimera.py lists them"
     add("--variant", choices=("paper", "released"), default="paper", help=variant)
-    k = "CIFAR-10 2; CIFAR-100 10, from 5 bits on 50; ImageNet 500, from 5 bits on 100, MobileNetV2 100; others 2"
+    k = "CIFAR-100 10, from 5 bits on 50; large images: resnet18, resnet50 500, from 5 bits on 100; mobilenet_v2 100; others 2"
     add("--k", type=whole(1, 10**6), help=f"K, number of embeddings in a superposition (default: {k})")
-    add("--p", type=number(0, 1), help="p, the share of batches that are superposed (default: 0.4, ImageNet ResNet-50 0.7)")
+    add("--p", type=number(0, 1), help="p, probability that a batch is superposed (default: 0.4, ImageNet ResNet-50 0.7)")
     mapped = "d, the dimension of the mapped embeddings (Sec. 5.1; default: CIFAR 64, ImageNet and --variant released 100)"
     add("--mapped-dim", type=whole(1, 10**6), help=mapped)
     width = "dimension of the embeddings with --no-eei (default: number of inputs of the teacher's last linear layer)"
@@ -487,7 +487,7 @@ def parser():
         epochs={"zaq": 300, "otherwise": 400}, iters={"zaq": 60, "otherwise": 200},
         batch_size={"zaq": 256, "paper": (64, 16), "released": (200, 16)},
         warmup_epochs={"zaq": 0, "otherwise": (4, 50)}, calibrate_epochs={"zaq": 300, "otherwise": 4},
-        lr_g=1e-3, beta1=0.5, lr_q={"zaq": 0.1, "paper": 1e-4, "released": (1e-4, 1e-6)},
+        lr_g=1e-3, beta1={"zaq": 0.9, "otherwise": 0.5}, lr_q={"zaq": 0.1, "paper": 1e-4, "released": (1e-4, 1e-6)},
         weight_decay={"zaq": 5e-4, "otherwise": 1e-4}, decay_epochs=[100, 200, 300],
         bns_weight=0.1, bns_form="gdfq",  # alpha of Eq. 1
         kd_weight=1.0, temperature=20.0, kd_reduction="mean",  # delta of Eq. 3
@@ -500,17 +500,19 @@ def parser():
     noise = "where noise is added: to an image's vector after the mapping or before it, or to each embedding (slot)"
     p.add_derived(group, "--noise", {"paper": "after", "released": "slot"}, noise, choices=("after", "before", "slot"))
     add("--normalise", **switch, help="standardise the sum of embedding and noise (default: paper off, released on)")
-    superposed = "conditional BatchNorms of superposed classes: weighted sum of their scales and shifts, or that over K (mean)"
+    superposed = (
+        "conditional BatchNorms of superposed classes: weighted sum of their scales and shifts (sum), or that over K (mean)"
+    )
     add("--cbn", choices=("sum", "mean"), help=f"{superposed} (default: paper sum, released mean)")
     group = p.add_argument_group("ablations and combinations")
     add = group.add_argument
     add("--no-se", action="store_true", help="do not superpose embeddings: every image is of a single class")
     add("--freeze-embeddings", action="store_true", help="do not train the class embeddings (Sec. 4.4, Appendix B.2)")
     add("--noise-scale", type=number(0, 1e6), default=1.0, help="factor on the noise z")
-    add("--no-finetune", action="store_true", help="calibrate the activation ranges only")
+    add("--no-finetune", action="store_true", help="only calibrate the activation ranges; do not fine-tune")
     generators = "qimera, or autorecon:GENOTYPE (Table 3): a genotype.json, its folder, published:NETWORK-DATASET or random"
     add("--generator", default="qimera", help=generators)
-    game = "train adversarially as ZAQ (Table 3): by its released code (zaq), or by Eq. 11 and 12 as printed (zaq-paper)"
+    game = "train adversarially, as in ZAQ (Table 3): as in its released code (zaq), or by Eq. 11 and 12 alone (zaq-paper)"
     add("--adversarial", choices=("none", *FORMS), default="none", help=f"{game}; common/zaq.py compares them")
     weight = {"type": number(0, 1e6)}
     p.add_derived(group, "--zaq-beta", {"zaq": 1.0, "zaq-paper": 0.1}, "beta of Eq. 11 and 12", **weight)
@@ -518,7 +520,8 @@ def parser():
     add("--zaq-rho", **weight, default=0.1, help="rho of Eq. 11 and 12")
     steps = "number of student steps per iteration; all but the first take new images"
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
-    p.without_effect("--no-se", "--k --p")
+    p.without_effect("--no-se", "--k --p --cbn")
+    p.without_effect("--act-ranges learned and --adversarial none", "--clipped-ste")  # a learned range always clips
     distilling = "--kd-weight --temperature --kd-reduction"
     for form in FORMS:
         p.without_effect(f"--adversarial {form}", "--bns-weight --bns-form", distilling, "--mix --feature-weight")
@@ -526,6 +529,7 @@ def parser():
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", latent, "--cbn --generator --adversarial")
     p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-steps", distilling)
+    p.without_effect("--no-finetune and --adversarial none", "--clipped-ste")
     finetune.add_flags(p, SHORT)
     p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p
@@ -554,7 +558,7 @@ def _complete(cfg):
     if cfg.k > cfg.num_classes:
         raise InputError(f"--k is {cfg.k} and there are {cfg.num_classes} classes; give 1 to {cfg.num_classes}")
     if cfg.generator != "qimera":
-        discovered(cfg)  # an unusable one is told before anything is loaded
+        discovered(cfg)  # an unusable one is reported before anything is loaded
     return checked_schedule(cfg)
 
 

@@ -4,9 +4,9 @@ plain   fp32, eager, NCHW, every operation of common.ops as its formula is writt
 fast    as the script runs by default on this machine (compiled on a CPU), or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 
-All forms run in one process and take turns, also those of several captures (--capture none compile). Figures are medians.
-Peak MB is that of the whole process: for a second capture it includes the first. --json FILE writes the table as a list of
-rows.
+All forms run in one process, in alternating rounds, also those of several captures (--capture none compile). Figures are
+medians. Peak MB is that of the whole process: for a second capture it includes the first. --json FILE writes the table as a
+list of rows.
 """
 
 import argparse
@@ -317,15 +317,15 @@ def main(argv=None):
     add("--arch", default="resnet20", help="architecture of the network (default: resnet20)")
     add("--dataset", default="cifar10", help="data set (default: cifar10)")
     add("--weights", help="weights of the network (default: depends on the data set)")
-    add("--bits", type=int, nargs="+", default=[4], help="numbers of bits of weights and activations (default: 4)")
+    add("--bits", type=int, nargs="+", default=[4], help="bit widths of weights and activations (default: 4)")
     add("--batch-size", type=int, nargs="+", default=[16, 64, 200], help="images per iteration (default: 16 64 200)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:i (default: auto)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast path (default: auto)")
-    capture = "captures of the fast path, timed in turns (default: cudagraph on CUDA, compile on a CPU)"
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast form (default: auto)")
+    capture = "captures of the fast form, timed in alternation (default: cudagraph on CUDA, compile on a CPU)"
     add("--capture", nargs="+", default=["auto"], choices=CHOICES, help=capture)
-    add("--repeats", type=int, default=7, help="turns of each path, at least 5 (default: 7)")
-    add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
-    add("--operation", choices=OPERATIONS, help="time only this operation, as it is here and as its formula is written")
+    add("--repeats", type=int, default=7, help="timing rounds of each form, at least 5 (default: 7)")
+    add("--seconds", type=float, default=2.0, help="approximate seconds per round (default: 2)")
+    add("--operation", choices=OPERATIONS, help="time only this operation, optimised and as its formula is written")
     whole_runs = "run the scripts with --schedule short, and report time and accuracy lost"
     add("--time-to-accuracy", action="store_true", help=f"{whole_runs}; flags of the scripts may follow --")
     add("--seeds", type=int, default=3, help="runs of each script for --time-to-accuracy (default: 3)")

@@ -12,8 +12,8 @@ class BatchNormStatistics:
 
     Each BNS loss compares, per layer, the batch's mean and biased variance over (N, H, W) with the running ones:
 
-    - "gdfq": mean over layers of MSE(mean) + MSE(variance), each a mean over channels (the released GDFQ, Qimera,
-      AutoReCon and AdaDFQ code).
+    - "gdfq": mean over layers of MSE(mean) + MSE(variance), each a mean over channels (the code of GDFQ, Qimera
+      and AdaDFQ, and that of AIT for AutoReCon).
     - "sum": sum over layers of the squared L2 norms of both differences (Eq. 11 of AdaDFQ).
     - "norm": sum over layers of the L2 norms, not squared (Eq. 2 of MixMix).
     - "kl": mean over layers of the mean over channels of `gaussian_kl` (The Knowledge Within, by Sec. 3.1 of MixMix).

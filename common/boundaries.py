@@ -17,7 +17,7 @@ from common.device import full_precision
 from common.progress import Progress
 from common.report import print_rows
 
-PATHS = {"zero": "superposed, z = 0", "shared": "superposed, one z a path", "mixup": "pixels of two images mixed"}
+PATHS = {"zero": "superposed, z = 0", "shared": "superposed, one z per path", "mixup": "pixels of two images mixed"}
 
 
 def label_maker(run):

@@ -20,7 +20,7 @@ from common import InputError, first_line
 CHOICES = ("auto", "none", "compile", "cudagraph")
 WARMUP_STEPS = 3  # run before a graph is captured, so that libraries have chosen their kernels and states exist
 # Steps: compiling costs two minutes and saves GDFQ 4 to 70 ms of each, on two cores. Where PyTorch's cache has the code it
-# costs 20 s; the number is the same all the same, so that what a command computes does not depend on what ran before it.
+# costs 20 s; the threshold ignores that, so that what a command computes does not depend on what ran before it.
 WORTH_COMPILING = 10_000
 # The backward pass computes cheap things anew from what is stored for it anyway: the compiler would rather store masks of the
 # ReLUs, and on a CPU its code for storing booleans takes twenty times as long as the ReLU.
@@ -174,7 +174,7 @@ class GraphedStep:
                     self.names, losses = tuple(self.losses), tuple(self.losses.values())
                     self.values = torch.stack([loss.float() for loss in losses]) if losses else torch.zeros(0)
                 except Exception as error:  # whatever a network does that needs the host, such as branching on its data
-                    failure = error  # the end of the capture raises another one, which does not tell
+                    failure = error  # the end of the capture raises a second one, which says less
         except Exception as error:
             failure = failure or error
         if isinstance(failure, torch.OutOfMemoryError):

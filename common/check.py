@@ -145,7 +145,7 @@ def print_check(teacher, student, example, cfg):
     for row in table:
         cells = [cell.rjust(width) if 3 <= i < 6 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
         print("  ".join(cells).rstrip())
-    total = f"{sum(row[4] for row in rows):,} weights, {sum(row[5] for row in rows):,} multiply-adds an image"
+    total = f"{sum(row[4] for row in rows):,} weights, {sum(row[5] for row in rows):,} multiply-adds per image"
     print(f"\n{len(rows)} layers, {total}")
     lines, before, after = [], saved_bytes(teacher), saved_bytes(student)
     if quantized:

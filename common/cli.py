@@ -71,10 +71,10 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "iters": (whole(1), "number of iterations per epoch"),
     "batch_size": (whole(1), "number of images per iteration"),
     "warmup_epochs": (whole(0, 10**6), "number of initial epochs in which only the generator learns"),
-    "calibrate_epochs": (whole(1, 10**6), "number of initial epochs in which the activation ranges follow the images"),
+    "calibrate_epochs": (whole(1, 10**6), "number of initial epochs in which the activation ranges are calibrated"),
     "lr_g": (number(0), "learning rate of the generator (Adam)"),
     "beta1": (number(0, 0.9999), "beta1 of the generator's Adam"),
-    "lr_q": (number(0), "learning rate of the student (--optimizer)"),
+    "lr_q": (number(0), "learning rate of the student"),
     "weight_decay": (number(0), "weight decay of the student"),
     "decay_epochs": (whole(0), "epochs at which both learning rates are divided by 10"),
     "latent_dim": (whole(1, 10**6), "length of the noise vector"),
@@ -82,7 +82,10 @@ TRAINING = {  # flags of every method that trains a generator: what each may be,
     "bns_form": (one_of(*BatchNormStatistics.forms), "form of the statistics loss: gdfq, sum, norm or kl (common/bns.py)"),
     "kd_weight": (number(0), "weight of the distillation loss"),
     "temperature": (number(1e-3, 1e6), "temperature T of the distillation loss"),
-    "kd_reduction": (one_of("mean", "batchmean"), "average of the distillation loss: over images (batchmean) or logits (mean)"),
+    "kd_reduction": (
+        one_of("mean", "batchmean"),
+        "distillation loss: divided by the batch size (batchmean), or also by the classes (mean)",
+    ),
 }
 
 
@@ -155,22 +158,24 @@ class Parser(Arguments):
         add("--weights", help=weights)
         add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
         add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
-        channels = "per channel, of pixels from 0 to 1 (default: that of the weights; for your own network ImageNet's)"
-        add("--mean", type=float, nargs="+", help=f"mean of the normalisation {channels}")
-        add("--std", type=float, nargs="+", help=f"standard deviation of the normalisation {channels}")
+        channels = "for normalising pixels in [0, 1] (default: that of the weights; for your own network ImageNet's)"
+        add("--mean", type=float, nargs="+", help=f"per-channel mean {channels}")
+        add("--std", type=float, nargs="+", help=f"per-channel standard deviation {channels}")
         add = self.add_argument_group("quantization").add_argument
-        add("--bits", type=whole(2, 8), default=4, help="number of bits of weights and activations, 2 to 8")
-        add("--wbits", type=whole(2, 8), help="number of bits of the weights (default: --bits)")
-        add("--abits", type=whole(2, 8), help="number of bits of the activations (default: --bits)")
+        add("--bits", type=whole(2, 8), default=4, help="bit width of weights and activations, 2 to 8")
+        add("--wbits", type=whole(2, 8), help="bit width of the weights (default: --bits)")
+        add("--abits", type=whole(2, 8), help="bit width of the activations (default: --bits)")
         placement = "quantize outputs of activation functions (relu, as in the papers' code) or inputs of all layers (input)"
         add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
         about = "zero the gradient of activations outside their range (in the papers it passes through)"
         add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
-        device = "device to run on: cpu, cuda, cuda:i, or auto (cuda where there is one)"
+        device = "device to run on: cpu, cuda, cuda:i, or auto (cuda if available)"
         add("--device", default=DEFAULTS["device"], help=device)
-        precision = "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware has it)"
+        precision = (
+            "precision of convolutions in training: bf16, fp32 (TF32 on a GPU), or auto (bf16 if the hardware supports it)"
+        )
         add("--precision", default=DEFAULTS["precision"], type=one_of("auto", "fp32", "bf16"), help=precision)
         capture = "how the training step runs: none (eager), compile, cudagraph, or auto (cudagraph on CUDA; on a CPU, "
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture + compiling)
@@ -184,7 +189,7 @@ class Parser(Arguments):
         add("--check", action="store_true", help="only print what would be quantized, layer by layer")
         about = "onnx: also write the quantized network (of a run or of --eval) as ONNX; needs --act-placement input"
         add("--export", type=one_of("onnx"), help=about)
-        about = "with --eval: run the network in integer arithmetic alone (common/integer.py), and compare"
+        about = "with --eval: run the network in integers only (common/integer.py) and compare"
         add("--integer-check", action="store_true", help=about)
         self.without_effect("--check", "--export")
         for task in unquantized:
@@ -231,7 +236,7 @@ class Parser(Arguments):
     def add_schedule(self, group, short):
         """--schedule, in a group; `short` is a dict of what --schedule short gives other flags, by their names in Python."""
         self.schedules["short"] = short
-        about = f"the paper's settings (paper), or faster ones that take minutes (short: {as_flags(short)})"
+        about = f"the full schedule (paper), or one that takes minutes, with settings of its own (short: {as_flags(short)})"
         group.add_argument("--schedule", choices=tuple(self.schedules), default="paper", help=f"{about} (default: paper)")
 
     def add_analysis(self, what):
@@ -281,7 +286,7 @@ class Parser(Arguments):
             given, expected = getattr(args, name) or own.get(name), known.get(args.dataset)
             flag = "--" + name.replace("_", "-")
             if given is None and expected is None:
-                raise InputError(f"--dataset {args.dataset} needs {flag}; give it")
+                raise InputError(f"--dataset {args.dataset} needs {flag}")
             if given is not None and expected is not None and given != expected:
                 raise InputError(
                     f"{flag} is {given} and --dataset {args.dataset} has {expected}; use --dataset folder for your own data"
@@ -437,17 +442,17 @@ def friendly_errors(program):
         if ours:
             signal.signal(signal.SIGTERM, _terminate)
         yield
-    except (ValueError, RuntimeError, OSError) as error:  # an InputError is one of the first, a full GPU of the second
+    except (ValueError, RuntimeError, OSError) as error:  # InputError is a ValueError, torch.OutOfMemoryError a RuntimeError
         if isinstance(error, OSError):
             if error.filename is None:
                 raise
             error = f"{error.filename} cannot be used ({error.strerror}); give another path, or change its permissions"
         elif isinstance(error, torch.OutOfMemoryError):
-            error = f"the GPU's memory is full ({first_line(error)}); lower the batch size, or give --device cpu"
+            error = f"out of GPU memory ({first_line(error)}); lower the batch size, or give --device cpu"
         elif isinstance(error, RuntimeError):
             if not any(words in str(error) for words in ("can't allocate memory", "not enough memory")):
                 raise
-            error = f"the memory is full ({first_line(error)}); lower the batch size"
+            error = f"out of memory ({first_line(error)}); lower the batch size"
         elif "more than 1 value per channel when training" in str(error):
             error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
         elif not isinstance(error, InputError):

@@ -139,7 +139,7 @@ def evaluation_batch(device, image_size):
         free, most = torch.cuda.mem_get_info(device)[0], 2000
     else:
         free, most = free_memory(), 250
-    return max(8, min(most, free // 8 // (4 * 256 * image_size**2)))  # batches of one round otherwise than larger ones
+    return max(8, min(most, free // 8 // (4 * 256 * image_size**2)))  # batches of one round differently from larger ones
 
 
 def load_test_set(
@@ -259,7 +259,7 @@ def training_root(dataset, data_dir):
     root = Path(data_dir or "data")
     if data_dir is None and not (dataset in KINDS and (root / KINDS[dataset].base_folder).is_dir()):
         fetch = ", or --download" if dataset in KINDS else ""
-        raise InputError(f"--data-source: no training images at hand; give --data-dir with train/, one folder per class{fetch}")
+        raise InputError(f"--data-source: no training images found; give --data-dir with train/, one folder per class{fetch}")
     return root
 
 

@@ -3,9 +3,9 @@
 A student that was trained with --act-placement input has integers at the input of every convolution and linear layer: the
 image in 8 bits, residual sums, pooled features and the outputs of linear bottlenecks in --abits. What is done for export:
 
-    BatchNorm          folded after training, into the scale of each output channel and the bias. No code changes, except that
-                       the codes of a channel with a negative factor are mirrored, so that nothing is rounded again. One that
-                       follows no layer stays, as a factor and a summand per channel.
+    BatchNorm          folded after training, into the scale of each output channel and the bias. The integer
+                       codes do not change, except that those of a channel with a negative factor are mirrored, so nothing
+                       is rounded again. A BatchNorm that follows no layer stays, as a scale and an offset per channel.
     ranges             of weights and activations include zero during training, so that zero points are codes. A
                        network that has others (written by an earlier version) is refused.
     residual sums      are sums of layer outputs, which have more than --abits bits. They are rounded at the input of the next
@@ -82,7 +82,7 @@ def deploy(student, cfg, path, about, test_set=None):
 @torch.no_grad()
 @full_precision()
 def compare(student, other, batches):
-    """How far `other`, a function of images on the CPU, answers as `student` does.
+    """How far `other`, a function of images on the CPU, agrees with `student`.
 
     Args:
         batches: re-iterable over (images, anything).
@@ -128,7 +128,7 @@ def integer_form(student, flag="--export"):
     for name, layer in layers.items():
         given, top = givers[name], 2**layer.bits - 1
         if [n.target for n in calls].count(name) > 1 or type(layer) not in (QuantConv2d, QuantLinear):
-            raise InputError(f"{flag}: layer '{name}' has a forward of its own or is called twice; write plain layers instead")
+            raise InputError(f"{flag}: layer '{name}' has a custom forward or is called twice; write plain layers instead")
         zero_point = layer.weight_zero_point
         if zero_point.min() < 0 or zero_point.max() > top or not 0 <= given.zero_point <= 2**given.bits - 1:
             raise InputError(f"{flag}: layer '{name}' has zero points beyond its codes; train again with --act-placement input")

@@ -27,7 +27,9 @@ def pick_device(name):
     if device is None or device.type not in DEVICES:
         raise InputError(f"--device is '{name}'; give auto, cpu, cuda or cuda:i")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu or auto")
+        raise InputError(
+            f"--device {name}: the machine has {torch.cuda.device_count()} CUDA device(s); give --device cpu or auto"
+        )
     return device
 
 

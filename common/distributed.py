@@ -80,7 +80,7 @@ def join(cfg, gpus_exchange=False):
         here, there = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
         if here > there:
             advice = f"give --nproc_per_node {there}, or --device cuda:0 if each process sees a GPU of its own, or --device cpu"
-            raise InputError(f"torchrun starts {here} processes on this machine and there are {there} GPUs; {advice}")
+            raise InputError(f"torchrun starts {here} processes on this machine, which has {there} GPU(s); {advice}")
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
     nccl = gpus_exchange and cfg.device.startswith("cuda") and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -167,8 +167,8 @@ def exchange(function, *args, **kwargs):
     try:
         function(*args, **kwargs)
     except RuntimeError as error:
-        advice = "if another one has ended, see what it said, and give --resume"
-        raise Unreachable(f"the processes of torchrun cannot work together ({first_line(error)}); {advice}") from error
+        advice = "if another process has exited, see its error, then repeat the command with --resume"
+        raise Unreachable(f"the processes of torchrun cannot communicate ({first_line(error)}); {advice}") from error
 
 
 def add_up(tensor):

@@ -159,7 +159,7 @@ def load_quantized(path, model=None):
     meta = content["meta"]
     if model is None:
         if meta["arch"] is None or is_own(meta["arch"]):
-            raise InputError(f"'{path}' is of your own architecture ({meta['arch']}); give --arch package.module:factory")
+            raise InputError(f"'{path}' holds an architecture of your own; give --arch package.module:factory")
         design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
@@ -197,9 +197,9 @@ def load_quantized(path, model=None):
     odd = sorted(expected ^ set(state)) or sorted(set(activations) ^ set(content["activations"]))
     if odd := odd or [name for name in expected if shapes[name] != state[name].shape]:
         raise InputError(
-            f"'{path}' was made from another architecture than the one given (they differ in '{odd[0]}'); give that"
+            f"'{path}' was saved from another architecture (they differ in '{odd[0]}'); give the one it was saved from"
         )
     student.load_state_dict(state, strict=False)
     refuse_infinite(student, f"'{path}'")
     layout = torch.channels_last if content.get("channels_last") else torch.contiguous_format
-    return student.to(memory_format=layout)  # convolutions round otherwise in another layout
+    return student.to(memory_format=layout)  # convolutions round differently in another layout

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from common import InputError, distributed
 from common.cli import number, one_of
-from common.learned import LearnedStep, learned_step, learned_steps, scaled_gradient, search_parameters
+from common.learned import LearnedStep, quantize_by_step, scaled_gradient, search_parameters, step_parameters
 from common.ops import mix_images
 from common.quant import QuantAct, quantized_activations, set_observing
 from common.trace import works_in_place
@@ -31,7 +31,7 @@ SAMPLE = 2048  # values of a batch that a search looks at
 def short_schedule(**losses):
     """What --schedule short sets, by names in Python: minutes on a CPU instead of hours on a GPU. `losses` are the weights and
     forms of the method's own terms."""
-    first = {"epochs": 12, "iters": 60, "batch_size": 16, "warmup_epochs": 4}
+    first = {"epochs": 12, "iters": 60, "batch_size": 16, "warmup_epochs": 4, "calibrate_epochs": 4}
     return first | losses | {"lr_q": 2e-4, "optimizer": "adam", "decay": "cosine", "act_ranges": "learned"}
 
 
@@ -76,8 +76,8 @@ class LearnedAct(SearchedAct):
     def forward(self, x):
         if self.observing:
             return super().forward(x)
-        scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1)
-        return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
+        scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
+        return quantize_by_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 
 def set_ranges(student, how):
@@ -97,6 +97,13 @@ def keep_ranges(student):
             fixed.fix(act.scale, act.zero_point)
             student.set_submodule(name, fixed)
     return student
+
+
+def train_norms(student, on):
+    """Put the BatchNorms of a network in train mode, or back in eval mode; dropout stays as it is."""
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(on)
 
 
 class MatchedFeatures:
@@ -172,7 +179,7 @@ def generator_optimizer(generator, cfg, fused):
 
 def student_optimizer(student, kind, lr, weight_decay, fused, **sgd):
     """AdamW or SGD for the parameters of `student`; learned steps have no weight decay. `sgd` is what SGD alone is told."""
-    steps = learned_steps(student)
+    steps = step_parameters(student)
     others = [p for p in student.parameters() if all(p is not step for step in steps)]
     groups = [{"params": others, "weight_decay": weight_decay}]
     groups += [{"params": steps, "weight_decay": 0.0}] if steps else []

@@ -16,7 +16,7 @@ def fold_batchnorm(model, example=None):
     """The traced network as it is deployed: in eval mode, convolutions and linear layers plain, every BatchNorm folded into the
     convolution before it.
 
-    A layer with a forward of its own is taken apart: padding becomes a step of the graph, a weight that is computed from
+    A layer with a custom forward is taken apart: padding becomes a step of the graph, a weight that is computed from
     parameters becomes the weight.
 
     Args:

@@ -117,7 +117,7 @@ class IntegerNetwork:
                 values[node] = self.compute(node, values)
 
     def compute(self, node, values):
-        """The value of a node of the graph from those of its inputs; int32 fixed-point, or codes behind a `QuantAct`."""
+        """The value of a node of the graph from those of its inputs; int32 fixed-point, or codes after a `QuantAct`."""
         module, kind = self.modules.get(node.target) if node.op == "call_module" else None, kind_of(node, self.modules)
         inputs = [values[n] for n in node.args if isinstance(n, fx.Node)]
         x = inputs[0] if inputs else None

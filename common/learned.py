@@ -2,7 +2,7 @@
 
 search_parameters    the range, of those shrunk in steps, that loses least         BRECQ's start
 AdaRound             W = s (floor(W / s) + h(V)), h a stretched sigmoid           Nagel et al., ICML 2020, Eq. 22 to 24
-learned_step         s round(clip(x / s, -Q_N, Q_P)) with a gradient to s         LSQ (Esser et al., ICLR 2020), Eq. 1 to 3
+quantize_by_step     s round(clip(x / s, -Q_N, Q_P)) with a gradient to s         LSQ (Esser et al., ICLR 2020), Eq. 1 to 3
 """
 
 import torch
@@ -72,8 +72,8 @@ class AdaRound(nn.Module):
         return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
 
 
-class _LearnedStep(torch.autograd.Function):
-    """The passes of `learned_step`."""
+class _QuantizeByStep(torch.autograd.Function):
+    """The passes of `quantize_by_step`."""
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, bits, inside):
@@ -93,7 +93,7 @@ class _LearnedStep(torch.autograd.Function):
         return within(grad, *inside), steps.sum_to_size(ctx.shape), None, None, None
 
 
-def learned_step(x, scale, zero_point, bits, inside):
+def quantize_by_step(x, scale, zero_point, bits, inside):
     """`x` in steps of `scale`, with LSQ's gradient to the scale (Esser et al., ICLR 2020, Eq. 3): the rounding error inside
     the range, the end's code outside. Values outside have no gradient.
 
@@ -105,7 +105,7 @@ def learned_step(x, scale, zero_point, bits, inside):
         inside: which values count as inside the range: "lsq", those whose x / s is inside before it is rounded; "brecq", those
             whose rounded x / s is, which adds half a step at both ends.
     """
-    return _LearnedStep.apply(x, scale, zero_point, bits, inside)
+    return _QuantizeByStep.apply(x, scale, zero_point, bits, inside)
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -158,9 +158,9 @@ class LearnedStep(nn.Module):
 
     def forward(self, x):
         if not self.lsq:
-            return learned_step(x.float(), self.scale, self.zero_point, self.bits, "brecq")
+            return quantize_by_step(x.float(), self.scale, self.zero_point, self.bits, "brecq")
         scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
-        return learned_step(x.float(), scale, self.zero_point, self.bits, "lsq")
+        return quantize_by_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 
 class LearnedWeight(nn.Module):
@@ -179,10 +179,10 @@ class LearnedWeight(nn.Module):
 
     def forward(self, weight):
         scale = scaled_gradient(self.scale, weight.numel(), 2 ** (self.bits - 1) - 1)
-        return learned_step(weight, scale, self.zero_point, self.bits, "lsq")
+        return quantize_by_step(weight, scale, self.zero_point, self.bits, "lsq")
 
 
-def learned_steps(student):
+def step_parameters(student):
     """The step sizes that a network learns, scalar parameters."""
     kinds = (QuantAct, LearnedStep, LearnedWeight)
     return [m.scale for m in student.modules() if isinstance(m, kinds) and isinstance(m.scale, nn.Parameter)]

@@ -203,7 +203,9 @@ def _build_own(arch, num_classes):
         model = factory(num_classes=num_classes) if takes_classes else factory()
     except Exception as error:
         what = f"--arch '{arch}' failed with {type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{what}; the factory is called with num_classes, if it takes that, and must run so") from error
+        raise InputError(
+            f"{what}; the factory is called with num_classes if it has that parameter, else without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"--arch '{arch}' returned a {type(model).__name__}; the factory must return a torch.nn.Module")
     refuse_infinite(model, f"--arch '{arch}': the network")
@@ -319,7 +321,7 @@ def default_weights(arch, dataset):
         if arch in published.get(dataset, {}):
             return source
     build(arch, 10, 32)  # an unknown architecture is the likelier mistake, and says so
-    raise InputError(f"no weights of {arch} for {dataset} are known; give --weights FILE")
+    raise InputError(f"no pretrained weights of {arch} for {dataset} are known; give --weights FILE")
 
 
 def save_weights(model, path):

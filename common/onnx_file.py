@@ -5,9 +5,9 @@
     biases        FLOAT, added after the layer
 
 ONNX Runtime would round a layer's own bias to units of the two scales, which at 4 bits changes one class in twenty, and would
-compute a layer of UINT8 weights in a kernel that refuses zero points that differ by channel (microsoft/onnxruntime#28447). A
-bias after the layer keeps it from both: the layer is computed in floating point, of exactly the same integers. Needs opset 21
-and the packages in requirements-export.txt.
+compute a layer of UINT8 weights in a kernel that refuses zero points that differ by channel (microsoft/onnxruntime#28447).
+Adding the bias after the layer avoids both: the layer is computed in floating point, of exactly the same integers. Needs
+opset 21 and the packages in requirements-export.txt.
 """
 
 import copy

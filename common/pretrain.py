@@ -134,10 +134,10 @@ def parse_args(argv=None):
         "epochs": (whole(1), "number of epochs"),
         "small_epochs": (whole(0), "number of initial epochs on small crops"),
         "small_size": (whole(1, 32), "side of the small crops in pixels"),
-        "decay_epochs": (whole(0), "epochs at which the learning rate is divided by 10; without any, it falls along a cosine"),
-        "pad": (whole(0, 31), "width in pixels of the border from which crops are taken"),
-        "lr_kernels": (number(0), "highest learning rate of the kernels (Muon; a step relative to the kernel's norm)"),
-        "lr": (number(0), "highest learning rate of SGD, for all other weights (fast) or all (sgd)"),
+        "decay_epochs": (whole(0), "epochs at which the learning rate is divided by 10; cosine decay if none are given"),
+        "pad": (whole(0, 31), "padding in pixels for random crops"),
+        "lr_kernels": (number(0), "peak learning rate of the kernels (Muon; a step relative to the kernel's norm)"),
+        "lr": (number(0), "peak learning rate of SGD, for all other weights (fast) or all (sgd)"),
         "weight_decay": (number(0), "weight decay, of matrices only (fast) or of everything (sgd)"),
     }
     for name, (kind, about) in recipe.items():
@@ -165,7 +165,7 @@ def train(args):
     """Train, report the accuracy on the test images once, and write the weights."""
     device, fast = pick_device("auto"), args.recipe == "fast"
     if Path(args.out).exists():
-        raise InputError(f"--out {args.out} is there already; give another file, or remove it to train again")
+        raise InputError(f"--out {args.out} exists already; give another file, or remove it to train again")
     torch.manual_seed(args.seed)
     mean, std = as_tensors(NORMALISATION[args.dataset])
     if args.download and not (Path(args.data_dir) / KINDS[args.dataset].base_folder).is_dir():

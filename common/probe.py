@@ -1,4 +1,4 @@
-"""What a network is tried for before anything is done with it; an error says what to change."""
+"""Checks that every network must pass before anything is done with it; an error says what to change."""
 
 import torch
 from torch import nn
@@ -30,14 +30,15 @@ def probe(model, num_classes, image_size):
     """A small batch of zeros that `model` turns into logits.
 
     Raises:
-        InputError: the model fails on it, returns anything but (2, num_classes) logits, or answers differently each time.
+        InputError: the model fails on it, returns anything but (2, num_classes) logits, its output is not deterministic, or
+            it changes its input.
     """
     device = next(model.parameters()).device
     example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
     images = batch_like(example, 2)
     try:
         with torch.no_grad():
-            logits, once, again = model(example), model(images.clone()), model(images.clone())
+            logits, once, again = model(example), model(images.clone()), model(given := images.clone())
     except Exception as error:  # whatever the model's own code raises
         raise InputError(
             f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
@@ -52,17 +53,19 @@ def probe(model, num_classes, image_size):
         raise InputError("the model returns probabilities; let it return the logits, without softmax")
     if not nearly_equal(again, once):
         advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
-        raise InputError(f"the model answers differently each time; {advice}")
+        raise InputError(f"the model's output is not deterministic in eval mode; {advice}")
+    if not torch.equal(given, images):
+        raise InputError("the model changes its input in place, and others need it; write x = x * 2 instead of x.mul_(2)")
     return example
 
 
 def refuse_undifferentiable(model, example):
     """Raise an InputError where images cannot be made by the gradients of `model`, which takes batches like `example`."""
-    why = "none reaches them"
+    why = "no gradient reaches them"
     with torch.enable_grad():
         images = batch_like(example, 2).requires_grad_()
-        try:  # of a copy, for a network may work in place on what it is given
-            if torch.autograd.grad(model(images * 1).sum(), images, allow_unused=True)[0] is not None:
+        try:
+            if torch.autograd.grad(model(images).sum(), images, allow_unused=True)[0] is not None:
                 return
         except torch.OutOfMemoryError:
             raise
@@ -71,5 +74,5 @@ def refuse_undifferentiable(model, example):
                 why = "a value that they need is overwritten in place"
             elif "does not require grad" not in str(error):
                 why = first_line(error)
-    advice = "its forward may have no torch.no_grad(), no detach(), and no step in place on a value that is used again"
-    raise InputError(f"images cannot be made by the model's gradients ({why}); {advice}")
+    advice = "remove torch.no_grad(), detach() and in-place steps on values that are used again from its forward"
+    raise InputError(f"images cannot be optimised through the model ({why}); {advice}")

@@ -8,7 +8,7 @@ import tqdm as bars
 
 SECONDS_BETWEEN_LINES = 10
 WIDTH = 100
-FIGURES = 4  # at most, behind a bar
+FIGURES = 4  # at most, after a bar
 LINE = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
 ROOM = 35  # columns that a line takes beside its description and its figures
 

@@ -1,8 +1,8 @@
 """Uniform affine fake quantization, and `quantize`, which turns a trained network into its quantized copy.
 
 Asymmetric, integer zero point, 2^bits codes 0 ... 2^bits - 1 (Jacob et al., CVPR 2018). Weights: one range per output
-channel, recomputed from the weights at each forward, never clipped. Activations: one range per tensor, which includes zero,
-followed by a moving average while the observer is on. The backward pass is straight-through.
+channel, recomputed from the weights at each forward, never clipped. Activations: one range per tensor, which includes zero, a
+moving average of each batch's extremes while the observer is on. The backward pass is straight-through.
 """
 
 import functools
@@ -57,7 +57,7 @@ def decode_(codes, scale, zero_point):
 class FakeQuantize(torch.autograd.Function):
     """Round to the nearest code and back; the gradient passes unchanged (straight-through).
 
-    `clipped` stops the gradient of values outside the range of the codes, as LSQ and PACT do; the papers here do not.
+    `clipped` stops the gradient of values whose rounded code is outside the range, as BRECQ does; the papers here do not.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ def fake_quantize(x, scale, zero_point, bits, clipped=False):
         x: float tensor; computed in float32 whatever its dtype.
         scale, zero_point: from `affine_parameters`, broadcastable against `x`.
         bits: 2 to 8.
-        clipped: no gradient where `x` lies outside the range.
+        clipped: no gradient where the rounded code lies outside the range.
 
     Returns:
         float32 tensor of x's shape with at most 2^bits values per range.
@@ -92,8 +92,8 @@ def fake_quantize(x, scale, zero_point, bits, clipped=False):
 
 
 def with_zero(low, high):
-    """The range [low, high] (tensors), widened to include zero: its zero point is one of the codes, as padding needs it and as
-    other runtimes hold it."""
+    """The range [low, high] (tensors), widened to include zero, which is then represented exactly, as zero padding and integer
+    runtimes require."""
     return low.clamp(max=0), high.clamp(min=0)
 
 
@@ -239,7 +239,7 @@ class QuantLinear(_QuantWeight, nn.Linear):
 
 
 class _OwnForward(_QuantWeight):
-    """A layer whose class has a forward of its own, as for padding: what that reads as `weight` is quantized."""
+    """A layer whose class has a custom forward, as for padding: what that reads as `weight` is quantized."""
 
     reading = False
 
@@ -427,7 +427,7 @@ def _quantize_graph(traced, abits, act_placement, clipped):
                     f"'{between[0].name}' works in place on '{node.name}' between two layers that receive it, which cannot be "
                     "quantized; assign its result, as in x = x + y"
                 )
-            insert(node, takers, takers[0])  # behind what works in place on the value
+            insert(node, takers, takers[0])  # after what works in place on the value
     graph.lint()
     traced.recompile()
     return traced

@@ -58,7 +58,7 @@ def prepare(cfg, **about):
     print(f"          on {cfg.device} in {cfg.precision}, {fast}; evaluated in fp32")
     print(f"          images normalised by mean {cfg.mean}, std {cfg.std}")
     if test_set is None:
-        print("test set  none at hand: agreement with the full-precision network on synthetic images is reported instead")
+        print("test set  none found: agreement with the full-precision network on synthetic images is reported instead")
     else:
         print(f"test set  {test_set.count:,} images from {test_set.name}")
         run.fp_top1, run.fp_top5, _ = evaluate(teacher, test_set)
@@ -284,7 +284,7 @@ def evaluate_file(cfg):
     check_export(cfg)
     meta = read_quantized(cfg.eval)["meta"]
     if missing := [name for name in ("method", "dataset", "mean", "std") if meta.get(name) is None]:
-        raise InputError(f"--eval {cfg.eval} was saved without {', '.join(missing)}; give save_quantized's `meta` these, too")
+        raise InputError(f"--eval {cfg.eval} was saved without {', '.join(missing)}; include them in save_quantized's `meta`")
     own = build(cfg.arch, meta["num_classes"], meta["image_size"]) if ":" in cfg.arch else None
     device = pick_device(cfg.device)
     if cfg.threads:

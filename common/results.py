@@ -43,38 +43,39 @@ MACHINE = {"--precision", "--capture", "--threads", "--eval-every"}  # flags tha
 
 PAPERS = {  # by the task of MixMix: the table that has such an experiment
     None: "Table 2 of Qimera and of AdaDFQ",
-    "ptq": "Table 3 of MixMix, which has ImageNet",
-    "qat": "Table 4 of MixMix, which has ImageNet",
-    "prune": "Table 5 of MixMix, which has ImageNet",
+    "ptq": "Table 3 of MixMix (ImageNet there)",
+    "qat": "Table 4 of MixMix (ImageNet there)",
+    "prune": "Table 5 of MixMix (ImageNet there)",
     "kd": "Table 7 of MixMix",
 }
 NETWORK = "cifar10", "resnet20"  # of the overview and of accuracy.png
 LENGTHS = {  # the heading of the overview's column: the flags of PROTOCOL that its runs were given
     "`short`": ("--schedule short",),
     "`tenth`": ("--epochs 40", "--iters 200", "--batch-size 16"),
-    "`whole`": (),
+    "`full`": (),
 }
 HEADS = "bits | method | seeds | calibrated | last epoch | best epoch | drop | published | best published | minutes | KB"
 HEADER = """# Results
 
-`python -m common.results` makes this page from the files in [results/](results), which have one line for each run: the figures
-of its `result.json`, the arguments and versions of its `config.json`, and its accuracy by epoch from `metrics.jsonl`. Other
+`python -m common.results` makes this page from the files in [results/](results), which have one line for each run: the results
+in its `result.json`, the arguments and versions of its `config.json`, and its accuracy by epoch from `metrics.jsonl`. Other
 measurements, such as how settings were chosen, speed and most of MixMix's tasks, are in [MEASUREMENTS.md](MEASUREMENTS.md).
 
-Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is once the activation
-ranges are set, before the quantized network (the student) is trained. Quote the last epoch; the best one is chosen on the test
-images and is given for comparison only. "Drop" is what the last epoch lost from full precision, in points. "Published" is the
-loss published for the method. "Best published" is the smallest loss published for any method that quantizes activations per
-tensor and weights per tensor or channel: SynQ at 3 and 4 bits, AdaDFQ with the add-on AKT at 5. Qimera + ZAQ is left out, whose
-93.91 % at 4 bits exceed full precision. Both are for CIFAR-10's ResNet-20 of 93.89 %, after 80,000 iterations (SynQ: 20,000),
-and most from the best epoch. Minutes are those of training; other runs may have had a share of the machine. KB is the size of
-the written network. `amx_bf16` and `avx512_bf16` are CPUs with AMX and with no more than AVX512-BF16.
+Accuracies are top-1 in percent on test images, mean ± standard deviation over the seeds. "Calibrated" is the accuracy after the
+activation ranges are set and before the quantized network (the student) is trained. Quote the last epoch; the best one is
+chosen on the test images and is given for comparison only. "Drop" is what the last epoch lost from full precision, in points.
+"Published" is the loss published for the method. "Best published" is the smallest loss published for any method that quantizes
+activations per tensor and weights per tensor or channel: SynQ at 3 and 4 bits, AdaDFQ with the add-on AKT at 5. Qimera + ZAQ is
+left out, whose 93.91 % at 4 bits exceeds full precision. Both losses are for CIFAR-10's ResNet-20 of 93.89 %, after 80,000
+iterations (SynQ: 20,000), and most from the best epoch. Minutes are those of training, on machines that may have run other
+jobs. KB is the size of the written network. `amx_bf16` and `avx512_bf16` are CPUs with AMX, and with AVX512-BF16 but no AMX.
 
-A command stands above each table. The other rows differ from it in the script, `--bits` and `--seed`, and in the flags shown in
-the method column. `DIR` is a folder with the test images. Names after `--images` stand for sets of images, which you give as a
-folder of your own: `both` is MixMix's, `single`, `kw` and `zeroq` are those of ResNet-20 alone by three losses, `own` those of
-the compressed network alone, `noise` is noise, and `real`, `real-s1` and `real-s2` are draws of training images ([how they were
-made](MEASUREMENTS.md#mixmix)).
+The command above each table produces its first row. The other rows change the script, `--bits`, `--seed` and the flags shown in
+the method column. `DIR` is a folder with the test images. `--genotype found` is the result of the second search in
+[MEASUREMENTS.md](MEASUREMENTS.md#autorecon-generators-compared). Names after `--images` stand for sets of images, which you
+give as a folder of your own: `both` is MixMix's; `single`, `kw` and `zeroq` were made from ResNet-20 alone with three different
+losses, `own` from the compressed network alone; `noise` is Gaussian noise; `real`, `real-s1` and `real-s2` are draws of
+training images ([how they were made](MEASUREMENTS.md#mixmix)).
 """
 OVERVIEW = """## Points lost, by length of training
 
@@ -82,8 +83,8 @@ ResNet-20 on CIFAR-10, the runs of the tables below: accuracy in full precision 
 standard deviation, and in brackets the number of runs on all machines. `short` is `--schedule short`, 720 iterations of 16
 images with settings of its own. `tenth` is 8,000 iterations of 16 images, which is AdaDFQ's batch and a fraction of the others'
 (GDFQ, AutoReCon 200, Qimera 64), with rates that fall after 10, 20 and 30 of 40 epochs, otherwise the script's defaults.
-`whole` is the script's plain command, 80,000 iterations. A seed counts once on each machine. Flags in a cell are those of its
-runs; AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.md#adadfqs-whole-schedule)).
+`full` is the script's plain command, 80,000 iterations. A seed counts once on each machine. Flags in a cell are those of its
+runs; AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.md#the-full-schedules)).
 """
 PICTURES = {
     "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "
@@ -416,7 +417,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of finished runs")
     add("--out", default="docs/RESULTS.md", help="page to write, with results/ and pictures beside it (default: %(default)s)")
-    add("--pictures", action="store_true", help="copy the pictures of the runs, not their figures")
+    add("--pictures", action="store_true", help="only copy the pictures of the runs; do not add their results")
     add("--machine", help="processor of runs whose config.json does not record it, such as amx_bf16")
     args = parser.parse_args(argv)
     place = Path(args.out).parent / "results"

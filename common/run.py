@@ -18,7 +18,7 @@ from common.capture import GraphedStep, compiled, keep_freed_memory, pick_captur
 from common.checkpoint import load_checkpoint, lock, previous, save_checkpoint, share
 from common.data import evaluate
 from common.device import computes_bf16, peak_memory, pick_device, processor, synchronise
-from common.learned import learned_steps
+from common.learned import step_parameters
 from common.probe import probe, refuse_infinite, refuse_undifferentiable
 from common.progress import Progress, say
 from common.trace import baked_copy, memory_layout
@@ -31,7 +31,7 @@ FURTHER_FILES = {  # what scripts leave beside these
 }
 INPUTS = ("genotype", "generator", "images", "weights", "zoo", "held_out", "targets")  # arguments that may name files
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
-SLOW = 2.0, 10.0  # an epoch is slow that takes this many times the fastest one's seconds, and this many seconds
+SLOW = 2.0, 10.0  # an epoch is slow if it takes this many times as long as the fastest one, and this many seconds
 NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir eval_every".split()  # change no student
 
 
@@ -299,7 +299,7 @@ class Run:
         sums = torch.stack([p.detach().float().sum() for p in student.parameters()])
         if not torch.isfinite(sums).all():
             self._stop(f"the student's weights stopped being finite in the last step of epoch {self.epoch + 1}")
-        steps = [step.detach().float() for step in learned_steps(student)]
+        steps = [step.detach().float() for step in step_parameters(student)]
         if steps and (least := torch.stack(steps).min().item()) < 0:
             self._stop(f"a learned step size of the student became {least:.2g} in epoch {self.epoch + 1}")
 

@@ -1,5 +1,4 @@
-"""What a network may not have if it is to be quantized: weights and activations in places where they cannot be. Each is refused
-by an error that names it."""
+"""Checks that refuse weights and activations which cannot be quantized; the error names them."""
 
 from contextlib import suppress
 
@@ -30,7 +29,7 @@ def check_layers(model, example=None):
 
     Args:
         model: in eval mode.
-        example: a batch that it takes; without it, layers with a forward of their own are tried on images of 32 pixels.
+        example: a batch that it takes; without it, layers with a custom forward are tried on images of 32 pixels.
     """
     odd = {}
     for name, module in model.named_modules():
@@ -38,8 +37,8 @@ def check_layers(model, example=None):
             continue
         if "forward" in module.__dict__:
             raise InputError(
-                f"layer '{name}' was given another forward than its class has, where its weight cannot be quantized; derive a "
-                "class of its own"
+                f"layer '{name}' has its forward replaced on the instance, so its weight cannot be quantized; define a "
+                "subclass instead"
             )
         if not isinstance(module, LAYERS) or "weight" not in module._parameters:
             raise InputError(

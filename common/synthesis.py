@@ -36,7 +36,7 @@ def add_flags(parser):
     add = parser.add_argument_group("set of images").add_argument
     about = f"number of images (default: {COUNT}; with --task qat {QAT_COUNT}, for ImageNet {QAT_IMAGENET})"
     add("--count", type=whole(1), help=about)
-    about = "numbers of the classes to make images of, such as 3 7 10-15 (default: all)"
+    about = "indices of the classes to make images of, such as 3 7 10-15 (default: all)"
     add("--classes", type=class_range, nargs="+", metavar="N|N-M", help=about)
     add("--labels", choices=("balanced", "random"), default="balanced", help="how the images' labels are drawn")
     about = "make only the batches I, I + N, ... of the images (--task synth); torchrun gives each process its part"
@@ -87,8 +87,8 @@ def complete(cfg):
 
 
 def make_labels(cfg):
-    """Labels of all images (count,), of --classes: balanced and shuffled, or drawn at random. Fewer images than classes are
-    of classes drawn at random, one each."""
+    """Labels of all images (count,), of --classes: balanced and shuffled, or drawn at random. With fewer images
+    than classes, the classes are drawn at random, one image each."""
     source, classes = torch.Generator().manual_seed(cfg.seed), torch.tensor(cfg.classes or range(cfg.num_classes))
     if cfg.labels == "random":
         return classes[torch.randint(len(classes), (cfg.count,), generator=source)]
@@ -134,7 +134,7 @@ def make_batches(make, labels, files, run):
 
             images = make(y, cfg, run, progress).half()
             if not torch.isfinite(images).all():
-                raise InputError(f"the images of batch {index + 1} stopped being finite; lower --lr")
+                raise InputError(f"the images of batch {index + 1} contain NaN or infinity; lower --lr")
             lines = [{k: v if isinstance(v, int) else float(f"{v.item():.6g}") for k, v in point.items()} for point in curve]
             write_atomically(files[index].with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
             write_images(files[index], images, y, (cfg.mean, cfg.std))
@@ -228,7 +228,7 @@ def synthesize(cfg, load, make):
         return show_finished(run, show)
     if not (run.folder / "result.json").exists():
         first, count = cfg.part
-        print(f"part {first}/{count} is made; when all are, --resume without --part puts them together")
+        print(f"part {first}/{count} is done; once all are, repeat the command with --resume and without --part")
         return None
     made = json.loads((run.folder / "result.json").read_text())
     show(made, run)

@@ -71,7 +71,7 @@ class _Tracer(fx.Tracer):
     Args:
         examples: two input batches, or nothing, with which this is `fx.Tracer`.
         whole: further classes of modules that are single nodes.
-        inside: whether convolutions and linear layers with a forward of their own are looked into.
+        inside: whether convolutions and linear layers with a custom forward are looked into.
         reshaping: whether a `view` becomes a `reshape`, which has the same values in any memory layout.
     """
 
@@ -356,7 +356,7 @@ def nearly_equal(found, expected):
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         return False
     found, expected = found.nan_to_num(), expected.nan_to_num()
-    return (found - expected).abs().max() <= 1e-2 * expected.abs().max() + 1e-4  # kernels of other layouts round otherwise
+    return (found - expected).abs().max() <= 1e-2 * expected.abs().max() + 1e-4  # kernels of other layouts round differently
 
 
 @torch.no_grad()

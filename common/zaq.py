@@ -4,27 +4,31 @@ The generator looks for images on which the quantized network (the student, Q) d
 teacher, P), in its logits (L_o) and in its feature maps (L_f), and which activate P (L_a). Q learns to agree with P on them.
 Qimera gives the game in two lines (Eq. 11, 12), so there are two forms of it:
 
-    what                       zaq: ZAQ's released code             zaq-paper: Eq. 11 and 12 as printed, the rest chosen here
+    what                       zaq: ZAQ's released code             zaq-paper: Eq. 11 and 12, the rest chosen here
     beta, gamma                1, 0.1                               0.1, 0.05
-    L_f                        distance of spatial and of channel   distance of channel attention, mean over the stages
-                               attention, sum over the stages
+    L_f                        distance of the maps, to which a     distance of the cosines between channels, mean over
+                               tenth of their self-attention        the stages
+                               over pixels, then over channels,
+                               is added; sum over the stages
     student, mode              BatchNorm in train mode              statistics fixed, as in Qimera
-    student, rate and weight   0.1, 5e-4                            Qimera's
-      decay
+    student, SGD               rate 0.1, decay 5e-4, plain          Qimera's, Nesterov
+                               momentum
     student, steps             five for one of the generator        one for one
+    generator's Adam, beta1    0.9                                  Qimera's
     epochs, iterations, batch  300, 60, 256                         Qimera's
-    warm-up                    none, chosen here                    Qimera's
-    activation ranges          follow the images for 300 epochs     fixed after the first epochs, as in Qimera
-                               (chosen here: the rate is high)
+    warm-up                    none                                 Qimera's
+    activation ranges          follow the images throughout         fixed after the first epochs, as in Qimera
 
-Chosen here for both, since ZAQ's paper was not at hand:
+ZAQ's code differs from both in these points:
 
-- The rest is Qimera's: the generator's rate, decay of both rates by 10 after 100 and 200 epochs, momentum.
-- Stages are told apart by resolution, in any network: the output of a stage is the last map that the student quantizes at each
-  of the three lowest resolutions above one pixel. In a ResNet it is what the last ReLU of a stage returns. L_a takes the last.
-- Spatial attention is the mean over the channels of the squared map, of length 1 (Zagoruyko and Komodakis, ICLR 2017),
-  compared by squared distance; channel attention is the cosines between channels, compared by absolute difference.
-- The student's first step takes the generator's batch, its further steps take new images.
+    what                       ZAQ's code                           here
+    activation ranges          extremes of all images so far        moving average of each batch's extremes
+    order of the steps         the student's, then the              the generator's, whose batch the student's first step
+                               generator's, all on new images       takes, too
+    stages                     outputs of stages: three of          the last map that the student quantizes at each of the
+                               ResNet-20, four of other ResNets     three lowest resolutions above one pixel, in any network
+    length of a pixel's or     1                                    1, less where it is below 1e-3: a gradient has a limit
+      channel's vector
 """
 
 import torch
@@ -36,6 +40,7 @@ from common.quant import quantize, quantized_activations, quantized_layers
 
 FORMS = ("zaq", "zaq-paper")  # values of --adversarial
 STAGES = 3
+EPS = 1e-3  # vectors of maps that are shorter are divided by this instead of their length
 
 
 class FeatureMaps:
@@ -86,22 +91,25 @@ class FeatureMaps:
             maps.clear()
 
 
-def spatial_attention(features):
-    """(B, h * w), of length 1 for each image, of maps (B, c, h, w)."""
-    return F.normalize(features.square().mean(1).flatten(1))
+def relations(features):
+    """Maps (B, c, h, w), the vector of each pixel of length 1, plus a tenth of their self-attention: over the pixels, which
+    adds those that are alike, and over the channels, which adds those that are not. Both (B, c, h * w)."""
+    x = F.normalize(features, dim=1, eps=EPS).flatten(2)
+    pixels = x.transpose(1, 2)
+    alike = F.scaled_dot_product_attention(pixels, pixels, pixels, scale=1.0).transpose(1, 2)  # x softmax(x'x)'
+    unlike = F.scaled_dot_product_attention(-x, x, x, scale=1.0)  # softmax(-xx') x
+    return x + 0.1 * alike, x + 0.1 * unlike
 
 
-def channel_attention(features):
+def channel_cosines(features):
     """Cosines (B, c, c) between the channels of maps (B, c, h, w); those of a channel close to zero are close to zero."""
-    channels = F.normalize(features.flatten(2), dim=2, eps=1e-3)
+    channels = F.normalize(features.flatten(2), dim=2, eps=EPS)
     return channels @ channels.transpose(1, 2)
 
 
 def feature_distance(of_teacher, of_student, form):
     """-L_f of the maps that `FeatureMaps.stages` returns, for one of FORMS: a scalar, at least 0."""
     pairs = list(zip(of_teacher, of_student))
-    channel = torch.stack([F.l1_loss(channel_attention(p), channel_attention(q)) for p, q in pairs])
     if form == "zaq-paper":
-        return channel.mean()
-    spatial = [(spatial_attention(p) - spatial_attention(q)).square().sum(1).mean() for p, q in pairs]
-    return torch.stack(spatial).sum() + channel.sum()
+        return torch.stack([F.l1_loss(channel_cosines(p), channel_cosines(q)) for p, q in pairs]).mean()
+    return torch.stack([F.l1_loss(*both) for p, q in pairs for both in zip(relations(p), relations(q))]).sum()

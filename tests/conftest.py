@@ -31,9 +31,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def same_on_every_machine(request, monkeypatch):
-    """The host and fp32 unless a test says otherwise, whatever hardware there is; a run's --threads and progress bar end with
-    its test, also where the run was interrupted."""
+    """The host and fp32 unless a test says otherwise, whatever hardware there is, and the same random numbers in any order of
+    the tests; a run's --threads and progress bar end with its test, also where the run was interrupted."""
+    torch.manual_seed(0)
     threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
+    monkeypatch.setattr("common.report.SyntheticSet.count", 100)  # of 2,000, for time
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
     for name, value in (("device", "cpu"), ("precision", "fp32")):
@@ -72,9 +74,18 @@ class ModuleNet(nn.Module):
         return self.fc(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
 
 
+def without_network(monkeypatch):
+    """Send what would be downloaded to a proxy that is not there."""
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
+        monkeypatch.setenv(name, value), monkeypatch.delenv(name.upper(), raising=False)
+
+
 def trained(model, size=16, steps=20, channels=3):
-    """The model with BatchNorm statistics of random images, in eval mode."""
+    """The model with random scales and shifts of its BatchNorms and with their statistics of random images, in eval mode."""
     torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias, 0, 0.3)
     model.train()
     with torch.no_grad():
         for _ in range(steps):

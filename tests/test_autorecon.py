@@ -45,7 +45,6 @@ STAGE_1 = {name: TINY[name] for name in ("dataset", "num_classes", "image_size",
 def on_the_command_line(monkeypatch):
     """`tiny:net` is found, and few synthetic images are evaluated."""
     monkeypatch.syspath_prepend(ROOT / "tests")
-    monkeypatch.setattr("common.report.SyntheticSet.count", 20)
 
 
 def command_line(settings):
@@ -327,13 +326,15 @@ def test_a_search_step_is_adam_on_cross_entropy_and_bns(net, monkeypatch):
             kept.update(parts, supernet=student)
             return super().epochs(count, student, synthesize, **parts)
 
-    cfg = config(**TINY, **SEARCH | {"search_epochs": 1, "search_iters": 1, "arch_iters": 1}, tau_start=2.0, bns_weight=0.3)
+    cfg = config(
+        **TINY, **SEARCH | {"search_epochs": 1, "search_iters": 1, "arch_iters": 1}, tau_start=2.0, bns_weight=0.3, beta1=0.7
+    )
     monkeypatch.setattr(autorecon, "Run", Keeping)
     search(net, cfg)
     torch.manual_seed(cfg.seed)
     supernet, architecture, stats = Generator(None, 5, 16, width=8), Architecture(), BatchNormStatistics(net)
     architecture.temperature.fill_(2.0)
-    weights = torch.optim.Adam(supernet.parameters(), 1e-3, betas=(0.5, 0.999))
+    weights = torch.optim.Adam(supernet.parameters(), 1e-3, betas=(0.7, 0.999))
     alphas = torch.optim.Adam(architecture.parameters(), 0.05, betas=(0.5, 0.999), weight_decay=1e-4)
     for optimizer in (weights, alphas):
         y = torch.randint(5, (4,))
@@ -343,6 +344,9 @@ def test_a_search_step_is_adam_on_cross_entropy_and_bns(net, monkeypatch):
             model.zero_grad()
         (F.cross_entropy(logits, y) + 0.3 * stats.loss()).backward()
         optimizer.step()
+    assert {name: kept[name].defaults["betas"] for name in ("optim_w", "optim_a")} == {
+        "optim_w": (0.7, 0.999), "optim_a": (0.5, 0.999),
+    }  # fmt: skip
     for ours, plain in zip(kept["architecture"].parameters(), architecture.parameters()):
         torch.testing.assert_close(ours, plain, atol=2e-3, rtol=0)  # of a step of 0.05
     for ours, plain in zip(kept["supernet"].parameters(), supernet.parameters()):
@@ -493,7 +497,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--no-finetune", "--student-steps", 2], "--student-steps has no effect with --no-finetune"),
         ([*kd, "--abits", 4], "--abits has no effect with --task kd"),
         ([*kd, "--no-finetune"], "--no-finetune has no effect with --task kd"),
-        (["--task", "kd"], "--student-arch None; give --task kd and --student-arch to distil"),
+        (["--task", "kd"], "--task kd needs --student-arch; give the architecture to distil into"),
         (["--tau-end", 9], "--tau-end is 9.0, above --tau-start 5.0"),
         (["--search-epochs", 0], "; give a whole number from 1 to 1e+06"),
         (["--scale", 0], "; give a number from 0.015625 to 64"),

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_network
 from test_data import make_cifar100, make_folder
 
 import adadfq
@@ -117,8 +117,8 @@ def test_synthetic_images_for_agreement_are_all_different():
     run = Run(gdfq.config(dataset="folder", num_classes=5, image_size=16, batch_size=20, device="cpu"))
     run.synthesize = lambda labels: torch.rand(len(labels), 1) + labels[:, None]
     images, labels = (torch.cat(parts) for parts in zip(*SyntheticSet(run)))
-    assert len(images.unique()) == len(images) == SyntheticSet.count
-    assert torch.equal(images[:, 0].long(), labels) and labels.bincount().tolist() == [400] * 5
+    assert len(images.unique()) == len(images) == SyntheticSet.count == 100
+    assert torch.equal(images[:, 0].long(), labels) and labels.bincount().tolist() == [20] * 5
 
 
 def test_calibration_shorter_than_its_epochs_is_still_measured(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         (["--weights", "hundred.pt", "--num-classes", 100], "use --dataset folder"),
         (["--dataset", "folder"], "needs --num-classes"),
         (["--data-dir", "none"], "neither test/ nor val/"),
-        (["--device", "cuda:7"], "CUDA devices here"),
+        (["--device", "cuda:7"], "CUDA device(s); give"),
         (["--device", "tpu"], "give auto, cpu"),
         (["--no-kd", "--temperature", 4], "--temperature has no effect with --no-kd; leave one of them out"),
         (["--no-kd", "--no-student-ce", "--lr-q", 1], "--lr-q has no effect with --no-kd and --no-student-ce"),
@@ -201,8 +201,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
 def test_a_missing_download_says_what_and_where(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    without_network(monkeypatch)
     sentence = fails(gdfq.main, "--dataset", "cifar100")
     assert "resnet20_cifar100-2964-a5322afe.pth.zip cannot be fetched" in sentence
     assert f"save its one file as {tmp_path}/hub/checkpoints/resnet20_cifar100-2964-a5322afe.pth" in sentence
@@ -388,7 +387,7 @@ def test_a_diverging_run_names_the_step_and_the_checkpoint(tmp_path, monkeypatch
 @pytest.mark.parametrize("error, sentence", [
     (
         torch.OutOfMemoryError("CUDA out of memory.\nMore of it"),
-        "the GPU's memory is full (CUDA out of memory.); lower the batch size, or give --device cpu",
+        "out of GPU memory (CUDA out of memory.); lower the batch size, or give --device cpu",
     ),
     (
         PermissionError(errno.EACCES, "Permission denied", "/root/x"),

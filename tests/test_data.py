@@ -265,7 +265,7 @@ def test_the_student_learns_from_real_images(method, tmp_path, monkeypatch, fail
     assert not state["generator"] and not state["optim_g"]["state"] and state["optim_q"]["state"]
     moved = make_folder(tmp_path / "other", 5, size=16)
     assert "data_dir" in fails(method.main, *arguments, "--data-dir", moved)
-    assert "no training images at hand; give --data-dir" in fails(method.main, *arguments, "--overwrite")
+    assert "no training images found; give --data-dir" in fails(method.main, *arguments, "--overwrite")
     assert "has no train/" in fails(method.main, *arguments, "--overwrite", "--data-dir", moved)
     assert "--lr-g has no effect with --data-source real" in fails(method.main, *arguments, "--lr-g", 0.1)
     assert "within the 6 calibrating epochs" in fails(method.main, *arguments, "--epochs", 5, "--calibrate-epochs", 6)

@@ -17,9 +17,11 @@ from conftest import ROOT, FunctionalNet, trained
 from test_cli import TINY
 from test_data import make_folder
 from test_export import META, calibrated
+from test_tasks import NOISE
 from torch import nn
 
 import gdfq
+import mixmix
 from common import InputError
 from common.deploy import integer_form
 from common.export import load_quantized, save_quantized
@@ -27,7 +29,20 @@ from common.integer import IntegerNetwork, multiplier, rescale
 from common.quant import quantized_activations, quantized_layers
 from common.trace import _BatchNorm
 
-NETWORKS = ["inverted", "ViewAndFeatureFlags", "ShuffleArithmetic", "SqueezeAndExcitation", "PreActivation", "DenseConnections"]
+NETWORKS = "inverted ViewAndFeatureFlags ShuffleArithmetic SqueezeAndExcitation PreActivation DenseConnections Curved".split()
+
+
+class Curved(FunctionalNet):
+    """Activations that the integer network has in tables, and pooling by a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.hard, self.box, self.pool = nn.Hardswish(), nn.Hardsigmoid(), nn.Hardtanh(-1, 2), nn.AvgPool2d(2)
+
+    def forward(self, x):
+        x = self.pool(self.gate(self.bn1(self.conv1(x))))
+        x = self.box(self.bn2(self.conv2(x))) + torch.tanh(self.bn3(self.conv3(x))) * self.hard(x)
+        return self.fc(x.mean((2, 3)))
 
 
 def loaded(path, make, bits, placement="input", size=16):
@@ -38,7 +53,8 @@ def loaded(path, make, bits, placement="input", size=16):
 
 
 def maker(name):
-    return tiny.inverted if name == "inverted" else partial(strangers.make, name)
+    own = {"inverted": tiny.inverted, "Curved": lambda: trained(Curved())}
+    return own.get(name) or partial(strangers.make, name)
 
 
 def with_odd_norms():
@@ -179,6 +195,13 @@ def test_integer_check_of_a_run(tmp_path, monkeypatch, capsys, fails):
     found = gdfq.main(["--eval", str(run / "quantized.pt"), *where, "--integer-check"])
     assert found["top1"] == result["last_top1"] and found["integer_agreement"] == 100 and found["integer_difference"] < 1e-3
     assert "integer arithmetic: same class on 100.00 % of 20 images" in capsys.readouterr().out
+    flags = ["--epochs", "3", "--act-ranges", "learned", "--data-dir", str(data), "--act-placement", "input"]
+    gdfq.main([*TINY, *flags, "--out", str(tmp_path / "learned")])
+    quick = "--task ptq --count 64 --weight-iterations 2 --step-iterations 2 --act-placement input".split()
+    mixmix.main([*NOISE, *quick, "--data-dir", str(data), "--out", str(tmp_path / "ptq")])
+    for script, name in ((gdfq, "learned"), (mixmix, "ptq")):
+        found = script.main(["--eval", str(tmp_path / name / "quantized.pt"), *where, "--integer-check"])
+        assert found["integer_agreement"] == 100 and found["integer_difference"] < 1e-3
     assert "--integer-check has no effect without --eval FILE" in fails(gdfq.main, "--integer-check")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs the package onnx, which is absent; pip" in fails(gdfq.main, *TINY, "--export", "onnx")

@@ -135,7 +135,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ("absent.pt", None, "is not a file"),
         ("cut.pt", None, "damaged"),
         ("other.pt", None, "not a quantized network"),
-        ("quantized.pt", None, "own architecture"),
+        ("quantized.pt", None, "an architecture of your own"),
         ("quantized.pt", build("resnet20", 5, 16), "another architecture"),
         ("quantized.pt", FunctionalNet(6), "another architecture .*fc"),
     ]:

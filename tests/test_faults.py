@@ -107,7 +107,7 @@ def test_what_is_not_finite_or_not_told_is_refused_by_name(tmp_path, net, fails)
     cfg = gdfq.config(**DATA, epochs=3, iters=2, batch_size=4, warmup_epochs=1, calibrate_epochs=1)
     shape = {"arch": "tiny:net", "num_classes": 5, "image_size": 16, "channels": 3, "wbits": 4, "abits": 4}
     save_quantized(gdfq.compress(net, cfg), tmp_path / "student.pt", shape | {"act_placement": "relu"})
-    assert "saved without method, dataset, mean, std; give" in fails(gdfq.main, "--eval", tmp_path / "student.pt")
+    assert "saved without method, dataset, mean, std; include them in" in fails(gdfq.main, "--eval", tmp_path / "student.pt")
     content = torch.load(tmp_path / "student.pt")
     name, stored = next(iter(content["activations"].items()))
     stored["scale"].fill_(torch.nan)

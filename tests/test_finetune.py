@@ -12,7 +12,7 @@ import gdfq
 from common import InputError
 from common.export import load_quantized, save_quantized
 from common.finetune import LearnedAct, MatchedFeatures, SearchedAct, keep_ranges, set_ranges, set_rates, student_optimizer
-from common.learned import learned_step
+from common.learned import quantize_by_step
 from common.quant import QuantAct, fake_quantize, quantize, quantized_activations, set_observing
 from common.run import duration
 
@@ -53,7 +53,7 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
     before = [act.scale.item() for act in acts]
     student(x).square().sum().backward()
     optimizer.step()
-    assert all(act.scale.item() != was for act, was in zip(acts, before))
+    assert all(act.scale.item() != was for act, was in zip(acts[:2], before))  # the third gets values of its own grid alone
     expected = student(x)
     keep_ranges(student)
     assert all(type(act) is QuantAct and not list(act.parameters()) for _, act in quantized_activations(student))
@@ -64,14 +64,16 @@ def test_a_learned_range_moves_after_calibration_only_and_ends_as_any_other(net,
 
 
 def test_a_learned_range_has_the_scaled_gradient_of_lsq():
-    act, x = LearnedAct(3), torch.rand(6, 4, 5, 5)
-    act.observing = True
-    act(x)
-    act.observing = False
-    scale = act.scale.detach().clone().requires_grad_()
-    plain = torch.autograd.grad(learned_step(x, scale, act.zero_point, 3, "lsq").sum(), scale)[0]
-    ours = torch.autograd.grad(act(x).sum(), act.scale)[0]
-    torch.testing.assert_close(ours, plain / (4 * 5 * 5 * 7) ** 0.5)  # features of an image, times Q_P
+    for x in (torch.rand(6, 4, 5, 5), torch.rand(6, 4, 5, 5) - 0.4):
+        act = LearnedAct(3)
+        act.observing = True
+        act(x)
+        act.observing = False
+        scale = act.scale.detach().clone().requires_grad_()
+        plain = torch.autograd.grad(quantize_by_step(x, scale, act.zero_point, 3, "lsq").sum(), scale)[0]
+        ours = torch.autograd.grad(act(x).sum(), act.scale)[0]
+        assert (act.zero_point > 0) == (x.min() < 0)
+        torch.testing.assert_close(ours, plain / (4 * 5 * 5 * (7 - act.zero_point)) ** 0.5)  # features of an image, times Q_P
 
 
 def test_weight_decay_of_adam_is_decoupled(net):
@@ -181,7 +183,7 @@ def test_a_parameter_of_the_network_that_is_called_scale_is_no_step(net):
 def test_a_learned_step_rounds_as_the_file_does():
     x, zero_point = torch.randn(2**18), torch.tensor(3.0)
     for scale in torch.rand(8) / 10:
-        ours, files = learned_step(x, scale, zero_point, 4, "lsq"), fake_quantize(x, scale, zero_point, 4)
+        ours, files = quantize_by_step(x, scale, zero_point, 4, "lsq"), fake_quantize(x, scale, zero_point, 4)
         assert torch.equal(ours, files)
 
 

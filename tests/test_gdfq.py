@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import FunctionalNet
 
 import gdfq
-from common import InputError
+from common import InputError, finetune
 from common.ops import kd_loss, mix_images
 from common.probe import input_channels
 from common.quant import quantized_activations, quantized_layers, set_observing
@@ -119,7 +119,7 @@ def test_first_student_step_equals_one_computed_by_hand(net):
 
 
 def test_batchnorm_statistics_follow_the_images_only_with_no_fixed_bns(net):
-    settings = TINY | {"epochs": 2, "iters": 1, "warmup_epochs": 1, "seed": 5}
+    settings = TINY | {"epochs": 2, "iters": 1, "warmup_epochs": 1, "seed": 5, "bns_form": "sum"}
     student = compress(net, config(**settings, no_fixed_bns=True))
     torch.manual_seed(5)
     generator = Generator(5, 16)
@@ -135,6 +135,10 @@ def test_batchnorm_statistics_follow_the_images_only_with_no_fixed_bns(net):
         optimizer.zero_grad()
         set_observing(reference, not training)  # --calibrate-epochs 1
         reference.train(training)(x.detach())
+    net.dropout = torch.nn.Dropout().eval()
+    finetune.train_norms(net, True)
+    assert [name for name, module in net.named_modules() if module.training] == ["bn1", "bn2", "bn3"]
+    net.eval()
     state = student.state_dict()
     buffers = {name: value for name, value in reference.state_dict().items() if "running" in name}
     assert buffers and all(not torch.equal(value, net.state_dict()[name]) for name, value in buffers.items())

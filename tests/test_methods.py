@@ -12,6 +12,8 @@ import adadfq
 import autorecon
 import gdfq
 import qimera
+from common import finetune
+from common.ops import mix_images
 from common.progress import close_all
 from common.quant import QuantConv2d
 from common.run import Run
@@ -74,6 +76,50 @@ def test_optimizers_are_those_of_the_papers(net, method):
     assert (adam["lr"], adam["betas"]) == (pytest.approx(0.02), (0.7, 0.999))
     assert (sgd["lr"], sgd["momentum"], sgd["nesterov"]) == (pytest.approx(0.03), 0.9, True)
     assert run.parts["optim_q"].param_groups[0]["weight_decay"] == 0.4
+
+
+@every_method
+def test_rates_fall_in_the_loop_and_calibrated_is_before_the_first_step(net, method):
+    rates, weights = {}, {}
+
+    class Watching(Run):
+        def update(self, optimizer, loss, **how):
+            rates.setdefault(self.epoch, []).append(optimizer.param_groups[0]["lr"])
+            super().update(optimizer, loss, **how)
+
+        def measure(self, name, student):
+            weights.setdefault(name, student.fc.weight.detach().clone())
+            return super().measure(name, student)
+
+    run = Watching(settings(method, lr_g=0.02, lr_q=0.03, decay_epochs=[2], iters=1))
+    run.test_set = [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5)]
+    method.compress(net, run.cfg, run)
+    assert rates == {0: [0.02], 1: [0.02, 0.03], 2: pytest.approx([0.002, 0.003])}
+    assert torch.equal(weights["calibrated_top1"], net.fc.weight) and not torch.equal(weights["last_top1"], net.fc.weight)
+
+
+SHARED = {"clipped_ste": True, "act_ranges": "learned", "act_placement": "input", "feature_weight": 1.0, "optimizer": "adam"}
+
+
+@every_method
+def test_shared_flags_change_the_student(net, method):
+    images, outputs = torch.randn(8, 3, 16, 16), {}
+    for name, value in ({"plain": None} | SHARED).items():
+        flags = {} if value is None else {name: value}
+        student = method.compress(net, settings(method, epochs=2, bits=2, lr_q=0.1, calibrate_epochs=1, **flags))
+        outputs[name] = student(images)
+    assert [name for name in SHARED if torch.equal(outputs[name], outputs["plain"])] == []
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_mixed_images_have_the_teachers_logits_and_mixed_labels(net, how):
+    run, x, y = Run(gdfq.config(**TINY, mix=how)), torch.randn(8, 3, 16, 16), torch.arange(8) % 5
+    for labels, soft in ((y, F.one_hot(y, 5).float()), (q := torch.rand(8, 5).softmax(1), q)):
+        torch.manual_seed(0)
+        found = finetune.mixed(run, net, x, net(x), labels)
+        torch.manual_seed(0)
+        images, expected = mix_images(x, soft, how)
+        torch.testing.assert_close(found, (images, net(images), expected))
 
 
 @every_method

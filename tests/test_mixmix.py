@@ -19,6 +19,7 @@ from torchvision.utils import save_image
 import mixmix
 from common import InputError, capture
 from common.bns import BatchNormStatistics
+from common.cli import altered
 from common.data import accuracy, find_test_set
 from common.images import jitter, read_images, renormalise
 from common.ops import box_mix
@@ -251,6 +252,25 @@ def test_the_pixels_rate_warms_up_and_falls_by_a_cosine_at_each_size(net):
     assert rates == pytest.approx([min((i + 1) / 2, 1) * cosine for i, cosine in cosines])
 
 
+def test_networks_see_small_images_first_and_shifted_ones(net):
+    seen = []
+
+    class Watched(ZooModel):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    cfg = config(**TINY | {"iterations": 2, "zoo_sample": 1}, low_iterations=1, jitter=2, no_dmix=True, lr=0)
+    cfg.mean, cfg.std = NORMAL
+    run = Run(cfg)
+    torch.manual_seed(2)
+    images = invert([Watched("a", net, NORMAL, NORMAL)], torch.arange(10) % 5, cfg, run)
+    torch.manual_seed(2)
+    _, x = torch.randperm(1), torch.randn(10, 3, 16, 16)
+    torch.testing.assert_close(seen, [jitter(F.avg_pool2d(x, 2), 1, False), jitter(x, 2, False)])
+    assert torch.equal(images, x) and not torch.equal(seen[1], x)
+
+
 def test_networks_are_drawn_for_each_batch_and_epoch(net):
     zoo, names = [ZooModel(name, trained(FunctionalNet()), NORMAL, NORMAL) for name in "abc"], set()
     cfg = config(**TINY | {"iterations": 1, "zoo_sample": 2})
@@ -265,6 +285,14 @@ def test_networks_are_drawn_for_each_batch_and_epoch(net):
     terms = mixmix.DaflTerms(net, Run(settings))
     chosen = [terms.choose(epoch) for epoch in range(20)]
     assert set(chosen) == {(0, 1), (0, 2)} and chosen == [terms.choose(epoch) for epoch in range(20)]
+    x, y, losses = torch.randn(8, 3, 16, 16), torch.arange(8) % 5, []
+    for networks_of, cfg in (((0, 2), settings), ((0,), settings), ((0, 2), altered(settings, no_dmix=True))):
+        torch.manual_seed(0)
+        models = [terms.zoo[index] for index in networks_of]
+        losses.append(mixmix.mixmix_loss(models, x, y, terms.weights, cfg, terms.run.autocast)[0].item())
+    torch.manual_seed(0)
+    assert terms.loss(x, y, (0, 2)).item() == losses[0] and len(set(losses)) == 3
+    assert terms.zoo[1].same  # without --mean and --std, images are normalised for the data set
     settings.weights = "its own.pt"  # then the zoo's network of this architecture is another one
     assert [model.name for model in mixmix.DaflTerms(net, Run(settings)).zoo] == [networks["arch"], *networks["zoo"]]
 
@@ -398,7 +426,7 @@ def test_parts_make_the_images_of_one_process(tmp_path, fails, capsys):
     mixmix.main([*flags, "--out", str(tmp_path / "whole")])
     parts = [*flags, "--out", str(tmp_path / "parts")]
     assert "start --part 0/2 first" in fails(mixmix.main, *parts, "--part", "1/2")
-    assert mixmix.main([*parts, "--part", "0/2"]) is None and "--resume without --part" in capsys.readouterr().out
+    assert mixmix.main([*parts, "--part", "0/2"]) is None and "with --resume and without --part" in capsys.readouterr().out
     assert len(list((tmp_path / "parts" / "batches").glob("*.npz"))) == 2
     mixmix.main([*parts, "--part", "1/2"])
     assert "holds an unfinished run" in fails(mixmix.main, *parts)
@@ -526,6 +554,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     data = command_line(DATA)
     own = [*data, "--data-source", "noise"]
     judge = [*data, "--zoo", "tiny:net", "--task", "evaluate"]
+    judging = ["--task", "evaluate", "--images", "bundled"]
     whole = {"images": np.zeros((2, 3, 8, 8)), "labels": np.zeros(2, int), "mean": [0.0] * 3, "std": [1.0] * 3}
     np.savez(tmp_path / "other.npz", **whole)
     broken = {
@@ -554,7 +583,7 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
         ([*data, "--task", "kd", "--ce-weight", 2], "--ce-weight has no effect with --task kd and --data-source mixmix"),
         ([*tiny, "--classes", "4-2"], "--classes is '4-2'; give class numbers and ranges of them"),
         ([*tiny, "--classes", "0", "3-5"], "--classes names 5, and the classes of --dataset folder are 0 to 4"),
-        ([*data, "--task", "synth", "--data-source", "real"], "no training images at hand; give --data-dir"),
+        ([*data, "--task", "synth", "--data-source", "real"], "no training images found; give --data-dir"),
         ([*tiny, "--qat-lr", 1], "--qat-lr has no effect with --task synth"),
         ([*tiny, "--count", 2, "--classes", "0-2"], "--classes names 3 classes and --count is 2; raise it or name fewer"),
         ([*data, "--images", "other.npz", "--iterations", 3], "--iterations has no effect with --images"),
@@ -586,9 +615,10 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
             [*data, "--task", "transfer", "--targets", "tiny:branch", "--images", "other.npz"],
             "--targets tiny:branch: the model",
         ),
-        (["--task", "evaluate", "--images", "bundled", "--precision", "bf16"], "--task evaluate runs with fp32 only"),
-        (["--task", "synth", "--weights", "x.pt"], "--weights has no effect with --task synth, which has others; give --zoo"),
-        (["--task", "synth", "--zoo", "resnet20", "--held-out", "resnet20"], "--zoo and --held-out both name resnet20"),
+        ([*judging, "--precision", "bf16"], "--task evaluate runs with fp32 only"),
+        (["--task", "synth", "--weights", "x.pt"], "no effect with --task synth, which uses the networks of --zoo; give --zoo"),
+        (["--task", "synth", "--zoo", "resnet20", "--held-out", "resnet32"], "--held-out has no effect with --zoo and --task"),
+        ([*judging, "--zoo", "resnet20", "--held-out", "resnet20"], "--zoo and --held-out both name resnet20"),
         (
             ["--dataset", "folder", "--num-classes", 5, "--image-size", 16, "--task", "transfer", "--images", "other.npz"],
             "has no networks to quantize; give --targets",

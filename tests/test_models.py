@@ -152,13 +152,14 @@ def test_a_checkpoint_of_lightning_loads(tmp_path):
 @pytest.mark.parametrize(
     "forward, words",
     [
-        (lambda net, x: net(x.detach()), "none reaches them"),
-        (lambda net, x: torch.no_grad()(net)(x), "none reaches them"),
+        (lambda net, x: net(x.detach()), "no gradient reaches them"),
+        (lambda net, x: torch.no_grad()(net)(x), "no gradient reaches them"),
         (lambda net, x: net(x) + (y := x.relu()).mul_(y).mean(), "is overwritten in place"),
-        (lambda net, x: F.dropout(net(x), 0.3), "answers differently each time; pass training=self.training"),
+        (lambda net, x: F.dropout(net(x), 0.3), "is not deterministic in eval mode; pass training=self.training"),
         (lambda net, x: net(x).softmax(1), "returns probabilities; let it return the logits"),
         (lambda net, x: (net(x), x), "returns a tuple, expected logits .* wrap it"),
-        (lambda net, x: net(x.sub_(0.5)), None),
+        (lambda net, x: net(x.sub_(0.5)), "changes its input in place"),
+        (lambda net, x: net(x - 0.5), None),
     ],
 )
 def test_networks_whose_forward_serves_no_gradients_are_refused(forward, words):

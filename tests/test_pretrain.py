@@ -145,6 +145,6 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(tmp_path, fails):
         (f"--data-dir {data} --batch-size 5 --epochs 1 --lr 1e30", "the loss became"),
     ]:
         assert words in fails(pretrain.main, *flags.split(), "--out", tmp_path / "w"), flags
-    assert f"--out {data} is there already" in fails(pretrain.main, "--data-dir", data, "--out", data)
+    assert f"--out {data} exists already" in fails(pretrain.main, "--data-dir", data, "--out", data)
     (data / "train").rename(data / "val")
     assert "has no train/" in fails(pretrain.main, "--data-dir", data, "--out", tmp_path / "w")

@@ -12,6 +12,7 @@ from torch import nn
 
 import qimera
 from common import InputError, zaq
+from common.bns import BatchNormStatistics
 from common.boundaries import path_metrics
 from common.data import accuracy
 from common.export import load_quantized, save_quantized
@@ -166,15 +167,18 @@ def test_zaq_losses_against_double_precision_formulas(form):
     cfg = config(**TINY, adversarial=form, zaq_beta=0.7, zaq_gamma=0.3, zaq_rho=0.1)
     t, q, soft = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6, 5).softmax(1)
     maps = [[torch.randn(6, 3, 4, 4), torch.randn(6, 8, 2, 2)] for _ in range(2)]
-    spatial, channel = [], []
+    distances = {"zaq": [], "zaq-paper": []}
     for pair in zip(*maps):
-        pair = [one.double() for one in pair]
-        energy = [(one**2).mean(1) for one in pair]
-        lengths = [(one**2).sum((1, 2), keepdim=True).sqrt() for one in energy]
-        spatial.append(((energy[0] / lengths[0] - energy[1] / lengths[1]) ** 2).sum() / 6)
-        cosines = [F.cosine_similarity(*(one.flatten(2).unsqueeze(d) for d in (1, 2)), dim=3) for one in pair]
-        channel.append((cosines[0] - cosines[1]).abs().mean())
-    distance = sum(spatial) + sum(channel) if form == "zaq" else sum(channel) / 2
+        pair = [one.double().flatten(2) for one in pair]
+        cosines = [F.cosine_similarity(*(one.unsqueeze(d) for d in (1, 2)), dim=3) for one in pair]
+        distances["zaq-paper"].append((cosines[0] - cosines[1]).abs().mean() / 2)
+        units = [one / one.square().sum(1, keepdim=True).sqrt() for one in pair]
+        pixels = [(torch.einsum("bci,bcj->bij", x, x).exp(), x) for x in units]  # softmax by its definition
+        channels = [((-torch.einsum("bcn,bdn->bcd", x, x)).exp(), x) for x in units]
+        by_pixel = [x + 0.1 * torch.einsum("bij,bcj->bci", w / w.sum(2, keepdim=True), x) for w, x in pixels]
+        by_channel = [x + 0.1 * torch.einsum("bcd,bdn->bcn", w / w.sum(2, keepdim=True), x) for w, x in channels]
+        distances["zaq"] += [(of_t - of_q).abs().mean() for of_t, of_q in (by_pixel, by_channel)]
+    distance = sum(distances[form])
     ce = [-(soft.double() * v.double().log_softmax(1)).sum(1).mean() for v in (t, q)]
     game, activation = (t - q).double().abs().mean() + 0.7 * distance, maps[0][1].double().abs().mean()
     loss_g, loss_q = qimera.zaq_losses(t, q, maps, soft, cfg)
@@ -182,11 +186,12 @@ def test_zaq_losses_against_double_precision_formulas(form):
     torch.testing.assert_close(loss_q.double(), game + 0.1 * ce[1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_channel_without_activation_leaves_the_attention_losses_finite():
+@pytest.mark.parametrize("form", ["zaq", "zaq-paper"])
+def test_channels_and_pixels_without_activation_leave_the_feature_losses_finite(form):
     maps = torch.rand(2, 3, 4, 4, requires_grad=True)
     dead = (maps * torch.tensor([0.0, 1e-30, 1.0]).view(1, 3, 1, 1), torch.zeros(2, 2, 2, 2) * maps[:, :2, :2, :2])
-    zaq.feature_distance(dead, (torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2, 2)), "zaq").backward()
-    assert maps.grad.isfinite().all()
+    zaq.feature_distance(dead, (torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2, 2)), form).backward()
+    assert maps.grad.isfinite().all() and 0 < maps.grad.abs().max() < 100
 
 
 def test_zaq_compares_the_outputs_of_the_stages(net):
@@ -278,6 +283,28 @@ def test_losses_of_soft_labels_against_double_precision_formulas():
     loss = qimera.generator_loss(t, soft, torch.tensor(3.0), cfg)
     torch.testing.assert_close(loss.double(), ce[0] + 0.3, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(qimera.student_loss(q, t, soft, cfg).double(), ce[1] + 0.5 * kd, atol=1e-5, rtol=1e-4)
+
+
+class KeepingParts(Run):
+    def epochs(self, count, student, synthesize, **parts):
+        self.parts = parts
+        return super().epochs(count, student, synthesize, **parts)
+
+
+@pytest.mark.parametrize("form", ["gdfq", "sum"])
+def test_first_generator_step_equals_one_computed_by_hand(net, form):
+    cfg = config(**TINY | {"epochs": 1, "iters": 1, "warmup_epochs": 0, "seed": 5}, p=1, bns_form=form)
+    run = KeepingParts(cfg)
+    compress(net, cfg, run)
+    torch.manual_seed(5)
+    generator, stats = qimera.make_generator(net, cfg, 3), BatchNormStatistics(net)
+    classes, _, shares = torch.randint(5, (8, 2)), torch.rand(()), torch.randn(8, 2).softmax(1)
+    labels = make_labels(classes, shares, 5)
+    optimizer = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    (F.cross_entropy(net(generator(labels)), labels.soft) + 0.1 * stats.loss(form)).backward()
+    optimizer.step()
+    for ours, plain in zip(run.parts["generator"].parameters(), generator.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-4, rtol=1e-3)
 
 
 def test_first_student_step_equals_one_computed_by_hand(net):
@@ -391,6 +418,11 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net
         (["--k", 0], "give a whole number from 1"),
         (["--p", 1.5], "give a number from 0 to 1"),
         (["--no-se", "--k", 3], "--k has no effect with --no-se"),
+        (["--no-se", "--cbn", "mean"], "--cbn has no effect with --no-se"),
+        (
+            ["--schedule", "short", "--clipped-ste"],
+            "--clipped-ste has no effect with --act-ranges learned and --adversarial none",
+        ),
         (["--latent-dim", 7], "--latent-dim is 7, and extracted embeddings have their own; give --no-eei with it"),
         (["--no-dm", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping; give --dm with it"),
         (["--variant", "released", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping"),

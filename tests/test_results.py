@@ -19,6 +19,17 @@ def test_the_page_is_what_its_files_make():
     assert not [file for file in (DOCS / "results").glob("*.jsonl") if '"/' in file.read_text()]  # a path of somebody's machine
 
 
+def test_commands_on_the_page_still_stand_for_what_was_run():
+    """A default that has changed since would have to be among a run's flags."""
+    runs = [json.loads(line) for file in (DOCS / "results").glob("*.jsonl") for line in file.read_text("utf-8").splitlines()]
+    assert len(runs) > 200
+    of_the_tests = {"--synthesis", *results.MACHINE}  # which have defaults of their own here
+    of_the_tests |= {"--mapped-dim"}  # had another default where --variant released left the mapping out
+    for run in runs:
+        flags = {flag for flag in results.changed_flags(run["arguments"]) if flag.split(" ")[0] not in of_the_tests}
+        assert flags <= set(run["flags"])
+
+
 def test_every_figure_of_the_readme_is_on_a_page():
     section = (ROOT / "README.md").read_text("utf-8").partition("\n## Results\n")[2].partition("\n## ")[0]
     shown = {figure for line in section.splitlines() if line.startswith("|") for figure in re.findall(r"\d+\.\d+", line)}

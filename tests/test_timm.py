@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import trained
+from conftest import trained, without_network
 from test_cli import TINY
 
 import gdfq
@@ -43,8 +43,7 @@ def test_weights_of_safetensors(tmp_path, fails):
 def test_a_network_of_timm_brings_its_own_settings(tmp_path, fails, monkeypatch):
     timm, safetensors = extra("timm"), extra("safetensors.torch")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for proxy in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    without_network(monkeypatch)
     cfg = gdfq.config(arch=NAME, dataset="folder")
     assert (cfg.num_classes, cfg.image_size) == (1000, 160) == (1000, gdfq.config(arch=NAME, dataset="imagenet").image_size)
     file = tmp_path / "hub" / "checkpoints" / "test_resnet.r160_in1k.safetensors"

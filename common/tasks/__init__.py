@@ -12,7 +12,7 @@ where these are
     model     a trained classifier, which is left as it is; it must be possible to trace it, except for kd
     images    (N, channels, H, W), normalised for it; labels are not needed
     cfg       the task's flags and the shared ones
-    run       what surrounds the task: device, memory layout, progress, files; without one nothing is written or shown
+    run       a `Run`: device, memory layout, progress, files; without one nothing is written or shown
 
 An InputError says what is wrong with a network that a task cannot take.
 """

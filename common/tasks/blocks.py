@@ -62,12 +62,12 @@ def find_blocks(network, teacher):
 
     groups, group, reach, latest = [], [], last_use(entry), 0
     for index, node in enumerate(nodes):
-        if latest and layers([node]):  # the next layer: what lies behind the latest cut begins a new group
+        if latest and layers([node]):  # the next layer: what comes after the latest cut begins a new group
             groups.append(group[:latest])
             group, latest = group[latest:], 0
         group.append(node)
         is_tuple = any(user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users)
-        if reach <= index and layers(group) and not is_tuple:  # a cut: nothing before this node is used behind it
+        if reach <= index and layers(group) and not is_tuple:  # a cut: nothing before this node is used after it
             latest = len(group)
         reach = max(reach, last_use(node))
     groups.append(group)
@@ -139,13 +139,13 @@ def shared_group(parser):
     group = next((group for group in parser._action_groups if group.title == title), None)
     if group is None:
         group = parser.add_argument_group(title)
-        about = "at least this many bits for the weights of the first and the last layer, for the last layer's input, and for "
-        about += "the first layer's output (ptq) or input (qat)"
+        about = "minimum bit width of the first and the last layer: of their weights, of the last layer's input, and of the "
+        about += "first layer's output (ptq) or input (qat)"
         group.add_argument("--ends-bits", type=whole(2, 8), default=8, help=about)
         flag = parser._option_string_actions["--act-placement"]
         flag.default, flag.type = None, one_of("relu", "input", "blocks")
-        flag.help = "quantize outputs of activation functions (relu), these and outputs of blocks (blocks, as BRECQ), or "
-        flag.help += "inputs of all layers (input, as LSQ) (default: ptq blocks, qat input)"
+        flag.help = "quantize outputs of activation functions (relu), these and outputs of blocks (blocks, as in BRECQ), or "
+        flag.help += "inputs of all layers (input, as in LSQ) (default: ptq blocks, qat input)"
     return group
 
 

@@ -6,7 +6,7 @@
 With images, the student learns from them alone: each batch rolled and mirrored as a whole, labelled by the teacher anew. A
 method that has terms of its own for the generator hands them over as a class (see `compress`); MixMix does (its Sec. 5.4).
 
-The settings are those of the released code, whose recipe MixMix starts from; what is other here, or is left open:
+The settings are those of the released code, whose recipe MixMix starts from; what differs here, or is left open:
 
     what                   released code                                     here
     student's loss         Kullback-Leibler divergence, temperature 1        the same

@@ -1,4 +1,4 @@
-"""Pruning by L1 magnitude, and reconstruction of what layers send by least squares (MixMix, Sec. 5.3).
+"""Pruning by L1 magnitude, and least-squares reconstruction of the layers' outputs (MixMix, Sec. 5.3).
 
 Single weights (Han et al., ICLR 2016) or whole channels are removed. The weights that remain, in that layer or in the layers
 that received the channels, are then fitted again by least squares, layer by layer, as He et al. (ICCV 2017) do:
@@ -46,7 +46,7 @@ def add_flags(parser):
     add = group.add_argument
     kinds = ("unstructured", "structured")
     add("--prune", choices=kinds, default="unstructured", help="prune single weights or whole channels")
-    share = "share of the weights or channels that is pruned (default: unstructured 0.5, structured 0.2)"
+    share = "fraction of the weights or channels to prune (default: unstructured 0.5, structured 0.2)"
     add("--sparsity", type=number(0, 0.99), help=share)
     add("--points", type=whole(1), default=10, help="number of pixels per image for the least-squares reconstruction")
     ridge = "ridge of the least-squares reconstruction, relative to the inputs' variance"
@@ -81,8 +81,9 @@ def plan(model, cfg, run):
     check_layers(folded)
     if cfg.prune == "structured" and not removable(folded):
         raise InputError(
-            "--prune structured: the network has no convolution whose channels can be removed alone, because sums, products, "
-            "grouped convolutions, norms other than nn.BatchNorm2d or the classifier take them all; give --prune unstructured"
+            "--prune structured: no convolution of the network has removable channels, because all of them feed sums, "
+            "products, grouped convolutions, norms that do not follow a convolution or the classifier; give --prune "
+            "unstructured"
         )
     return run.place(give_biases(folded))
 
@@ -147,7 +148,7 @@ def observe_layer(name, full, pruned, images, cfg):
     layer, reference = pruned.get_submodule(name), full.get_submodule(name)
     inputs, targets, seen = [], [], {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone())),  # what comes behind may
+        layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].clone())),  # what comes after may
         reference.register_forward_hook(lambda *args: seen.update(y=args[2].clone())),  # work in place
     ]
     for part in images.split(64):

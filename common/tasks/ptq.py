@@ -1,7 +1,7 @@
 """Post-training quantization by block reconstruction (BRECQ: Li et al., ICLR 2021), with AdaRound (Nagel et al., ICML 2020).
 
-The weights of one block after the other are rounded so that the block, fed by the quantized blocks before it, answers as the
-full-precision one does; then the step sizes of its activations are learned on full-precision inputs.
+Block by block, the weights are rounded so that the block, fed by the quantized blocks before it, reproduces the output of the
+full-precision one; then the step sizes of its activations are learned on full-precision inputs.
 
     reconstruct_weights    min_V |z - z_q(V)|^2 + lambda f_reg(V), z the block's output      AdaRound's Eq. 21, for blocks
     learned.AdaRound       W(V), the softly rounded weights, and f_reg                       AdaRound's Eq. 22 to 24

@@ -2,23 +2,24 @@
 
 One step per weight tensor and one per activation are learned with the weights; the full-precision network is the teacher.
 
-    learned.learned_step    x = s round(clip(x / s, -Q_N, Q_P)) and its gradient to s      Eq. 1 to 3
-    learned._ScaledGradient the gradient of s times 1 / sqrt(N Q_P)                        Sec. 2.2
-    common.ops.kd_loss      Kullback-Leibler divergence at temperature tau                 MixMix, Sec. 5.2
-    feature_loss            intermediate features (Haroush et al., CVPR 2020)              MixMix, Sec. 5.2
+    learned.quantize_by_step   x = s round(clip(x / s, -Q_N, Q_P)) and its gradient to s   Eq. 1 to 3
+    learned._ScaledGradient    the gradient of s times 1 / sqrt(N Q_P)                     Sec. 2.2
+    common.ops.kd_loss         Kullback-Leibler divergence at temperature tau              MixMix, Sec. 5.2
+    feature_loss               intermediate features (Haroush et al., CVPR 2020)           MixMix, Sec. 5.2
 
 What MixMix leaves open, and what this code does:
 
     what                  here                                              why
     optimizer             SGD, Nesterov momentum 0.9, cosine decay          LSQ's, which does not mention Nesterov
     weight decay          1e-4 at all numbers of bits; MobileNetV2 0        LSQ's at 4; it has half at 3, a quarter at 2
-    learning rate         a tenth of LSQ's; MobileNetV2 a hundredth         networks with fixed statistics do not bear more:
-                                                                            ResNet-20, 4 bits, real images: 0.01 leaves 22 %
+    learning rate         a tenth of LSQ's; MobileNetV2 a hundredth         higher rates fail with fixed statistics:
+                                                                            ResNet-20, 4 bits, real images: 22 % with 0.01
     BatchNorm             statistics stay fixed                             those of synthetic images are no better
     feature loss          blocks' outputs, squared difference over the      Haroush et al. do not say
                           variance of the teacher's, mean over blocks
     distillation loss     KL at tau, times tau^2 as in common.ops           Hinton et al.; MixMix names tau only
-    labels                none                                              the teacher answers
+    labels                none                                              the teacher's logits take their place
+    augmentation          none                                              not mentioned
     activations           inputs of all layers (--act-placement input)      as LSQ has it
     first and last layer  weights and inputs: --ends-bits                   as LSQ has it
 
@@ -59,7 +60,7 @@ def add_flags(parser):
     add("--qat-batch-size", type=whole(1), help="number of images per step (default: lsq 128, short 32)")
     rate = "peak learning rate, cosine decay (default: lsq 0.001, mobilenet_v2 0.0001; short 0.0003, from 4 bits on 0.0001)"
     add("--qat-lr", type=number(0), help=rate)
-    decay = "weight decay of all parameters but the step sizes (default: 1e-4, mobilenet_v2 0)"
+    decay = "weight decay of all parameters except the step sizes (default: 1e-4, mobilenet_v2 0)"
     add("--qat-weight-decay", type=number(0), help=decay)
     add("--temperature", type=number(1e-3, 1e6), help="tau of the distillation loss (default: lsq 3, short 20)")
     add("--feature-weight", type=number(0), help="weight of the intermediate feature loss (default: lsq 1, short 40)")

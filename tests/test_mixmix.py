@@ -626,5 +626,5 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch):
     ]:
         assert words in fails(mixmix.main, *arguments), arguments
     assert all(path.suffix == ".npz" for path in tmp_path.iterdir())
-    with pytest.raises(InputError, match="stopped being finite; lower --lr"):
+    with pytest.raises(InputError, match="contain NaN or infinity; lower --lr"):
         make_set(config(**TINY, lr=1e30, task="synth"), load_source, invert)

@@ -358,9 +358,9 @@ def draw_methods(place):
 
 
 def draw_accuracy(place):
-    """accuracy.png: of each number of bits a panel with the methods' runs that were evaluated more than once, solid lines for
-    --schedule short and broken ones for the papers' schedules, by their steps. Of a table's rows, those with the fewest flags
-    are drawn, and of several machines' tables the first one's."""
+    """accuracy.png: of each number of bits that several methods have, a panel with their runs that were evaluated more than
+    once, solid lines for --schedule short and broken ones for the papers' schedules, by their steps. Of a table's rows, those
+    with the fewest flags are drawn, and of several machines' tables the first one's."""
     panels, times, lengths = defaultdict(dict), [], set()
     for file in sorted(place.glob("*.jsonl")):
         rows, _ = rows_of(read_table(file))
@@ -375,6 +375,7 @@ def draw_accuracy(place):
                 lengths |= {steps} - {None}
                 times += [seconds for run in runs for _, seconds, _ in run["curve"]]
 
+    panels = {bits: lines for bits, lines in panels.items() if len({method for method, _ in lines}) > 1}
     styles = {None: "-", **dict(zip(sorted(lengths), ("--", "-.", ":")))}
 
     def look(method):

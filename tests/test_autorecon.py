@@ -375,6 +375,7 @@ def test_dfads_generator_maximises_the_difference_of_the_networks(net, monkeypat
         def epochs(self, count, student, synthesize, **parts):
             kept.update(copy.deepcopy({"generator": parts["generator"], "student": student}), trained=parts["generator"])
             kept["random"] = torch.get_rng_state()
+            assert not parts["optim_q"].defaults["nesterov"]  # which GDFQ's student has
             return super().epochs(count, student, synthesize, **parts)
 
     monkeypatch.setattr(autorecon, "Run", Keeping)

@@ -486,14 +486,15 @@ def test_the_first_step_of_lsq_equals_one_computed_by_hand(net):
             super().update(optimizer, loss)
             moved.extend(p.detach().clone() for group in optimizer.param_groups for p in group["params"])
 
-    cfg = config("qat", **QAT | {"qat_steps": 1, "feature_weight": 0.0, "qat_weight_decay": 0.01})
+    flags = {"qat_steps": 1, "qat_lr": 0.1, "temperature": 0.5, "feature_weight": 0.0, "qat_weight_decay": 0.01}
+    cfg = config("qat", **QAT | flags)
     qat.compress(net, images, cfg, Keeping(cfg))
     torch.manual_seed(cfg.seed)
     plain = qat.plan(net, cfg, Run(cfg))
     qat.begin_steps(lambda: plain(images[torch.randint(40, (16,))]), qat.learn_steps(plain))
     x = images[torch.randint(40, (16,))]
-    log_p, log_q = (network(x).div(3).log_softmax(1) for network in (net, plain))
-    (9 * (log_p.exp() * (log_p - log_q)).sum() / 16).backward()
+    log_p, log_q = (network(x).div(0.5).log_softmax(1) for network in (net, plain))
+    (0.25 * (log_p.exp() * (log_p - log_q)).sum() / 16).backward()
     steps = [p for name, p in plain.named_parameters() if name.endswith("scale")]
     others = [p for p in plain.parameters() if all(p is not step for step in steps)]
     expected = [w - cfg.qat_lr * 1.9 * (w.grad + decay * w) for group, decay in ((others, 0.01), (steps, 0)) for w in group]

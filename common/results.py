@@ -34,10 +34,13 @@ ORDER = {method: number for number, method in enumerate(METHODS)}
 MINUTES = [0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256]  # ticks
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
-SELECTING = "dataset num_classes image_size arch task qat_recipe variant schedule adversarial data_source wbits abits".split()
+SELECTING = (
+    "dataset num_classes image_size arch task student_arch qat_recipe variant schedule adversarial data_source images wbits "
+    "abits"
+).split()
 LENGTH = {"epochs", "iters", "batch_size"}
 ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say where a run lies, or what else it does
-APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device"}  # arguments that no row's name has
+APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device", "synthesis"}  # what no row's name has
 PROTOCOL = {"--weights", "--task", "--schedule", "--epochs", "--iters", "--batch-size"}  # with another one, another table
 MACHINE = {"--precision", "--capture", "--threads", "--eval-every"}  # flags that leave the method as it is
 

@@ -81,6 +81,7 @@ def _is_gate(node, modules):
 
 
 def is_activation(node, modules):
+    """Whether a node of a traced graph is an activation function whose result is quantized; `modules` by name."""
     if node.op == "call_module":
         found = isinstance(modules[node.target], ACTIVATION_MODULES)
     else:

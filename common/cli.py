@@ -148,7 +148,7 @@ class Parser(Arguments):
         about = "cifar10, cifar100, imagenet, or folder for your own data"
         add("--dataset", default="cifar10", type=one_of(*DATASETS), help=about)
         images = "folder with the test images: one folder per class in val/ or test/, or torchvision's CIFAR files; for "
-        images += "--data-source real also with the training images, in train/"
+        images += "real images (--data-source) also the training images, in train/"
         add("--data-dir", help=f"{images} (default: CIFAR's files in ./data, else CIFAR-10's 2,000 bundled images)")
         about = "download CIFAR, training and test images, to --data-dir (or ./data)"
         add("--download", action="store_true", help=about)

@@ -410,7 +410,7 @@ def parser():
     add = p.add_argument_group("MixMix").add_argument
     about = (
         "quantize (ptq, qat), prune or distil (kd) with the images; only make them (synth); compare them (evaluate, transfer); "
-        "kd trains DAFL's generator unless it is given images"
+        "with --data-source mixmix or single and no --images, kd trains DAFL's generator"
     )
     add("--task", choices=(*TASKS, "synth", "evaluate", "transfer"), default="ptq", help=about)
     sources = ("mixmix", "single", "zeroq", "kw", *synthesis.READY)

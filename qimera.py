@@ -521,7 +521,6 @@ def parser():
     steps = "number of student steps per iteration; all but the first take new images"
     p.add_derived(group, "--student-steps", {"zaq": 5, "otherwise": 1}, steps, type=whole(1, 10**6))
     p.without_effect("--no-se", "--k --p --cbn")
-    p.without_effect("--act-ranges learned and --adversarial none", "--clipped-ste")  # a learned range always clips
     distilling = "--kd-weight --temperature --kd-reduction"
     for form in FORMS:
         p.without_effect(f"--adversarial {form}", "--bns-weight --bns-form", distilling, "--mix --feature-weight")
@@ -529,7 +528,6 @@ def parser():
     latent = "--k --p --no-se --dm --eei --noise --noise-scale --normalise --freeze-embeddings --mapped-dim --latent-dim"
     p.without_effect("--data-source real", latent, "--cbn --generator --adversarial")
     p.without_effect("--no-finetune", "--warmup-epochs --lr-q --weight-decay --student-steps", distilling)
-    p.without_effect("--no-finetune and --adversarial none", "--clipped-ste")
     finetune.add_flags(p, SHORT)
     p.add_analysis("Table 5, Figure 3 and Figure 5")
     return p

@@ -76,7 +76,8 @@ class LearnedAct(SearchedAct):
     def forward(self, x):
         if self.observing:
             return super().forward(x)
-        scale = scaled_gradient(self.scale, x[0].numel(), 2**self.bits - 1 - self.zero_point)
+        largest = torch.maximum(self.zero_point, 2**self.bits - 1 - self.zero_point)  # Q_P; Q_N where that is larger
+        scale = scaled_gradient(self.scale, x[0].numel(), largest)
         return quantize_by_step(x.float(), scale, self.zero_point, self.bits, "lsq")
 
 

@@ -54,8 +54,9 @@ def probe(model, num_classes, image_size):
     if not nearly_equal(again, once):
         advice = "pass training=self.training to F.dropout, and draw no random numbers in eval mode"
         raise InputError(f"the model's output is not deterministic in eval mode; {advice}")
-    if not torch.equal(given, images):
-        raise InputError("the model changes its input in place, and others need it; write x = x * 2 instead of x.mul_(2)")
+    if given._version:  # which every step in place on the tensor or on a view of it raises
+        advice = "write x = x * 2 instead of x.mul_(2), or inplace=False"
+        raise InputError(f"the model changes its input in place, which is used again afterwards; {advice}")
     return example
 
 

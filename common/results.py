@@ -41,7 +41,15 @@ SELECTING = (
 LENGTH = {"epochs", "iters", "batch_size"}
 ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say where a run lies, or what else it does
 APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device", "synthesis"}  # what no row's name has
-PROTOCOL = {"--weights", "--task", "--schedule", "--epochs", "--iters", "--batch-size"}  # with another one, another table
+PROTOCOL = {
+    "--weights",
+    "--task",
+    "--schedule",
+    "--act-placement",
+    "--epochs",
+    "--iters",
+    "--batch-size",
+}  # with another one, another table
 MACHINE = {"--precision", "--capture", "--threads", "--eval-every"}  # flags that leave the method as it is
 
 PAPERS = {  # by the task of MixMix: the table that has such an experiment
@@ -73,9 +81,9 @@ left out, whose 93.91 % at 4 bits exceeds full precision. Both losses are for CI
 iterations (SynQ: 20,000), and most from the best epoch. Minutes are those of training, on machines that may have run other
 jobs. KB is the size of the written network. `amx_bf16` and `avx512_bf16` are CPUs with AMX, and with AVX512-BF16 but no AMX.
 
-The command above each table produces its first row. The other rows change the script, `--bits`, `--seed` and the flags shown in
-the method column. `DIR` is a folder with the test images. `--genotype found` is the result of the second search in
-[MEASUREMENTS.md](MEASUREMENTS.md#autorecon-generators-compared). Names after `--images` stand for sets of images, which you
+The command above each table is that of its first row's first seed. The other rows change the script, `--bits`, `--seed` and the
+flags shown in the method column. `DIR` is a folder with the test images. `--genotype found` is the result of the second search
+in [MEASUREMENTS.md](MEASUREMENTS.md#autorecon-generators-compared). Names after `--images` stand for sets of images, which you
 give as a folder of your own: `both` is MixMix's; `single`, `kw` and `zeroq` were made from ResNet-20 alone with three different
 losses, `own` from the compressed network alone; `noise` is Gaussian noise; `real`, `real-s1` and `real-s2` are draws of
 training images ([how they were made](MEASUREMENTS.md#mixmix)).

@@ -6,10 +6,11 @@ Qimera gives the game in two lines (Eq. 11, 12), so there are two forms of it:
 
     what                       zaq: ZAQ's released code             zaq-paper: Eq. 11 and 12, the rest chosen here
     beta, gamma                1, 0.1                               0.1, 0.05
-    L_f                        distance of the maps, to which a     distance of the cosines between channels, mean over
-                               tenth of their self-attention        the stages
-                               over pixels, then over channels,
-                               is added; sum over the stages
+    L_f                        L1 distance of the maps plus a       L1 distance of the cosines between channels, mean over
+                               tenth of their self-attention over   the stages
+                               the pixels, and the same over the
+                               channels; sum over the stages
+    L_a                        of the last stage                    of the last stage
     student, mode              BatchNorm in train mode              statistics fixed, as in Qimera
     student, SGD               rate 0.1, decay 5e-4, plain          Qimera's, Nesterov
                                momentum
@@ -27,8 +28,10 @@ ZAQ's code differs from both in these points:
                                generator's, all on new images       takes, too
     stages                     outputs of stages: three of          the last map that the student quantizes at each of the
                                ResNet-20, four of other ResNets     three lowest resolutions above one pixel, in any network
-    length of a pixel's or     1                                    1, less where it is below 1e-3: a gradient has a limit
-      channel's vector
+    a pixel's vector is        its length                           its length, at least 1e-3, which bounds the gradient
+      divided by
+
+On 32x32 maps the self-attention over 1,024 pixels takes most of a step's time, and some GB at batch 256: `zaq` is for a GPU.
 """
 
 import torch

@@ -24,6 +24,10 @@ import common.cli  # noqa: E402
 from common.progress import close_all  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full_agreement: agreement on as many synthetic images as by default")
+
+
 def pytest_addoption(parser):
     choices = ("auto", "yes", "no")
     parser.addoption("--computes-bf16", choices=choices, default="auto", help="what the hardware is taken to compute")
@@ -35,7 +39,8 @@ def same_on_every_machine(request, monkeypatch):
     the tests; a run's --threads and progress bar end with its test, also where the run was interrupted."""
     torch.manual_seed(0)
     threads, forced = torch.get_num_threads(), request.config.getoption("--computes-bf16")
-    monkeypatch.setattr("common.report.SyntheticSet.count", 100)  # of 2,000, for time
+    if "full_agreement" not in request.keywords:
+        monkeypatch.setattr("common.report.SyntheticSet.count", 100)  # of 2,000, for time
     if forced != "auto":
         monkeypatch.setattr("common.run.computes_bf16", lambda device: forced == "yes")
     for name, value in (("device", "cpu"), ("precision", "fp32")):

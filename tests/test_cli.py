@@ -113,12 +113,13 @@ def test_cifar100_from_its_own_files(tmp_path, monkeypatch, capsys):
     assert student(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
 
 
+@pytest.mark.full_agreement
 def test_synthetic_images_for_agreement_are_all_different():
     run = Run(gdfq.config(dataset="folder", num_classes=5, image_size=16, batch_size=20, device="cpu"))
     run.synthesize = lambda labels: torch.rand(len(labels), 1) + labels[:, None]
     images, labels = (torch.cat(parts) for parts in zip(*SyntheticSet(run)))
-    assert len(images.unique()) == len(images) == SyntheticSet.count == 100
-    assert torch.equal(images[:, 0].long(), labels) and labels.bincount().tolist() == [20] * 5
+    assert len(images.unique()) == len(images) == 2000
+    assert torch.equal(images[:, 0].long(), labels) and labels.bincount().tolist() == [400] * 5
 
 
 def test_calibration_shorter_than_its_epochs_is_still_measured(tmp_path, monkeypatch):

@@ -98,17 +98,19 @@ def test_rates_fall_in_the_loop_and_calibrated_is_before_the_first_step(net, met
     assert torch.equal(weights["calibrated_top1"], net.fc.weight) and not torch.equal(weights["last_top1"], net.fc.weight)
 
 
-SHARED = {"clipped_ste": True, "act_ranges": "learned", "act_placement": "input", "feature_weight": 1.0, "optimizer": "adam"}
+SHARED = {"clipped_ste": True, "act_placement": "input", "feature_weight": 1.0, "optimizer": "adam"}
 
 
 @every_method
 def test_shared_flags_change_the_student(net, method):
     images, outputs = torch.randn(8, 3, 16, 16), {}
-    for name, value in ({"plain": None} | SHARED).items():
-        flags = {} if value is None else {name: value}
+    changes = {name: {name: value} for name, value in SHARED.items()}
+    changes |= {ranges: {"act_ranges": ranges} for ranges in ("extremes", "search", "learned")}
+    for name, flags in changes.items():
         student = method.compress(net, settings(method, epochs=2, bits=2, lr_q=0.1, calibrate_epochs=1, **flags))
         outputs[name] = student(images)
-    assert [name for name in SHARED if torch.equal(outputs[name], outputs["plain"])] == []
+    pairs = [(name, "extremes") for name in (*SHARED, "search")] + [("learned", "search")]
+    assert [pair for pair in pairs if torch.equal(*(outputs[name] for name in pair))] == []
 
 
 @pytest.mark.parametrize("how", ["mixup", "cutmix"])

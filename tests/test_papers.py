@@ -36,8 +36,10 @@ def commands():
 
 def test_every_command_parses_and_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "found").mkdir(parents=True)  # what one of the commands leaves for another
-    (tmp_path / "runs" / "found" / "genotype.json").write_text(json.dumps({"edges": autorecon.read_genotype("random")}))
+    (tmp_path / "runs" / "found-cifar100").mkdir(parents=True)  # what one of the commands leaves for another
+    (tmp_path / "runs" / "found-cifar100" / "genotype.json").write_text(
+        json.dumps({"edges": autorecon.read_genotype("random")})
+    )
     folders, given, taken = {}, set(), set()
     assert len(commands()) > 200
     for script, arguments in commands():

@@ -419,10 +419,6 @@ def test_unusable_input_ends_with_one_sentence(tmp_path, fails, monkeypatch, net
         (["--p", 1.5], "give a number from 0 to 1"),
         (["--no-se", "--k", 3], "--k has no effect with --no-se"),
         (["--no-se", "--cbn", "mean"], "--cbn has no effect with --no-se"),
-        (
-            ["--schedule", "short", "--clipped-ste"],
-            "--clipped-ste has no effect with --act-ranges learned and --adversarial none",
-        ),
         (["--latent-dim", 7], "--latent-dim is 7, and extracted embeddings have their own; give --no-eei with it"),
         (["--no-dm", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping; give --dm with it"),
         (["--variant", "released", "--mapped-dim", 8], "--mapped-dim is 8 and there is no disentanglement mapping"),

@@ -31,7 +31,7 @@ from common.run import NOT_COMPARED, write_atomically
 
 METHODS = {"gdfq": "GDFQ", "autorecon": "AutoReCon", "qimera": "Qimera", "adadfq": "AdaDFQ", "mixmix": "MixMix"}
 ORDER = {method: number for number, method in enumerate(METHODS)}
-MINUTES = [0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256]  # ticks
+MINUTES = (0.5, 2, 8, 32, 128)  # marked on the axis of accuracy.png
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 SELECTING = (
@@ -231,11 +231,16 @@ def spread(values, digits=2):
 
 
 def rows_of(runs):
-    """The rows of a table, {(bits, method, flags that not all runs have): runs}, and the flags that all have."""
+    """The rows of a table, {(bits, method, flags that not all runs have): runs}, and the flags that all have. How often a run
+    was evaluated makes no row of its own."""
     common = [flag for flag in runs[0]["flags"] if all(flag in run["flags"] for run in runs)]
     rows = defaultdict(list)
     for run in sorted(runs, key=_order):
-        rows[run["bits"], run["method"], tuple(flag for flag in run["flags"] if flag not in common)].append(run)
+        rows[
+            run["bits"],
+            run["method"],
+            tuple(flag for flag in run["flags"] if flag not in common and "--eval-every" not in flag),
+        ].append(run)
     return rows, common
 
 
@@ -371,14 +376,15 @@ def draw_methods(place):
 def draw_accuracy(place):
     """accuracy.png: of each number of bits that several methods have, a panel with their runs that were evaluated more than
     once, solid lines for --schedule short and broken ones for the papers' schedules, by their steps. Of a table's rows, those
-    with the fewest flags are drawn, and of several machines' tables the first one's."""
+    with the fewest flags are drawn, and of several machines' tables the first one's; other placements of the activations'
+    quantizers are left out."""
     panels, times, lengths = defaultdict(dict), [], set()
     for file in sorted(place.glob("*.jsonl")):
         rows, _ = rows_of(read_table(file))
         for bits, method, flags in sorted(rows, key=lambda row: len(row[2])):
             runs, arguments = rows[bits, method, flags], rows[bits, method, flags][0]["arguments"]
             alike = len({len(run["curve"]) for run in runs}) == 1 < len(runs[0]["curve"])
-            if not alike or network_of(runs) != NETWORK:
+            if not alike or network_of(runs) != NETWORK or arguments.get("act_placement") != "relu":
                 continue
             steps = None if arguments.get("schedule") == "short" else arguments["epochs"] * arguments["iters"]
             if (line := (method, steps)) not in panels[bits]:

@@ -34,22 +34,14 @@ ORDER = {method: number for number, method in enumerate(METHODS)}
 MINUTES = (0.5, 2, 8, 32, 128)  # marked on the axis of accuracy.png
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
-SELECTING = (
-    "dataset num_classes image_size arch task student_arch qat_recipe variant schedule adversarial data_source images wbits "
-    "abits"
-).split()
+SELECTING = "dataset num_classes image_size arch task student_arch qat_recipe variant schedule adversarial data_source".split()
+SELECTING += ["images", "wbits", "abits"]
 LENGTH = {"epochs", "iters", "batch_size"}
 ELSEWHERE = set(NOT_COMPARED) - {"threads", "eval_every"}  # arguments that say where a run lies, or what else it does
 APART = {"bits", "wbits", "abits", "seed", "method", "mean", "std", "device", "synthesis"}  # what no row's name has
-PROTOCOL = {
-    "--weights",
-    "--task",
-    "--schedule",
-    "--act-placement",
-    "--epochs",
-    "--iters",
-    "--batch-size",
-}  # with another one, another table
+PROTOCOL = set(
+    "--weights --task --schedule --act-placement --epochs --iters --batch-size".split()
+)  # with another one, another table
 MACHINE = {"--precision", "--capture", "--threads", "--eval-every"}  # flags that leave the method as it is
 
 PAPERS = {  # by the task of MixMix: the table that has such an experiment
@@ -236,11 +228,8 @@ def rows_of(runs):
     common = [flag for flag in runs[0]["flags"] if all(flag in run["flags"] for run in runs)]
     rows = defaultdict(list)
     for run in sorted(runs, key=_order):
-        rows[
-            run["bits"],
-            run["method"],
-            tuple(flag for flag in run["flags"] if flag not in common and "--eval-every" not in flag),
-        ].append(run)
+        own = tuple(flag for flag in run["flags"] if flag not in common and "--eval-every" not in flag)
+        rows[run["bits"], run["method"], own].append(run)
     return rows, common
 
 

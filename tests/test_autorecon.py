@@ -43,7 +43,7 @@ STAGE_1 = {name: TINY[name] for name in ("dataset", "num_classes", "image_size",
 
 @pytest.fixture
 def on_the_command_line(monkeypatch):
-    """`tiny:net` is found, and few synthetic images are evaluated."""
+    """`tiny:net` is found."""
     monkeypatch.syspath_prepend(ROOT / "tests")
 
 

@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
+from test_adadfq import Keeping
 from test_data import make_folder
 from torch import nn
 
@@ -285,16 +286,10 @@ def test_losses_of_soft_labels_against_double_precision_formulas():
     torch.testing.assert_close(qimera.student_loss(q, t, soft, cfg).double(), ce[1] + 0.5 * kd, atol=1e-5, rtol=1e-4)
 
 
-class KeepingParts(Run):
-    def epochs(self, count, student, synthesize, **parts):
-        self.parts = parts
-        return super().epochs(count, student, synthesize, **parts)
-
-
 @pytest.mark.parametrize("form", ["gdfq", "sum"])
 def test_first_generator_step_equals_one_computed_by_hand(net, form):
     cfg = config(**TINY | {"epochs": 1, "iters": 1, "warmup_epochs": 0, "seed": 5}, p=1, bns_form=form)
-    run = KeepingParts(cfg)
+    run = Keeping(cfg)
     compress(net, cfg, run)
     torch.manual_seed(5)
     generator, stats = qimera.make_generator(net, cfg, 3), BatchNormStatistics(net)

@@ -223,10 +223,8 @@ def test_reconstruction_comes_nearer_to_the_network_than_nearest_rounding(net):
 
 def learn_rounding(weight, x, rounding, run=None, **flags):
     """Rounds a linear layer to 3 bits as the only layer of a block."""
-    run, layer = (
-        run or Run(config("ptq", **PTQ | flags)),
-        QuantLinear.from_float(nn.Linear(*reversed(weight.shape), bias=False), 3),
-    )
+    run = run or Run(config("ptq", **PTQ | flags))
+    layer = QuantLinear.from_float(nn.Linear(*reversed(weight.shape), bias=False), 3)
 
     def block(x, modules, quantize_activations):
         return modules["fc"](x)

@@ -10,6 +10,8 @@ from torch import nn
 
 from common.quant import QuantAct, affine_parameters, fake_quantize, scale_, with_zero
 
+AT_ONCE = 2**18  # values that a search quantizes in one operation: a GPU waits for single ranges of a few thousand
+
 
 def search_parameters(rows, bits, steps=80, by=0.01, zero=False):
     """Scale and zero point per row by BRECQ's search. It tries `steps` ranges, each narrower than the one before by `by` times
@@ -25,13 +27,12 @@ def search_parameters(rows, bits, steps=80, by=0.01, zero=False):
     """
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     low, high = with_zero(low, high) if zero else (low, high)
-    best = torch.full_like(low, torch.inf)
-    scale, zero_point = affine_parameters(low, high, bits)
-    for step in range(steps):
-        candidate = affine_parameters(low * (1 - by * step), high * (1 - by * step), bits)
-        loss = (fake_quantize(rows, *candidate, bits) - rows).abs().pow(2.4).mean(1, keepdim=True)
-        better, best = loss < best, torch.minimum(loss, best)
-        scale, zero_point = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero_point)))
+    shares = (1 - by * torch.arange(steps, dtype=torch.float64, device=rows.device)).to(rows.dtype)[:, None, None]
+    candidates = affine_parameters(low * shares, high * shares, bits)  # (steps, R, 1) each
+    parts = zip(*(values.split(max(1, AT_ONCE // rows.numel())) for values in candidates))
+    losses = [(fake_quantize(rows, *part, bits) - rows).abs().pow(2.4).mean(2, keepdim=True) for part in parts]
+    best = torch.cat(losses).argmin(0, keepdim=True)
+    scale, zero_point = (values.gather(0, best)[0] for values in candidates)
     return scale, zero_point
 
 

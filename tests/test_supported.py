@@ -185,7 +185,8 @@ def test_layers_with_a_forward_of_their_own_are_looked_into():
     assert [name for name, _ in quantized_layers(quantize(trained(net), 4, 4, example=X))] == ["conv1", "conv2", "fc"]
 
 
-def test_wrappers_are_taken_off_and_scripts_refused(tmp_path):
+def test_wrappers_are_taken_off_and_scripts_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # DataParallel moves a network to a GPU, if there is one
     whole = trained(FunctionalNet())
     expected = quantize(whole, 4, 4, example=X).state_dict().keys()
     nested = torch.compile(nn.DataParallel(nn.Sequential(torch.compile(whole, backend="eager"))), backend="eager")

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from conftest import ROOT, FunctionalNet, trained
 from test_data import make_folder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.utils import save_image
 
 import mixmix
-from common import InputError
+from common import InputError, learned
 from common.check import describe, layer_rows
 from common.cli import Parser
 from common.export import load_quantized
@@ -73,8 +74,9 @@ def tiny_networks(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- learned
 
 
-def test_searched_ranges_are_the_best_of_the_shrunk_ones():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("at_once", [1, 3000, learned.AT_ONCE])
+def test_searched_ranges_are_the_best_of_the_shrunk_ones(monkeypatch, at_once):
+    monkeypatch.setattr(learned, "AT_ONCE", at_once)
     rows = torch.randn(5, 200) ** 3
     scale, zero_point = search_parameters(rows, 3)
     for row, s, z in zip(rows, scale, zero_point):
@@ -86,6 +88,24 @@ def test_searched_ranges_are_the_best_of_the_shrunk_ones():
             losses.append((ours - row).abs().pow(2.4).mean().item())
         found = (fake_quantize(row, s, z, 3) - row).abs().pow(2.4).mean().item()
         assert found == pytest.approx(min(losses), rel=1e-3) and min(losses) < losses[0]
+
+
+def test_a_search_of_more_ranges_takes_no_more_operations():
+    """A GPU that calibrates spends its time on their number."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    calls = []
+    for steps in (2, 40):
+        with Count() as count:
+            search_parameters(torch.randn(1, 2048), 4, steps=steps, by=0.02)
+        calls.append(count.calls)
+    assert 0 < calls[0] == calls[1]
 
 
 def test_adaround_begins_with_the_weights_and_ends_on_codes():

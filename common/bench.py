@@ -4,7 +4,7 @@ plain   fp32, eager, NCHW, every operation of common.ops as its formula is writt
 fast    as the script runs by default on this machine (compiled on a CPU), or as --precision and --capture say
 floor   the fast step's convolution and matrix FLOPs, divided by the rate this machine reaches on a large convolution
 
-All forms run in one process, in alternating rounds, also those of several captures (--capture none compile). Figures are
+All forms run in one process, in alternating turns, also those of several captures (--capture none compile). Figures are
 medians. Peak MB is that of the whole process: for a second capture it includes the first. --json FILE writes the table as a
 list of rows.
 """
@@ -323,8 +323,8 @@ def main(argv=None):
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="precision of the fast form (default: auto)")
     capture = "captures of the fast form, timed in alternation (default: cudagraph on CUDA, compile on a CPU)"
     add("--capture", nargs="+", default=["auto"], choices=CHOICES, help=capture)
-    add("--repeats", type=int, default=7, help="timing rounds of each form, at least 5 (default: 7)")
-    add("--seconds", type=float, default=2.0, help="approximate seconds per round (default: 2)")
+    add("--repeats", type=int, default=7, help="timing turns of each form, at least 5 (default: 7)")
+    add("--seconds", type=float, default=2.0, help="approximate seconds per turn (default: 2)")
     add("--operation", choices=OPERATIONS, help="time only this operation, optimised and as its formula is written")
     whole_runs = "run the scripts with --schedule short, and report time and accuracy lost"
     add("--time-to-accuracy", action="store_true", help=f"{whole_runs}; flags of the scripts may follow --")

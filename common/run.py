@@ -264,7 +264,7 @@ class Run:
 
     def conclude(self, student, began):
         """Note the time since `began`, the peak memory and the accuracy of a run that has no epochs."""
-        self.seconds, self.peak = time.time() - began, peak_memory(self.device)
+        self.seconds, self.peak = self.seconds + time.time() - began, peak_memory(self.device)
         self.measure("last_top1", student)
 
     def announce(self, line):

@@ -424,7 +424,11 @@ def test_a_ptq_run_interrupted_at_any_block_gives_the_same_file(tmp_path, monkey
             mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
         assert "the same command with --resume" in capsys.readouterr().err
     assert not (tmp_path / "stopped" / "quantized.pt").exists()
-    mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    part = tmp_path / "stopped" / "parts" / "weights-000.pt"
+    made, seconds = torch.load(part)
+    torch.save((made, seconds + 3600), part)
+    resumed = mixmix.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    assert 0 < result["seconds"] < 3600 < resumed["seconds"] < 7200
     files = [(tmp_path / name / "quantized.pt").read_bytes() for name in ("whole", "stopped")]
     assert files[0] == files[1]
     data = make_folder(tmp_path / "data", 5, images=4, size=16)

@@ -132,19 +132,23 @@ def output_of(block, x, modules):
 
 
 def made_once(run, stage, index, make):
-    """What `make` returns for block `index`, a dict of tensors; from the run's folder if an earlier run has it there."""
+    """What `make` returns for block `index`, a dict of tensors; from the run's folder if an earlier process has left it there,
+    whose time counts as the run's."""
     path = run.folder and run.folder / "parts" / f"{stage}-{index:03}.pt"
     if path and path.exists():
         try:
-            return torch.load(path, map_location=run.device, weights_only=True)
+            made, seconds = torch.load(path, map_location=run.device, weights_only=True)
+            run.seconds += seconds
+            return made
         except Exception:  # whatever damaged bytes raise
             run.announce(f"{path} is damaged, so it is made again")
+    began = time.time()
     torch.manual_seed(seed_of_part(run.cfg.seed, index))
     made = make()
     if path:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as partial:
-            torch.save(made, partial)
+            torch.save((made, time.time() - began), partial)
     return made
 
 

@@ -500,8 +500,9 @@ def _complete(cfg):
         raise InputError(f"--capture compile is for --task synth, and --task is {cfg.task}; give auto, none or cudagraph")
     given = cfg.images or cfg.data_source in synthesis.READY
     exact = several or (given and cfg.task in ("ptq", "prune"))
-    for flag, value, only in (("--precision", cfg.precision, "fp32"), ("--capture", cfg.capture, "none")):
-        if exact and value not in ("auto", only):
+    eager = exact and cfg.task not in ("ptq", "transfer")
+    for flag, value, only, fixed in (("--precision", cfg.precision, "fp32", exact), ("--capture", cfg.capture, "none", eager)):
+        if fixed and value not in ("auto", only):
             raise InputError(f"{flag} is {value} and --task {cfg.task} runs with {only} only; leave it out")
     if twice := sorted(set(cfg.zoo) & set(cfg.held_out)):
         raise InputError(f"--zoo and --held-out both name {twice[0]}; give it in one of them")

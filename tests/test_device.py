@@ -8,7 +8,7 @@ from test_capture import STEPS, TINY
 from test_data import make_folder
 from test_mixmix import NORMAL
 from test_mixmix import TINY as SYNTH
-from test_tasks import DATA, KD, QAT
+from test_tasks import DATA, KD, PTQ, QAT
 
 import autorecon
 import common.run
@@ -111,12 +111,15 @@ def test_a_compiled_step_becomes_a_graph(monkeypatch):
     assert_same(*on_second_device(monkeypatch, make, "compile"))
 
 
-@pytest.mark.parametrize("task", ["qat", "kd"])
+LONG_ENOUGH = {"qat": QAT | {"qat_steps": 12}, "kd": KD | {"kd_epochs": 2}}  # for graphs in each phase
+LONG_ENOUGH["ptq"] = PTQ | {"weight_iterations": 5 * COUNT, "step_iterations": COUNT}
+
+
+@pytest.mark.parametrize("task", LONG_ENOUGH)
 def test_mixmix_trains_on_the_device(net, monkeypatch, task):
     monkeypatch.syspath_prepend(ROOT / "tests")
     images = torch.randn(40, 3, 16, 16)
-    settings = QAT | {"qat_steps": 12} if task == "qat" else KD | {"kd_epochs": 2}
-    cfg = DATA | settings | {"task": task, "data_source": "noise", "device": "meta"}
+    cfg = DATA | LONG_ENOUGH[task] | {"task": task, "data_source": "noise", "device": "meta"}
     assert_same(*on_second_device(monkeypatch, lambda: mixmix.compress(net, images, mixmix.config(**cfg)).state_dict()))
 
 

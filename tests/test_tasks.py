@@ -286,7 +286,7 @@ class Noting(Run):
     """Keeps the loss and the rate of every step."""
 
     def update(self, optimizer, loss):
-        self.steps_made = [*getattr(self, "steps_made", []), (loss.item(), optimizer.param_groups[0]["lr"])]
+        self.steps_made = [*getattr(self, "steps_made", []), (loss.item(), float(optimizer.param_groups[0]["lr"]))]
         super().update(optimizer, loss)
 
 

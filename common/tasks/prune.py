@@ -28,6 +28,7 @@ from torch import nn
 from common import InputError
 from common.activations import is_activation, kind_of
 from common.cli import fill_in, number, whole
+from common.device import full_precision
 from common.folding import fold_batchnorm
 from common.models import fit, read_weights
 from common.progress import Progress
@@ -240,6 +241,7 @@ def kept_entries(magnitude, sparsity):
     return rank >= round(sparsity * magnitude.numel())
 
 
+@full_precision()
 def compress(model, images, cfg, run=None):
     """Prune a trained network and reconstruct its layers from images, without fine-tuning.
 

@@ -32,6 +32,7 @@ What the papers leave open or have differently, and what this code does:
 """
 
 import functools
+import math
 import time
 
 import torch
@@ -39,6 +40,7 @@ import torch
 from common import replacing
 from common.check import describe
 from common.cli import fill_in, number, whole
+from common.device import full_precision
 from common.folding import fold_batchnorm
 from common.learned import AdaRound, LearnedStep, begin_steps
 from common.progress import Progress
@@ -66,9 +68,9 @@ def add_flags(parser):
 
 
 def complete(cfg):
-    """Settings that follow from others: the reconstruction runs step by step in fp32."""
+    """Settings that follow from others: the reconstruction computes in fp32."""
     fill_in(cfg, {"act_placement": "blocks"})
-    cfg.capture, cfg.precision = "none", "fp32"
+    cfg.precision = "fp32"
 
 
 def plan(model, cfg, run):
@@ -98,15 +100,23 @@ def reconstruct_weights(block, roundings, modules, x, target, run, bar):
     """
     cfg = run.cfg
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings.values()], cfg.lr_rounding, fused=run.fused)
-    for index in range(cfg.weight_iterations):
+    graphed, sharpness = run.cfg.capture != "none", torch.zeros((), device=x.device)
+
+    def iteration(deciding):
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
         soft = {name: functools.partial(modules[name].with_weight, weight=r()) for name, r in roundings.items()}
         output = block(x[chosen], modules | soft, quantize_activations=False)
         loss = (output - target[chosen]).square().sum(1).mean()
-        share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the steps
-        if share >= 0:
-            loss = loss + cfg.rounding_weight * sum(r.undecided(20 - 18 * share) for r in roundings.values())  # Eq. 21
+        if deciding:
+            loss = loss + cfg.rounding_weight * sum(r.undecided(sharpness) for r in roundings.values())  # Eq. 21
         run.update(optimizer, loss)
+
+    step = run.capture(iteration, optimizer)
+    for index in range(cfg.weight_iterations):
+        share = (index / cfg.weight_iterations - 0.2) / 0.8  # the regulariser waits for a fifth of the steps
+        exponent = 20 - 18 * share
+        sharpness = sharpness.fill_(exponent) if graphed else exponent  # a graph reads a tensor anew; a number is faster
+        step(share >= 0)
         bar.update()
 
 
@@ -114,14 +124,22 @@ def reconstruct_steps(block, steps, modules, x, target, run, bar):
     """Learn the step sizes of a block's activations. Arguments as `reconstruct_weights`; steps: dict of name ->
     `LearnedStep`; x: the full-precision input."""
     cfg = run.cfg
-    rates = {step.scale: min(cfg.lr_step, LARGEST_CHANGE * step.scale.item()) for step in steps.values()}
-    optimizer = torch.optim.Adam([{"params": [scale], "lr": rate} for scale, rate in rates.items()], fused=run.fused)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.step_iterations)
-    for _ in range(cfg.step_iterations):
+    scales = [step.scale for step in steps.values()]
+    peaks = [min(cfg.lr_step, LARGEST_CHANGE * scale.item()) for scale in scales]
+    rates = [torch.tensor(peak, device=x.device) for peak in peaks]  # tensors, which a CUDA graph reads anew
+    groups = [{"params": [scale], "lr": rate} for scale, rate in zip(scales, rates)]
+    optimizer = torch.optim.Adam(groups, fused=run.fused)
+
+    def iteration():
         chosen = torch.randint(len(x), (cfg.ptq_batch_size,), device=x.device)
         output = block(x[chosen], modules | steps)
         run.update(optimizer, (output - target[chosen]).abs().pow(2.4).sum(1).mean())
-        schedule.step()
+
+    step = run.capture(iteration, optimizer)
+    for index in range(cfg.step_iterations):
+        for rate, peak in zip(rates, peaks):
+            rate.fill_(peak * 0.5 * (1 + math.cos(math.pi * index / cfg.step_iterations)))
+        step()
         bar.update()
 
 
@@ -152,6 +170,7 @@ def made_once(run, stage, index, make):
     return made
 
 
+@full_precision()
 def compress(model, images, cfg, run=None):
     """Quantize a trained network with images; the result's BatchNorms are folded. An interrupted run goes on with the block
     that is not in its folder yet."""

@@ -38,9 +38,13 @@ class BatchNormStatistics:
                 "made; give a model that was trained with BatchNorm and is not folded"
             )
         self.inputs = dict.fromkeys(layers)
-        for layer in layers:
+        self.width = max(layer.num_features for layer in layers)
+        for index, layer in enumerate(layers):
+            channels = torch.arange(layer.num_features, device=layer.running_var.device)
             share = layer.running_var.new_full((2 * layer.num_features,), 1 / layer.num_features)
-            layer.register_buffer("bns_share", share, persistent=False)  # moves with the layer
+            place = torch.cat([channels + row * self.width for row in (2 * index, 2 * index + 1)])
+            layer.register_buffer("bns_share", share, persistent=False)  # both move with the layer
+            layer.register_buffer("bns_place", place, persistent=False)
             layer.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, layer, args, kwargs):
@@ -71,11 +75,14 @@ class BatchNormStatistics:
         else:  # all layers at once, since a step has hundreds of small operations as it is
             found = channel_statistics(given)
         difference = found - torch.cat([statistic for layer in used for statistic in (layer.running_mean, layer.running_var)])
-        widths = [layer.num_features for layer in used for _ in ("mean", "variance")]
-        if form == "norm":
-            terms, of_first = torch.stack([statistic.norm() for statistic in difference.split(widths)]), 2
+        begin = 0  # of the first layer's terms
+        if form == "norm":  # all at once: rows of a matrix, filled up with zeros
+            matrix = difference.new_zeros(2 * len(inputs), self.width)
+            place = torch.cat([layer.bns_place for layer in used])
+            terms = matrix.flatten().scatter(0, place, difference).view_as(matrix).norm(dim=1)
+            begin, of_first = 2 * list(inputs).index(used[0]), 2
         elif form == "kl":
-            statistics = found.split(widths)
+            statistics = found.split([layer.num_features for layer in used for _ in ("mean", "variance")])
             layers = zip(used, statistics[::2], statistics[1::2])
             terms, of_first = torch.stack([gaussian_kl(*layer).mean() for layer in layers]), 1
         else:
@@ -84,7 +91,7 @@ class BatchNormStatistics:
                 terms = terms * torch.cat([layer.bns_share for layer in used])
         total = terms.sum()
         if first != 1.0:
-            total = total + (first - 1) * terms[:of_first].sum()
+            total = total + (first - 1) * terms[begin : begin + of_first].sum()
         return total / len(used) if form in ("gdfq", "kl") else total
 
 

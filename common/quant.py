@@ -6,6 +6,7 @@ moving average of each batch's extremes while the observer is on. The backward p
 """
 
 import functools
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +223,18 @@ class _AllWeights:
     def forget(self, network, args, output):
         for layer in self.layers:
             layer.ready = None
+
+
+@contextmanager
+def weights_at_once(student):
+    """While it lasts, layers of a quantized network that are called by themselves have had their weights quantized together, as
+    in a call of the network."""
+    all_weights = _AllWeights([layer for _, layer in quantized_layers(student)])
+    all_weights.quantize(student, ())
+    try:
+        yield
+    finally:
+        all_weights.forget(student, (), None)
 
 
 class QuantConv2d(_QuantWeight, nn.Conv2d):

@@ -4,7 +4,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from common import InputError
-from common.bns import BatchNormStatistics
+from common.bns import BatchNormStatistics, gaussian_kl
+from common.ops import channel_statistics
 
 
 @pytest.mark.parametrize("form", BatchNormStatistics.forms)
@@ -51,3 +52,19 @@ def test_unused_layers_take_no_part_and_a_model_without_batchnorm_is_refused(net
         stats.loss()
     with pytest.raises(InputError, match="Sequential has no BatchNorm2d"):
         BatchNormStatistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+@pytest.mark.parametrize("form", BatchNormStatistics.forms)
+def test_the_first_layer_is_the_first_that_is_used(net, form):
+    x, losses = torch.randn(2, 3, 16, 16), []
+    for unused in ([], [nn.BatchNorm2d(9)]):  # wider than the others
+        stats = BatchNormStatistics(nn.ModuleList([*unused, net]))
+        for first in (1.0, 3.0):
+            net(x)
+            losses.append(stats.loss(form, first).item())
+    means, variances = channel_statistics([net.conv1(x)]).split(8)
+    parts = [(means - net.bn1.running_mean).square(), (variances - net.bn1.running_var).square()]
+    own = {"sum": sum(parts).sum(), "gdfq": sum(parts).mean() / 3, "norm": sum(part.sum().sqrt() for part in parts)}
+    own["kl"] = gaussian_kl(net.bn1, means, variances).mean() / 3
+    assert losses[1] - losses[0] == pytest.approx(2 * own[form].item(), rel=1e-3)
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-6)

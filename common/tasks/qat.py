@@ -42,7 +42,7 @@ from common.finetune import MatchedFeatures, keep_ranges, set_ranges, student_op
 from common.images import jitter, sampler
 from common.learned import LearnedStep, LearnedWeight, begin_steps
 from common.ops import kd_loss, mix_images
-from common.quant import quantize, quantized_activations, quantized_layers, set_observing
+from common.quant import quantize, quantized_activations, quantized_layers, set_observing, weights_at_once
 from common.run import Run
 from common.tasks.blocks import find_blocks, placement, raise_ends, shared_group
 from common.trace import trace
@@ -160,7 +160,7 @@ def compress(model, images, cfg, run=None):
 
     def iteration():
         seen = augmented(x) if short else x
-        with run.autocast():
+        with run.autocast(), weights_at_once(student):
             theirs, ours = outputs(seen, full, False), outputs(seen, modules, True)
         kd = kd_loss(ours[-1].float(), theirs[-1].float(), cfg.temperature, "batchmean")
         if short and cfg.feature_weight:

@@ -445,7 +445,7 @@ def parser():
         warmup_epochs=Described("CIFAR 4, ImageNet 50, ResNet-50 at 3 bits 100"), calibrate_epochs=4,
         lr_g=1e-3, beta1={"released": 0.5, "paper": 0.9},
         lr_q=Described("CIFAR 1e-4, ImageNet 1e-5, ResNet-50 on ImageNet 1e-4"), weight_decay=1e-4,
-        decay_epochs=Described("CIFAR 100 200 300, ImageNet by network and bits"),
+        decay_epochs=Described("CIFAR 100 200 300, ImageNet by network and bits, with --variant paper 350"),
         latent_dim=100, bns_form={"released": "gdfq", "paper": "sum"},
     )  # fmt: skip
     by_network = "with --variant released on ImageNet 0.1 to 0.4, by network and bits"

@@ -62,7 +62,7 @@ The paper gives these settings:
                           CIFAR-100 70.33
 
 The cell and the Gumbel noise on p are those of AdversarialNAS (Gao et al., CVPR 2020). Table 3 scales a found architecture:
-`--genotype RUN --scale 2`; in a search, --scale is also that of the super net. The published generators need four to five
+`--genotype RUN --scale 2`; in a search, --scale is also that of the super net. The published generators need 4.5 to 5.3
 times the FLOPs of GDFQ's (CIFAR 1.0 to 1.2 against 0.23 G, ImageNet 51 to 57 against 11), although the paper claims fewer.
 Published accuracies of stage 2 were presumably made with GDFQ's released losses (`--variant released`, the default).
 

@@ -417,7 +417,7 @@ def parser():
     origins = "images made from several networks (mixmix), or from --arch alone (single, zeroq, kw); training images (real) or "
     add("--data-source", choices=sources, default="mixmix", help=origins + "noise; the top of mixmix.py describes them")
     ready = "use existing images: an images.npz, the run that made it, a folder of pictures (with its subfolders; resized and "
-    ready += "cropped), or bundled (256 of CIFAR-10)"
+    ready += "cropped), or bundled (256 that MixMix made for CIFAR-10)"
     add("--images", nargs="+", metavar="FILE|RUN|FOLDER|bundled", help=ready)
     zoo = "networks to invert: names, arch=weights or package.module:factory (default: the data set's, except held-out ones)"
     add("--zoo", nargs="+", help=zoo)

@@ -156,9 +156,9 @@ class Parser(Arguments):
         weights += "bundled|pytorchcv|chenyaofo|torchvision|timm (default: bundled if there are some, else pytorchcv or "
         weights += "chenyaofo; torchvision for ImageNet; timm for timm:NAME; those that package.module:factory returns)"
         add("--weights", help=weights)
-        add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder)")
-        add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required with --dataset folder)")
-        channels = "for normalising pixels in [0, 1] (default: that of the weights; for your own network ImageNet's)"
+        add("--num-classes", type=whole(2), help="number of classes (required with --dataset folder, except for timm:NAME)")
+        add("--image-size", type=whole(1, 10**5), help="side of the images in pixels (required like --num-classes)")
+        channels = "for normalising pixels in [0, 1] (default: of the weights or data set; with --dataset folder ImageNet's)"
         add("--mean", type=float, nargs="+", help=f"per-channel mean {channels}")
         add("--std", type=float, nargs="+", help=f"per-channel standard deviation {channels}")
         add = self.add_argument_group("quantization").add_argument
@@ -167,7 +167,7 @@ class Parser(Arguments):
         add("--abits", type=whole(2, 8), help="bit width of the activations (default: --bits)")
         placement = "quantize outputs of activation functions (relu, as in the papers' code) or inputs of all layers (input)"
         add("--act-placement", default="relu", type=one_of("relu", "input"), help=placement)
-        about = "zero the gradient of activations outside their range (in the papers it passes through)"
+        about = "zero the gradient of activations outside their range (in the papers it passes through; not for mixmix.py)"
         add("--clipped-ste", action="store_true", help=about)
         add = self.add_argument_group("run").add_argument
         add("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of every random number")
@@ -181,7 +181,7 @@ class Parser(Arguments):
         add("--capture", default="auto", type=one_of(*CHOICES), help=capture + compiling)
         threads = "number of CPU threads; give 1 when several runs share a CPU (default: PyTorch's)"
         add("--threads", type=whole(1, 4096), help=threads)
-        add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED)")
+        add("--out", help="run folder (default: runs/METHOD-ARCH-DATASET-wXaY-sSEED and the script's flags that were changed)")
         add("--resume", action="store_true", help="continue from the checkpoint in the run folder")
         add("--overwrite", action="store_true", help="replace the run in the run folder")
         add("--eval-every", type=whole(1), default=1, help="evaluate every N epochs; the last epoch is always evaluated")

@@ -92,7 +92,7 @@ runs; AdaDFQ's plain command diverges at 3 bits ([MEASUREMENTS.md](MEASUREMENTS.
 PICTURES = {
     "accuracy.png": "Accuracy against time, from calibration on: medians and range of the seeds; the best published is full "
     "precision less the smallest published drop, without that of Qimera + ZAQ.",
-    "methods.png": "Two test images of each class of CIFAR-10, and below them synthetic ones of each method.",
+    "methods.png": "Two test images of each class of CIFAR-10, and below them images of GDFQ, Qimera, AdaDFQ and MixMix.",
     "genotype.svg": "AutoReCon's generator: the operations of its edges.",
     "features.png": "Qimera: features of test images, of its images, and of paths between two classes (`--analyze`).",
 }

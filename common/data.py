@@ -367,9 +367,10 @@ def read_pictures(folder, image_size, channels):
     Raises:
         InputError: no pictures, or a damaged one.
     """
-    files = []
+    files, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen.add(os.path.realpath(place))
+        folders[:] = [n for n in folders if not n.startswith(".") and os.path.realpath(os.path.join(place, n)) not in seen]
         files += [Path(place, name) for name in names if name.lower().endswith(PICTURES) and not name.startswith(".")]
     files.sort()
     if not files:

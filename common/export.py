@@ -11,7 +11,7 @@ from common import InputError, replacing
 from common.activations import kind_of
 from common.folding import fold_batchnorm
 from common.models import build, is_own
-from common.probe import refuse_infinite
+from common.probe import input_channels, refuse_infinite
 from common.quant import (
     QuantAct,
     decode_,
@@ -162,6 +162,9 @@ def load_quantized(path, model=None):
             raise InputError(f"'{path}' holds an architecture of your own; give --arch package.module:factory")
         design = meta.get("design", meta.get("shortcut"))  # earlier files have "shortcut", "pad" or "projection"
         model = build(meta["arch"], meta["num_classes"], meta["image_size"], design)
+    if (found := input_channels(model)) != meta["channels"]:
+        what = f"'{path}' was saved from another architecture, for images of {meta['channels']} channels, not {found}"
+        raise InputError(f"{what}; give the one it was saved from")
     example = torch.zeros(1, meta["channels"], meta["image_size"], meta["image_size"])
     model = baked_copy(model).float()
     model = fold_batchnorm(model, example) if meta.get("folded") else model

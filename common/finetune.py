@@ -13,6 +13,7 @@ by default; `--schedule short` turns on a set of them.
 """
 
 import math
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +135,17 @@ class MatchedFeatures:
             if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and name in called:
                 gains, means = (layer.weight, layer.bias) if layer.affine else (torch.ones(1), torch.zeros(1))
                 self.variances[name] = (gains.square().mean() + means.var(correction=0)).item()
-                for network, kept in zip((teacher, student), self.kept):
-                    network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher, changed))
+        typical = median(self.variances.values()) if self.variances else 0
+        for name in [name for name, variance in self.variances.items() if variance <= 1e-6 * typical]:
+            del self.variances[name]  # of a dead layer, whose features are constant
         if not self.variances:
             raise InputError(
                 f"--feature-weight is {weight:g} and the network calls no BatchNorm as a module, so none can be matched; give "
                 "--feature-weight 0"
             )
+        for name in self.variances:
+            for network, kept in zip((teacher, student), self.kept):
+                network.get_submodule(name).register_forward_hook(self._keep_in(kept, name, network is teacher, changed))
 
     @staticmethod
     def _keep_in(kept, name, of_teacher, changed):

@@ -83,7 +83,8 @@ def read_images(name, cfg, labelled=False):
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
             normalisation = file["mean"].tolist(), file["std"].tolist()
         fits = images.ndim == 4 and len(images) == len(labels) > 0 and labels.min() >= 0
-        if not fits or not images.isfinite().all() or any(len(values) != images.shape[1] for values in normalisation):
+        fits = fits and images.is_floating_point() and all(len(values) == images.shape[1] for values in normalisation)
+        if not fits or not images.isfinite().all():
             raise ValueError
     except Exception:  # whatever damaged bytes raise
         raise InputError(f"--images {path} is damaged or not an images.npz of mixmix.py; make it again") from None

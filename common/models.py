@@ -4,6 +4,7 @@ The CIFAR-size ResNets live here; other architectures are torchvision's, with a 
 small, or timm's as they are. Weights load as they were published: the layout is recognised from the keys.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -250,6 +251,11 @@ def build_student(arch, teacher, num_classes, image_size):
         probe(student, num_classes, image_size)
         if (found := input_channels(student)) != (expected := input_channels(teacher)):
             raise InputError(f"--arch {arch} takes images of {found} channels and the teacher of {expected}; give another")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            learning = copy.deepcopy(student).train()(torch.randn(2, expected, image_size, image_size))
+        if tuple(getattr(learning, "shape", ())) != (2, num_classes):
+            what = f"--arch {arch} returns a {type(learning).__name__} while it trains, expected logits (2, {num_classes})"
+            raise InputError(f"{what} for 2 images; wrap it in a module that returns the logits alone")
         return student
     except InputError as error:
         raise InputError(str(error).replace("--arch", "--student-arch")) from None

@@ -87,6 +87,17 @@ class Layer(nn.Module):
         return compute(x, weight, None) + self.bias
 
 
+def of_four_bits(graph):
+    """The initializers that can be UINT4: codes and zero points of weights, where both are at most 15. The exporter merges
+    equal ones, as the zero points of LSQ are, so those that a layer of more bits shares stay as they are."""
+    nodes = [n for n in graph if n.op_type == "DequantizeLinear" and n.inputs[0].name in graph.initializers]
+    pairs = [{node.inputs[0], node.inputs[2]} for node in nodes]
+    wide = {value for pair in pairs for value in pair if value.const_value.numpy().max() > 15}
+    while more := {value for pair in pairs if pair & wide for value in pair} - wide:
+        wide |= more
+    return {value for pair in pairs for value in pair} - wide
+
+
 def write_onnx(network, path, example, about):
     """Write a network to an ONNX file.
 
@@ -96,12 +107,11 @@ def write_onnx(network, path, example, about):
         example: images (B, channels, H, W); the file's batch size is free.
         about: namespace with mean, std and arch, which the file keeps as text.
     """
-    network, small = copy.deepcopy(network), set()
+    network = copy.deepcopy(network)
     modules, layers = dict(network.named_modules()), dict(quantized_layers(network))
     for node in list(network.graph.nodes):
         if node.op == "call_module" and node.target in layers:
             network.set_submodule(node.target, Layer(layers[node.target]))
-            small |= {f"{node.target}.codes", f"{node.target}.zero_point"} if layers[node.target].bits <= 4 else set()
     for name, module in modules.items():
         if isinstance(module, QuantAct):
             network.set_submodule(name, Activation(module))
@@ -110,9 +120,8 @@ def write_onnx(network, path, example, about):
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), input_names=["images"], output_names=["logits"],
     )  # fmt: skip
     model = program.model
-    for name in small:
-        value = model.graph.initializers[name]
-        value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.uint4), name=name)
+    for value in of_four_bits(model.graph):
+        value.const_value = ir.Tensor(value.const_value.numpy().astype(ml_dtypes.uint4), name=value.name)
         value.dtype = ir.DataType.UINT4
     for item in (model, *model.graph, *model.graph.initializers.values(), *(v for node in model.graph for v in node.outputs)):
         item.metadata_props.clear()  # stack traces, several times the size of the weights

@@ -30,8 +30,8 @@ def probe(model, num_classes, image_size):
     """A small batch of zeros that `model` turns into logits.
 
     Raises:
-        InputError: the model fails on it, returns anything but (2, num_classes) logits, its output is not deterministic, or
-            it changes its input.
+        InputError: the model fails on it, returns anything but (2, num_classes) logits, other than one row for a single image,
+            its output is not deterministic, or it changes its input.
     """
     device = next(model.parameters()).device
     example = torch.zeros(2, input_channels(model), image_size, image_size, device=device)
@@ -39,6 +39,7 @@ def probe(model, num_classes, image_size):
     try:
         with torch.no_grad():
             logits, once, again = model(example), model(images.clone()), model(given := images.clone())
+            alone = tuple(getattr(model(images[:1]), "shape", ()))
     except Exception as error:  # whatever the model's own code raises
         raise InputError(
             f"the model fails on a batch of shape {tuple(example.shape)} ({first_line(error)}); check --image-size and "
@@ -49,6 +50,9 @@ def probe(model, num_classes, image_size):
         raise InputError(f"{what}; wrap it in a module whose forward returns the logits alone")
     if (shape := tuple(logits.shape)) != (2, num_classes):
         raise InputError(f"the model returns {shape} for 2 images, expected (2, {num_classes}); check --num-classes and --arch")
+    if alone != (1, num_classes):
+        what = f"the model returns {alone} for a single image, expected (1, {num_classes})"
+        raise InputError(f"{what}; write x.flatten(1) instead of x.squeeze()")
     if again.min() >= 0 and (again.sum(1) - 1).abs().max() < 1e-3:
         raise InputError("the model returns probabilities; let it return the logits, without softmax")
     if not nearly_equal(again, once):

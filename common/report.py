@@ -89,6 +89,13 @@ def per_channel(cfg, normalisation, channels):
     return values
 
 
+def in_batches(labels, size):
+    """Parts of labels, of `size` or fewer. A single last one joins the part before it: a generator's BatchNorm may have no
+    statistics of one image."""
+    parts = labels.split(size)
+    return parts if len(parts[-1]) > 1 or size == 1 or len(parts) == 1 else (*parts[:-2], torch.cat(parts[-2:]))
+
+
 class SyntheticSet:
     """2,000 fresh synthetic images, re-iterable; the run's own random numbers are left alone."""
 
@@ -99,7 +106,7 @@ class SyntheticSet:
 
     def __iter__(self):
         labels = torch.arange(self.count) % self.run.cfg.num_classes
-        for seed, part in enumerate(labels.split(self.run.cfg.batch_size)):
+        for seed, part in enumerate(in_batches(labels, self.run.cfg.batch_size)):
             yield draw_images(self.run, part, seed), part
 
 
@@ -109,7 +116,7 @@ def draw_images(run, labels, seed):
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(seed)
         order = torch.randperm(len(labels))  # a batch of one class would have other statistics
-        parts = labels[order].to(run.device).split(run.cfg.batch_size)
+        parts = in_batches(labels[order].to(run.device), run.cfg.batch_size)
         images = torch.cat([run.synthesize(part) for part in parts])
         return images[torch.argsort(order).to(run.device)]
 
@@ -227,8 +234,8 @@ def write_result(run, result, show):
 def show_finished(run, show):
     """Print what a run that is there already has found, as `write_result` did, and how it would be made anew; returns it."""
     try:
-        result = json.loads((run.folder / run.result_file).read_text())
-    except ValueError:
+        result = dict(json.loads((run.folder / run.result_file).read_text()))
+    except (ValueError, TypeError):
         raise InputError(f"{run.folder / run.result_file} is damaged; --overwrite runs it again") from None
     show(result, run)
     print("  this run was finished before; --overwrite runs it again", flush=True)

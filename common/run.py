@@ -32,7 +32,7 @@ FURTHER_FILES = {  # what scripts leave beside these
 INPUTS = ("genotype", "generator", "images", "weights", "zoo", "held_out", "targets")  # arguments that may name files
 PACE = 5, 25  # steps of a phase of the run between which its pace is measured
 SLOW = 2.0, 10.0  # an epoch is slow if it takes this many times as long as the fastest one, and this many seconds
-NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir eval_every".split()  # change no student
+NOT_COMPARED = "out resume overwrite eval check export integer_check threads data_dir download eval_every".split()  # no effect
 
 
 def seed_of_part(seed, index):
@@ -328,16 +328,16 @@ class Run:
                 what = f"is not a run folder but contains '{theirs[0]}', which a run would replace"
                 raise InputError(f"--out {self.folder} {what}; give another folder")
             return
-        if not self.finished:
-            self._take_folder()
-        if self.cfg.overwrite:
-            return
         try:
             there = json.loads(config.read_text())["arguments"]
             before, now = ({k: v for k, v in a.items() if k not in self.may_differ} for a in (there, self.arguments()))
         except (ValueError, KeyError, TypeError, AttributeError):
             what = "has a config.json that is damaged or does not belong to a run"
             raise InputError(f"--out {self.folder} {what}; give another folder") from None
+        if not self.finished:
+            self._take_folder()
+        if self.cfg.overwrite:
+            return
         changed = [k for k in now | before if before.get(k) != now.get(k)]
         differ = [f"{k} {before.get(k, 'unknown')} there, {now.get(k, 'unknown')} here" for k in changed]
         if differ:
@@ -390,7 +390,7 @@ class Run:
         if not self.cfg.resume:  # results first, so that none is ever found beside the arguments of another run
             self._refuse_own_input()
             for path in (self.folder / name for name in (self.result_file, *self.files, *self._left_before())):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)

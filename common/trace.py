@@ -231,7 +231,11 @@ def baked_copy(model):
             raise InputError(f"the model{name and f' has a part, {name!r}, that'} is scripted by torch.jit; give the original")
         for _, _, name in _weight_hooks(module):
             setattr(module, name, getattr(module, name).detach())  # its graph could not be copied; the next forward has another
-    model = copy.deepcopy(model)
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:  # whatever its parts raise, such as a lock
+        advice = "remove what cannot be copied; build it under torch.no_grad() if it keeps what it computes"
+        raise InputError(f"the model cannot be copied ({first_line(error)}); {advice}") from error
     for module in list(model.modules()):
         module._modules.update({name: _unwrapped(child) for name, child in module._modules.items() if child is not None})
     for module in list(model.modules()):

@@ -244,8 +244,11 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
     (run / "result.json").unlink()
     (run / "checkpoint.pt").write_bytes(b"damaged")
     assert "checkpoint.pt is damaged" in fails(gdfq.main, *arguments, "--resume")
-    (run / "config.json").write_text("{")
-    assert "config.json that is damaged" in fails(gdfq.main, *arguments)
+    for content in ("{", '{"model_type": "resnet"}'):  # the second of another program
+        (run / "config.json").write_text(content)
+        for flags in ([], ["--overwrite"]):
+            assert "config.json that is damaged or does not belong to a run" in fails(gdfq.main, *arguments, *flags)
+    assert (run / "checkpoint.pt").read_bytes() == b"damaged"
 
 
 def test_a_resumed_run_may_have_other_test_images(tmp_path, monkeypatch, fails):

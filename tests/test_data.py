@@ -30,7 +30,7 @@ from common.data import (
     read_slice,
 )
 from common.images import RealImages
-from common.report import draw_images, save_samples
+from common.report import draw_images, in_batches, save_samples
 from common.run import Run
 
 CIFAR = NORMALISATION["cifar10"]
@@ -130,6 +130,7 @@ def test_pictures_of_more_than_8_bits_are_refused_and_hidden_ones_skipped(tmp_pa
         place.mkdir(parents=True)
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(place / "x.png")
     (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder)
     Image.fromarray(np.full((32, 32), 9, np.uint8)).save(folder / "grey.pgm")
     (folder / "._grey.pgm").write_bytes(b"of a Mac")
     assert len(read_pictures(folder, 32, 3)) == 3 + 2
@@ -304,3 +305,10 @@ def test_images_of_low_and_high_confidence(net, tmp_path):
     for row, label in zip(logits[4:], y[4:]):  # each is one of the two images of its class
         assert (row - expected[real[1] == label]).abs().amax(1).min() < 1e-4
     assert all((row - expected).abs().amax(1).min() > 1e-3 for row in logits[:4])
+
+
+def test_no_batch_of_synthetic_images_has_a_single_one():
+    """A generator's BatchNorm would have no statistics of a map of one pixel."""
+    for count, size, expected in ((7, 3, [3, 4]), (8, 3, [3, 3, 2]), (3, 2, [3]), (1, 3, [1]), (2, 1, [1, 1])):
+        parts = in_batches(torch.arange(count), size)
+        assert [len(part) for part in parts] == expected and torch.cat(tuple(parts)).tolist() == list(range(count))

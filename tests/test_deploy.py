@@ -17,7 +17,7 @@ from conftest import ROOT, FunctionalNet, trained
 from test_cli import TINY
 from test_data import make_folder
 from test_export import META, calibrated
-from test_tasks import NOISE
+from test_tasks import DATA, NOISE
 from torch import nn
 
 import gdfq
@@ -261,3 +261,20 @@ def test_onnx_runtime_gives_the_logits(tmp_path, bits):
     assert not any(item.metadata_props for item in (*model.graph.node, *model.graph.value_info))  # they would need most bytes
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     assert [len(node.input) for node in convolutions] == [2, 2, 2]  # a bias there would be rounded by ONNX Runtime
+
+
+def test_layers_with_equal_zero_points_are_exported(tmp_path, net):
+    """As all are that LSQ has learned; the exporter merges them."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements-export.txt)")
+    import onnx
+
+    from common.onnx_file import runtime, write_onnx
+
+    cfg = mixmix.config(**DATA, task="qat", qat_steps=2, qat_batch_size=8, data_source="noise", bits=4)
+    student = mixmix.compress(net, torch.randn(16, 3, 16, 16), cfg)
+    write_onnx(
+        integer_form(student), tmp_path / "q.onnx", torch.zeros(2, 3, 16, 16), Namespace(mean=[0.5], std=[0.5], arch=None)
+    )
+    x, kinds = torch.randn(7, 3, 16, 16), [tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer]
+    torch.testing.assert_close(runtime(tmp_path / "q.onnx")(x), student(x), rtol=0, atol=1e-4)
+    assert kinds.count(21) == len(quantized_layers(student)) - 2 + 1  # codes of all but the first and last, and zero points

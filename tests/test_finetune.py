@@ -1,5 +1,6 @@
 """What stands beyond the papers: searched and learned activation ranges, optimizers, rates, --schedule short."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import strangers
 import torch
 from conftest import trained
 from test_cli import TINY
+from torch import nn
 
 import gdfq
 from common import InputError
@@ -103,6 +105,9 @@ def test_features_are_matched_layer_by_layer(net):
         column = (layer.weight / (layer.running_var + layer.eps).sqrt()).view(-1, 1, 1)
         theirs, ours = ((value - layer.running_mean.view(-1, 1, 1)) * column for value in seen)
         apart.append((ours - theirs).square().mean() / (layer.weight.square().mean() + layer.bias.var(correction=0)))
+    dead = nn.Sequential(net, nn.BatchNorm2d(4))  # as of an unused branch, whose features are constant
+    dead[1].weight.data.zero_()
+    assert not MatchedFeatures(dead, copy.deepcopy(dead), 3.0).variances.keys() & {"1"}
     features = MatchedFeatures(net, student, 3.0)
     net(x), student(x)
     loss = features.added_to(torch.tensor(2.0))

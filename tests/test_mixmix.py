@@ -324,6 +324,15 @@ def test_the_bundled_images_are_classified():
         read_images("bundled", config(**TINY))
 
 
+def test_images_of_integers_are_refused(tmp_path):
+    settings = {"labels": np.zeros(2, np.int64), "mean": [0.5] * 3, "std": [0.25] * 3}
+    for dtype in (np.float16, np.uint8):
+        np.savez(tmp_path / f"{dtype.__name__}.npz", images=np.ones((2, 3, 16, 16), dtype), **settings)
+    assert len(read_images(str(tmp_path / "float16.npz"), config(**TINY))[0]) == 2
+    with pytest.raises(InputError, match="uint8.npz is damaged or not an images.npz of mixmix.py"):
+        read_images(str(tmp_path / "uint8.npz"), config(**TINY))
+
+
 def test_labels_are_balanced_or_random():
     labels = make_labels(config(**TINY | {"count": 100}))
     assert labels.bincount().tolist() == [20] * 5 and labels.tolist() != sorted(labels.tolist())

@@ -1,16 +1,19 @@
 import re
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT
 from torch import nn
 
 from common import InputError
 from common.data import NORMALISATION
-from common.models import BasicBlock, ZeroPadShortcut, build, canonical, design_of, load_teacher
+from common.models import BasicBlock, ZeroPadShortcut, build, build_student, canonical, design_of, load_teacher
 from common.probe import probe, refuse_infinite, refuse_undifferentiable
 from common.quant import quantized_activations
+from common.trace import baked_copy
 
 
 def count(model):
@@ -179,6 +182,31 @@ def test_networks_whose_forward_serves_no_gradients_are_refused(forward, words):
     else:
         with pytest.raises(InputError, match=words):
             refuse_undifferentiable(model, probe(model, 10, 32))
+
+
+class Squeezing(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).mean((2, 3)).squeeze())
+
+
+def test_networks_that_treat_a_single_image_otherwise_are_refused():
+    model = Squeezing(nn.Conv2d(3, 4, 3), nn.Linear(4, 5)).eval()
+    with pytest.raises(InputError, match=r"returns \(5,\) for a single image, expected \(1, 5\); write x.flatten\(1\)"):
+        probe(model, 5, 16)
+
+
+def test_a_student_with_another_output_in_training_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    with pytest.raises(InputError, match="--student-arch tiny:auxiliary returns a tuple while it trains, expected logits"):
+        build_student("tiny:auxiliary", nn.Conv2d(3, 4, 3), 5, 16)
+    build_student("tiny:net", nn.Conv2d(3, 4, 3), 5, 16)
+
+
+def test_a_network_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.lock = threading.Lock()
+    with pytest.raises(InputError, match="the model cannot be copied .*lock.*; remove what cannot be copied"):
+        baked_copy(model)
 
 
 def test_networks_that_are_no_plain_modules_yet_are_refused():

@@ -28,6 +28,18 @@ def other(num_classes=5):
     return trained(FunctionalNet(num_classes))
 
 
+class Auxiliary(FunctionalNet):
+    """A second classifier that only training uses, as GoogLeNet's."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+def auxiliary(num_classes=5):
+    return trained(Auxiliary(num_classes))
+
+
 class Inverted(nn.Module):
     """Inverted residuals with linear bottlenecks, one of stride 2, one with a residual sum."""
 

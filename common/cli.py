@@ -454,7 +454,7 @@ def friendly_errors(program):
                 raise
             error = f"out of memory ({first_line(error)}); lower the batch size"
         elif "more than 1 value per channel when training" in str(error):
-            error = "a BatchNorm in training needs more than one value per channel; raise --batch-size or --image-size"
+            error = "a BatchNorm in training needs more than one value per channel; raise the batch size or --image-size"
         elif not isinstance(error, InputError):
             raise
         close_all()

@@ -280,6 +280,8 @@ def load_teacher(arch, dataset, num_classes, image_size, weights=None):
         InputError: weights that cannot be found, read, or fitted to the architecture.
     """
     normalisation, design = NORMALISATION["imagenet" if dataset == "folder" else dataset], None
+    if weights == "":
+        raise InputError("--weights is empty; give a file or a source, or leave it out")
     weights = weights or default_weights(arch, dataset)
     if is_timm(arch) and dataset in ("imagenet", "folder"):
         normalisation = timm_models.normalisation(arch)

@@ -238,6 +238,9 @@ def show_finished(run, show):
     except (ValueError, TypeError):
         raise InputError(f"{run.folder / run.result_file} is damaged; --overwrite runs it again") from None
     show(result, run)
+    given, before = run.cfg.data_dir, (result.get("arguments") or {}).get("data_dir")
+    if given not in (None, before) and (run.folder / "quantized.pt").exists():
+        print(f"  not with the images in {given}; for these, --eval {run.folder}/quantized.pt --data-dir {given}")
     print("  this run was finished before; --overwrite runs it again", flush=True)
     return result
 

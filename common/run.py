@@ -319,7 +319,7 @@ class Run:
     def _claim_folder(self):
         """Refuse a folder that cannot take this run, before anything is computed. That of an unfinished run is locked."""
         existing = next(path for path in (self.folder, *self.folder.resolve().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not (self.finished or os.access(existing, os.W_OK)):
             raise InputError(f"--out {self.folder} cannot be written ({existing} forbids it); give another folder")
         config = self.folder / "config.json"
         self.joins = config.exists()

@@ -134,7 +134,7 @@ def make_batches(make, labels, files, run):
 
             images = make(y, cfg, run, progress).half()
             if not torch.isfinite(images).all():
-                raise InputError(f"the images of batch {index + 1} contain NaN or infinity; lower --lr")
+                raise InputError(f"the images of batch {index + 1} contain NaN or infinity; lower --lr and give another --out")
             lines = [{k: v if isinstance(v, int) else float(f"{v.item():.6g}") for k, v in point.items()} for point in curve]
             write_atomically(files[index].with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
             write_images(files[index], images, y, (cfg.mean, cfg.std))

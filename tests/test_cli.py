@@ -229,6 +229,8 @@ def test_no_result_is_lost_to_a_repeated_command(tmp_path, fails, monkeypatch, c
         printed = capsys.readouterr().out
         assert printed.startswith("\ngdfq  w4a4") and "--overwrite runs it again" in printed
         assert first[first.index("\ngdfq  w4a4") :].strip() in printed  # the same table
+    gdfq.main([*arguments, "--data-dir", str(run)])
+    assert f"not with the images in {run}; for these, --eval {run}/quantized.pt --data-dir {run}" in capsys.readouterr().out
     assert written == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert "(epochs 3 there, 4 here); give another --out, or --overwrite" in fails(gdfq.main, *arguments[:-1], 4, "--resume")
     config = (run / "config.json").read_text()

@@ -98,6 +98,31 @@ def compare(student, other, batches):
     return 100 * same / count, most
 
 
+def givers_of_integers(student, flag="--export"):
+    """The `QuantAct` that gives each quantized layer its input, by the layer's name; the student need not be trained.
+
+    Raises:
+        InputError: the network cannot be traced, or a layer's input stays in floating point, or a layer is no plain one that is
+            called once.
+    """
+    if not isinstance(student, fx.GraphModule):
+        raise InputError(f"{flag} needs the graph of the network, and it cannot be traced; give one that does not branch")
+    modules, layers = dict(student.named_modules()), dict(quantized_layers(student))
+    calls = [n for n in student.graph.nodes if n.op == "call_module" and n.target in layers]
+    givers = {n.target: modules.get(n.args[0].target) for n in calls}
+    floating = [name for name, giver in givers.items() if not isinstance(giver, QuantAct)]
+    if floating:
+        named = "; ".join(f"'{name}' receives {input_of(name, student.graph, modules)}" for name in floating[:3])
+        raise InputError(
+            f"{flag} needs integers at the input of every layer, and {len(floating)} of {len(givers)} would stay in floating "
+            f"point ({named}), because only results of activation functions are quantized; train with --act-placement input"
+        )
+    for name, layer in layers.items():
+        if [n.target for n in calls].count(name) > 1 or type(layer) not in (QuantConv2d, QuantLinear):
+            raise InputError(f"{flag}: layer '{name}' has a custom forward or is called twice; write plain layers instead")
+    return givers
+
+
 @torch.no_grad()
 def integer_form(student, flag="--export"):
     """A copy of the network with its BatchNorms folded, which computes what `student` does.
@@ -112,23 +137,11 @@ def integer_form(student, flag="--export"):
     Raises:
         InputError: something of the network is not in integers.
     """
-    if not isinstance(student, fx.GraphModule):
-        raise InputError(f"{flag} needs the graph of the network, and it cannot be traced; give one that does not branch")
+    givers = givers_of_integers(student, flag)
     network = copy.deepcopy(student).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
     modules, layers = dict(network.named_modules()), dict(quantized_layers(network))
-    calls = [n for n in network.graph.nodes if n.op == "call_module" and n.target in layers]
-    givers = {n.target: modules.get(n.args[0].target) for n in calls}
-    floating = [name for name, giver in givers.items() if not isinstance(giver, QuantAct)]
-    if floating:
-        named = "; ".join(f"'{name}' receives {input_of(name, network.graph, modules)}" for name in floating[:3])
-        raise InputError(
-            f"{flag} needs integers at the input of every layer, and {len(floating)} of {len(givers)} would stay in floating "
-            f"point ({named}), because only results of activation functions are quantized; train with --act-placement input"
-        )
     for name, layer in layers.items():
         given, top = givers[name], 2**layer.bits - 1
-        if [n.target for n in calls].count(name) > 1 or type(layer) not in (QuantConv2d, QuantLinear):
-            raise InputError(f"{flag}: layer '{name}' has a custom forward or is called twice; write plain layers instead")
         zero_point = layer.weight_zero_point
         if zero_point.min() < 0 or zero_point.max() > top or not 0 <= given.zero_point <= 2**given.bits - 1:
             raise InputError(f"{flag}: layer '{name}' has zero points beyond its codes; train again with --act-placement input")
@@ -136,7 +149,7 @@ def integer_form(student, flag="--export"):
         norm = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
             before = node.args[0]
-            if before in calls and len(before.users) == 1:
+            if before.target in layers and len(before.users) == 1:
                 fold(layers[before.target], norm)
                 node.replace_all_uses_with(before)
                 network.graph.erase_node(node)

@@ -13,15 +13,15 @@ from common import InputError, distributed
 from common.check import describe, print_check
 from common.cli import altered, resumable
 from common.data import agreement, evaluate, find_test_set, fixed_paths
-from common.deploy import check_export, deploy
+from common.deploy import check_export, deploy, givers_of_integers
 from common.device import pick_device
 from common.export import load_quantized, read_quantized, save_quantized, saved_bytes
 from common.images import ImageSet, save_grid
 from common.models import OWN, SMALL_IMAGE, build, design_of, load_teacher, save_weights
 from common.ops import count_flops
-from common.probe import input_channels
+from common.probe import input_channels, probe
 from common.published import PAPER_TOP1
-from common.quant import quantized_layers
+from common.quant import quantize, quantized_layers
 from common.run import Run, write_atomically
 
 
@@ -267,6 +267,9 @@ def execute(cfg, compress, finish=finish, show=print_table, **about):
     with distributed.first_before_others():  # it downloads what there is to download
         teacher, run = prepare(cfg, **about)
     finished = distributed.from_first(run.finished)
+    if cfg.export and not finished:  # what cannot be exported is refused now, not after training
+        example = probe(teacher, cfg.num_classes, cfg.image_size)
+        givers_of_integers(quantize(teacher, cfg.wbits, cfg.abits, cfg.act_placement, example=example))
     with resumable():
         student = None if finished else compress(teacher, cfg, run)
         if not distributed.leave():

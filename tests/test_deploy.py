@@ -208,6 +208,9 @@ def test_integer_check_of_a_run(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     said = fails(gdfq.main, *TINY, "--export", "onnx", "--out", tmp_path / "none")
     assert "with --act-placement relu the image, pooled features" in said and not (tmp_path / "none").exists()
+    flags = ["--arch", "tiny:branch", "--act-placement", "input", "--export", "onnx", "--out", tmp_path / "none"]
+    assert "--export needs the graph of the network" in fails(gdfq.main, *TINY, *flags)  # now, not after training
+    assert not (tmp_path / "none").exists()
 
 
 ALONE = """

@@ -77,8 +77,9 @@ The command above each table is that of its first row's first seed. The other ro
 flags shown in the method column. `DIR` is a folder with the test images. `--genotype found` is the result of the second search
 in [MEASUREMENTS.md](MEASUREMENTS.md#autorecon-generators-compared). Names after `--images` stand for sets of images, which you
 give as a folder of your own: `both` is MixMix's; `single`, `kw` and `zeroq` were made from ResNet-20 alone with three different
-losses, `own` from the compressed network alone; `noise` is Gaussian noise; `real`, `real-s1` and `real-s2` are draws of
-training images ([how they were made](MEASUREMENTS.md#mixmix)).
+losses, `kw-noblur` as `kw` without its blur prior, `own` from the compressed network alone; `feature` and `data` have one of
+MixMix's kinds of mixing; `noise` is Gaussian noise; `real`, `real-s1` and `real-s2` are draws of training images ([how they
+were made](MEASUREMENTS.md#mixmix)).
 """
 OVERVIEW = """## Points lost, by length of training
 
@@ -121,6 +122,8 @@ def changed_flags(arguments):
     changed = switches | unlike(chosen + [as_flag(name, arguments[name]) for name in switches])
     changed |= selected | (LENGTH if changed & LENGTH else set())  # the same for all methods, whatever their defaults
     changed |= {"task"} if arguments["method"] == "mixmix" else set()  # its default one, too
+    if arguments.get("task") == "ptq" and arguments["device"] == "cpu":
+        changed -= {"capture"}  # always none there
     return [as_flag(name, value) for name, value in arguments.items() if name in changed - APART]
 
 

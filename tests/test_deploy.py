@@ -237,23 +237,23 @@ def test_torch_export_leaves_a_file_that_runs_without_this_project(tmp_path, pla
 # ------------------------------------------------------------------------------------------------------------ ONNX
 
 
-def written(path, make, bits):
-    """A network, and ONNX Runtime's and onnx's view of its ONNX file."""
+def written(path, student):
+    """ONNX Runtime's and onnx's view of a network's ONNX file."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (requirements-export.txt)")
     import onnx
 
     from common.onnx_file import runtime, write_onnx
 
-    student = loaded(path / "q.pt", make, bits)
     about = Namespace(mean=[0.5] * 3, std=[0.25] * 3, arch=None)
     write_onnx(integer_form(student), path / "q.onnx", torch.zeros(2, 3, 16, 16), about)
-    return student, runtime(path / "q.onnx"), onnx.load(path / "q.onnx")
+    return runtime(path / "q.onnx"), onnx.load(path / "q.onnx")
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_onnx_runtime_gives_the_logits(tmp_path, bits):
-    student, run, model = written(tmp_path, with_odd_norms, bits)
+    student = loaded(tmp_path / "q.pt", with_odd_norms, bits)
+    run, model = written(tmp_path, student)
     x = torch.randn(7, 3, 16, 16)
     torch.testing.assert_close(run(x), student(x), rtol=0, atol=1e-4)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -268,16 +268,9 @@ def test_onnx_runtime_gives_the_logits(tmp_path, bits):
 
 def test_layers_with_equal_zero_points_are_exported(tmp_path, net):
     """As all are that LSQ has learned; the exporter merges them."""
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements-export.txt)")
-    import onnx
-
-    from common.onnx_file import runtime, write_onnx
-
     cfg = mixmix.config(**DATA, task="qat", qat_steps=2, qat_batch_size=8, data_source="noise", bits=4)
     student = mixmix.compress(net, torch.randn(16, 3, 16, 16), cfg)
-    write_onnx(
-        integer_form(student), tmp_path / "q.onnx", torch.zeros(2, 3, 16, 16), Namespace(mean=[0.5], std=[0.5], arch=None)
-    )
-    x, kinds = torch.randn(7, 3, 16, 16), [tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer]
-    torch.testing.assert_close(runtime(tmp_path / "q.onnx")(x), student(x), rtol=0, atol=1e-4)
+    run, model = written(tmp_path, student)
+    x, kinds = torch.randn(7, 3, 16, 16), [tensor.data_type for tensor in model.graph.initializer]
+    torch.testing.assert_close(run(x), student(x), rtol=0, atol=1e-4)
     assert kinds.count(21) == len(quantized_layers(student)) - 2 + 1  # codes of all but the first and last, and zero points

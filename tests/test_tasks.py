@@ -525,7 +525,7 @@ def test_the_first_step_of_lsq_equals_one_computed_by_hand(net):
 
 
 def test_the_short_recipe_quantizes_the_weights_of_all_layers_together(net, monkeypatch):
-    """As a call of the network does; one by one, this was two fifths of the operations of a step."""
+    """As a call of the network does; one by one, this was three tenths of the operations of a step."""
     images, counts, together = torch.randn(40, 3, 16, 16), [], FakeQuantizeWeights.apply
     monkeypatch.setattr(FakeQuantizeWeights, "apply", lambda bits, zero, *w: counts.append(len(w)) or together(bits, zero, *w))
     totals = []
